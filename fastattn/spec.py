@@ -133,6 +133,10 @@ class AttentionArgs(NamedTuple):
     v_scale: Tensor | None = None
     return_lse: bool = False  # float32 (B, H, Sq) | packed (H, total_q)
 
+    def bounds(self) -> tuple[int | None, int | None]:
+        """(left, right) of the visible band around a query's position, causality included."""
+        return self.window[0], 0 if self.causal else self.window[1]
+
     def features(self) -> frozenset[str]:
         return _set_fields(self, _ATTENTION_REQUIRED)
 

@@ -1,0 +1,32 @@
+"""fastattn: LLM attention and tensor-parallel inference on the hardware that FlashAttention left behind."""
+
+from .attention import attention
+from .dispatch import use_backend
+from .flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+from .spec import CacheFull, CheckpointError, SyncError, UnsupportedError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheFull",
+    "CheckpointError",
+    "SyncError",
+    "UnsupportedError",
+    "attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "use_backend",
+]

@@ -1,0 +1,1 @@
+"""One adapter a file; each exposes ``BACKEND``, and imports its toolkit only when asked whether it is usable."""

@@ -1,0 +1,118 @@
+"""Which backend runs a call: the first of the device's list with no reason against it.
+
+A backend that the caller names (argument, `use_backend`, FASTATTN_BACKEND) is used or refused, never
+replaced. Resolution happens inside the torch op and is cached per static signature, so that tracing
+never sees it. An exception inside a kernel is a bug and propagates.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from .settings import settings
+from .spec import Backend, Op, OpArgs, UnsupportedError
+
+# In the order in which dispatch tries them. `reference` is the float64 oracle: correct, slow, and
+# therefore only ever used by name.
+AUTOMATIC = ("volta", "ascend", "triton", "cpu", "sdpa")
+BACKENDS = (*AUTOMATIC, "reference")
+
+#: How often each (backend, op) ran in this process.
+calls: Counter[tuple[str, str]] = Counter()
+
+_forced: ContextVar[str] = ContextVar("fastattn_backend", default="")
+_resolved: dict[tuple[str, Any, str], tuple[str, Op]] = {}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, every op runs on the backend ``name`` or is refused with the reason.
+
+    Raises ValueError when there is no such backend. The ``backend=`` argument of a call wins over it.
+    """
+    token = _forced.set(_known(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@cache
+def load_backend(name: str) -> Backend:
+    """The record of backend ``name``; importing it imports no toolkit."""
+    backend: Backend = import_module(f"fastattn.backends.{_known(name)}").BACKEND
+    return backend
+
+
+@cache
+def unavailable(name: str) -> tuple[str, ...]:
+    """Why backend ``name`` cannot run in this process; empty when it can."""
+    return tuple(load_backend(name).available())
+
+
+@cache
+def op_table(name: str) -> Mapping[str, Op]:
+    """The ops of an available backend."""
+    return load_backend(name).ops()
+
+
+def reasons_against(name: str, op: str, signature: Any) -> list[str]:
+    """Every reason why backend ``name`` cannot run this call; empty when it can."""
+    backend = load_backend(name)
+    reasons = list(unavailable(name))
+    if signature.device.type not in backend.device_types:
+        accepted = ", ".join(backend.device_types)
+        reasons.insert(0, f"tensors are on {signature.device.type!r}, it runs on {accepted}")
+    if unavailable(name):
+        return reasons
+    kernel = op_table(name).get(op)
+    if kernel is None:
+        return [*reasons, f"it has no op {op!r}"]
+    reasons += [f"{f} is not supported" for f in sorted(signature.features - kernel.features)]
+    page_size = getattr(signature, "page_size", 0)
+    if page_size and kernel.page_sizes and page_size not in kernel.page_sizes:
+        reasons.append(f"page size {page_size}, it takes {', '.join(map(str, kernel.page_sizes))}")
+    return reasons + kernel.reasons(signature)
+
+
+def explain(op: str, args: OpArgs) -> dict[str, list[str]]:
+    """Reasons of every backend against this call, in dispatch order."""
+    signature = args.signature()
+    return {name: reasons_against(name, op, signature) for name in BACKENDS}
+
+
+def resolve(op: str, signature: Any, backend: str = "") -> tuple[str, Op]:
+    """(backend name, kernel) for a call. Raises UnsupportedError with every backend's reasons."""
+    candidates = (_known(backend),) if backend else AUTOMATIC
+    against = {}
+    for name in candidates:
+        against[name] = reasons_against(name, op, signature)
+        if not against[name]:
+            return name, op_table(name)[op]
+    lines = [f"  {name}: {'; '.join(why)}" for name, why in against.items()]
+    asked = f"backend {backend!r} was asked for" if backend else "no backend is left"
+    hint = "" if backend else "\n(backend='reference' computes any call in float64, slowly)"
+    raise UnsupportedError(f"{op}: {asked}, and cannot run this call:\n" + "\n".join(lines) + hint)
+
+
+def run(op: str, args: OpArgs, backend: str = "") -> Any:
+    """Runs the call on the backend that `resolve` picks."""
+    name = backend or _forced.get() or settings.backend
+    key = (op, args.signature(), name)
+    found = _resolved.get(key)
+    if found is None:
+        found = _resolved[key] = resolve(*key)
+    calls[found[0], op] += 1
+    return found[1].run(args)
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"no backend {name!r}; there are: {', '.join(BACKENDS)}")
+    return name

@@ -1,0 +1,264 @@
+"""flash_attn's functions, with its signatures and semantics: change the import and the model runs.
+
+Differences, both stated in the docstrings: nothing here has a backward pass or dropout (UnsupportedError),
+and the log-sum-exp of a query that sees no key is -inf where flash_attn gives +inf.
+Source of the signatures: flash_attn 2.8, ``flash_attn/flash_attn_interface.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import Window, attention
+from .ops import append_kv, rotary
+from .spec import UnsupportedError
+
+Result = Tensor | tuple[Tensor, Tensor, None]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """Attention of q (B, Sq, H, D) over k, v (B, Sk, Hkv, D); causal is bottom-right aligned.
+
+    Returns out (B, Sq, H, Dv), or with ``return_attn_probs`` (out, lse (B, H, Sq) float32, None): the
+    probabilities exist only under dropout. ``deterministic`` concerns the backward pass.
+    """
+    _no_dropout(dropout_p)
+    return _with_probs(
+        attention(
+            q, k, v, causal=causal, window=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+            scale=softmax_scale, return_lse=return_attn_probs,
+        )
+    )  # fmt: skip
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_func` with kv (B, Sk, 2, Hkv, D)."""
+    k, v = _unpack(kv, "kv", 2, 5)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_func` with qkv (B, S, 3, H, D)."""
+    q, k, v = _unpack(qkv, "qkv", 3, 5)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Result:
+    """Packed sequences: q (total_q, H, D), k and v (total_k, Hkv, D), int32 ``cu_seqlens`` (B + 1,).
+
+    With ``block_table`` (B, max_pages), k and v are pages (P, page, Hkv, D) and ``cu_seqlens_k`` gives
+    their lengths. ``return_attn_probs`` gives (out, lse (H, total_q), None).
+    """
+    _no_dropout(dropout_p)
+    paged = block_table is not None
+    return _with_probs(
+        attention(
+            q, k, v, causal=causal, window=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+            scale=softmax_scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=None if paged else cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, block_table=block_table,
+            cache_seqlens=cu_seqlens_k.diff() if paged else None, return_lse=return_attn_probs,
+        )
+    )  # fmt: skip
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` with kv (total_k, 2, Hkv, D)."""
+    k, v = _unpack(kv, "kv", 2, 4)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` with qkv (total, 3, H, D)."""
+    q, k, v = _unpack(qkv, "qkv", 3, 4)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: Tensor | int | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Appends k and v to the cache in place, then attends to it.
+
+    Args:
+        q: (B, Sq, H, D).
+        k_cache, v_cache: (B_cache, S_cache, Hkv, D), or pages (P, page, Hkv, D) with ``block_table``.
+        k, v: new (B, Snew, Hkv, D), written at ``cache_seqlens`` and on.
+        rotary_cos, rotary_sin: (max_position, rotary_dim / 2). Keys are rotated to their positions; queries
+            to theirs when causal or windowed, else all to ``cache_seqlens``.
+        cache_seqlens: int32 (B,) or int, keys present before the append; needed with k and with pages.
+        cache_batch_idx: int32 (B,), the cache row of each sequence. cache_leftpad: int32 (B,).
+        num_splits: a hint in flash_attn; backends choose theirs.
+
+    Returns:
+        out (B, Sq, H, Dv); with ``return_softmax_lse`` (out, lse (B, H, Sq) float32).
+    """
+    batch, q_len = q.shape[:2]
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    if (k is None) != (v is None):
+        raise ValueError("k and v: give both or neither")
+    if rotary_cos is not None and (k is None or rotary_sin is None):
+        raise ValueError("rotary_cos: needs rotary_sin, and new keys and values to append")
+    present = cache_seqlens
+    if k is not None and v is not None:
+        if cache_seqlens is None:
+            raise ValueError("cache_seqlens: needed to append k and v")
+        new = k.shape[1]
+        start = cache_seqlens.long()[:, None]
+        offset = 0 if cache_leftpad is None else cache_leftpad.long()[:, None]
+        steps = torch.arange(max(new, q_len), device=q.device)
+        slots = _slots(start + steps[:new], k_cache, cache_batch_idx, block_table)
+        positions = start - offset + steps
+        if rotary_cos is not None and rotary_sin is not None:
+            cos, sin = rotary_cos.float(), rotary_sin.float()
+            local = causal or tuple(window_size or (-1, -1)) not in ((-1, -1), (None, None))
+            q_positions = positions[:, :q_len] if local else positions[:, :1].expand(-1, q_len)
+            q = rotary(
+                q.flatten(0, 1), cos, sin, q_positions.flatten(), interleaved=rotary_interleaved
+            ).view_as(q)
+            append_kv(
+                k_cache, v_cache, k.flatten(0, 1), v.flatten(0, 1), slots, cos=cos, sin=sin,
+                positions=positions[:, :new].flatten(), interleaved=rotary_interleaved,
+            )  # fmt: skip
+        else:
+            append_kv(k_cache, v_cache, k.flatten(0, 1), v.flatten(0, 1), slots)
+        present = cache_seqlens + new
+    return attention(
+        q, k_cache, v_cache, causal=causal, window=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+        scale=softmax_scale, block_table=block_table, cache_seqlens=present,
+        cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, return_lse=return_softmax_lse,
+    )  # type: ignore[return-value]  # fmt: skip
+
+
+def _slots(rows: Tensor, cache: Tensor, batch_idx: Tensor | None, block_table: Tensor | None) -> Tensor:
+    """Flat cache slots (B * Snew,) of key index ``rows`` (B, Snew) of each sequence."""
+    page = cache.shape[1]
+    if block_table is not None:
+        return (block_table.long().gather(1, rows // page) * page + rows % page).flatten()
+    if batch_idx is None:
+        batch_idx = torch.arange(rows.shape[0], device=rows.device)
+    # A row past its cache would land in the next sequence's: send it past the end, where it is refused.
+    slots = batch_idx.long()[:, None] * page + rows
+    return slots.masked_fill(rows >= page, cache.shape[0] * page).flatten()
+
+
+def _unpack(packed: Tensor, name: str, parts: int, ndim: int) -> tuple[Tensor, ...]:
+    if packed.ndim != ndim or packed.shape[-3] != parts:
+        raise ValueError(f"{name}: {tuple(packed.shape)}, expected {ndim} dimensions with {parts} at -3")
+    return packed.unbind(-3)
+
+
+def _no_dropout(dropout_p: float) -> None:
+    if dropout_p:
+        raise UnsupportedError(f"dropout_p: {dropout_p}; fastattn is an inference library, pass 0.0")
+
+
+def _with_probs(result: Tensor | tuple[Tensor, Tensor]) -> Result:
+    return result if isinstance(result, Tensor) else (*result, None)

@@ -1,0 +1,262 @@
+"""fastattn's torch ops: schemas, fake kernels, and the functions that call them.
+
+Each op is one `torch.library` definition for all devices. Its implementation packs the arguments into
+the record of `spec`, and `dispatch.run` finds the backend. `fastattn::attention` is called through
+`fastattn.attention`, which validates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .spec import (
+    AppendKvArgs,
+    AttentionArgs,
+    LinearArgs,
+    MxPackArgs,
+    MxUnpackArgs,
+    PackedWeight,
+    RmsNormArgs,
+    RotaryArgs,
+    SwigluArgs,
+)
+
+_lib = torch.library.Library("fastattn", "DEF")
+_ops = torch.ops.fastattn
+
+
+def _define(schema: str, impl, fake) -> None:  # type: ignore[no-untyped-def]
+    name = schema.split("(", 1)[0]
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastattn::{name}", fake, lib=_lib)
+
+
+# ------------------------------------------------------------------------------------------ attention
+ATTENTION_SCHEMA = (
+    "attention(Tensor q, Tensor k, Tensor v, float scale, bool causal, int? window_left, int? window_right,"
+    " float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? attn_mask, Tensor? cu_seqlens_q,"
+    " Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table,"
+    " Tensor? seqused_k, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? q_pos0, Tensor? k_pos0,"
+    " str kv_layout, Tensor? k_scale, Tensor? v_scale, bool return_lse, str backend) -> (Tensor, Tensor)"
+)
+
+
+def call_attention(a: AttentionArgs, backend: str | None) -> tuple[Tensor, Tensor]:
+    """Runs a validated record as the torch op; the lse is empty unless asked for."""
+    out, lse = _ops.attention(*a[:5], *a.window, *a[6:], backend or "")
+    return out, lse
+
+
+def _attention(*flat) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    *head, backend = flat
+    args = AttentionArgs(*head[:5], (head[5], head[6]), *head[7:])
+    return dispatch.run("attention", args, backend)  # type: ignore[no-any-return]
+
+
+def _attention_fake(*flat) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    q, v, return_lse = flat[0], flat[2], flat[-2]
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    if not return_lse:
+        return out, q.new_empty((0,), dtype=torch.float32)
+    *lead, heads, _ = q.shape
+    shape = (lead[0], heads, lead[1]) if len(lead) == 2 else (heads, lead[0])
+    return out, q.new_empty(shape, dtype=torch.float32)
+
+
+_define(ATTENTION_SCHEMA, _attention, _attention_fake)
+
+
+# ------------------------------------------------------------------------------------------ KV append
+def append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    kv_layout: str = "nhd",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Writes ``k`` and ``v`` (N, Hkv, D) into a cache at ``slots``, in place; see `spec.AppendKvArgs`."""
+    if k.shape[0] != slots.shape[0] or v.shape[0] != slots.shape[0]:
+        raise ValueError(f"slots: {slots.shape[0]} of them for {k.shape[0]} keys and {v.shape[0]} values")
+    if (cos is None) != (sin is None) or (cos is None) != (positions is None):
+        raise ValueError("cos, sin and positions: give all three or none")
+    _ops.append_kv(
+        k_cache, v_cache, k, v, slots, cos, sin, positions, interleaved, kv_layout, k_scale, v_scale, backend or ""
+    )  # fmt: skip
+
+
+def _append_kv(*flat) -> None:  # type: ignore[no-untyped-def]
+    dispatch.run("append_kv", AppendKvArgs(*flat[:-1]), flat[-1])
+
+
+_define(
+    "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slots, Tensor? cos,"
+    " Tensor? sin, Tensor? positions, bool interleaved, str kv_layout, Tensor? k_scale, Tensor? v_scale,"
+    " str backend) -> ()",
+    _append_kv,
+    lambda *flat: None,
+)
+
+
+# --------------------------------------------------------------------------------------------- rotary
+def rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    interleaved: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """``x`` (N, heads, D) rotated to ``positions`` (N,); see `spec.RotaryArgs`."""
+    if 2 * cos.shape[-1] > x.shape[-1] or cos.shape != sin.shape:
+        raise ValueError(f"cos, sin: {tuple(cos.shape)}, {tuple(sin.shape)} for head_dim {x.shape[-1]}")
+    return _ops.rotary(x, cos, sin, positions, interleaved, backend or "")  # type: ignore[no-any-return]
+
+
+_define(
+    "rotary(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool interleaved, str backend) -> Tensor",
+    lambda *flat: dispatch.run("rotary", RotaryArgs(*flat[:-1]), flat[-1]),
+    lambda x, *rest: x.new_empty(x.shape),
+)
+
+
+# -------------------------------------------------------------------------------------- norm and gate
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of ``x + residual`` and that sum (empty without a residual); see `spec.RmsNormArgs`."""
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual: {tuple(residual.shape)}, expected {tuple(x.shape)}")
+    normed, total = _ops.rms_norm(x, weight, eps, residual, backend or "")
+    return normed, total
+
+
+_define(
+    "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual, str backend) -> (Tensor, Tensor)",
+    lambda *flat: dispatch.run("rms_norm", RmsNormArgs(*flat[:-1]), flat[-1]),
+    lambda x, w, eps, residual, backend: (
+        x.new_empty(x.shape),
+        x.new_empty((0,) if residual is None else x.shape),
+    ),
+)
+
+
+def swiglu(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """``silu(gate) * up`` of ``x`` (N, 2 F), gate first."""
+    if x.shape[-1] % 2:
+        raise ValueError(f"x: last dimension {x.shape[-1]} is odd, expected gate and up of equal width")
+    return _ops.swiglu(x, backend or "")  # type: ignore[no-any-return]
+
+
+_define(
+    "swiglu(Tensor x, str backend) -> Tensor",
+    lambda x, backend: dispatch.run("swiglu", SwigluArgs(x), backend),
+    lambda x, backend: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
+)
+
+
+# --------------------------------------------------------------------------------------------- linear
+def linear(x: Tensor, weight: PackedWeight, *, act: str = "", backend: str | None = None) -> Tensor:
+    """``x`` (N, in) times a packed weight (out, in), plus its bias; returns (N, out) in x's dtype."""
+    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x: {tuple(x.shape)}, expected (N, {weight.shape[1]})")
+    if act not in ("", "int8"):
+        raise ValueError(f"act: {act!r}, expected '' or 'int8'")
+    w = weight
+    return _ops.linear(  # type: ignore[no-any-return]
+        x, list(w.tensors.values()), ",".join(w.tensors), w.format, *w.shape, w.group_size, w.group_offset,
+        w.g_idx, w.x_perm, w.bias, act, backend or "",
+    )  # fmt: skip
+
+
+def _linear(x, tensors, names, fmt, out, inn, group_size, group_offset, g_idx, x_perm, bias, act, backend):  # type: ignore[no-untyped-def]
+    named = dict(zip(names.split(","), tensors, strict=True))
+    weight = PackedWeight(fmt, (out, inn), named, group_size, group_offset, g_idx, x_perm, bias)
+    return dispatch.run("linear", LinearArgs(x, weight, act), backend)
+
+
+_define(
+    "linear(Tensor x, Tensor[] tensors, str names, str format, int out, int inn, int group_size,"
+    " int group_offset, Tensor? g_idx, Tensor? x_perm, Tensor? bias, str act, str backend) -> Tensor",
+    _linear,
+    lambda x, tensors, names, fmt, out, *rest: x.new_empty((x.shape[0], out)),
+)
+
+
+# ------------------------------------------------------------------------------------------------- MX
+MX_BITS = {"e2m1": 4, "e2m3": 6, "e3m2": 6, "e4m3": 8, "e5m2": 8, "int8": 8}
+MX_SCALES = ("floor", "even", "ceil")
+
+
+def _mx_shapes(lead: torch.Size, n: int, element: str, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (*lead, (n * MX_BITS[element] + 7) // 8), (*lead, (n + block - 1) // block)
+
+
+def _check_mx(element: str, block: int) -> None:
+    if element not in MX_BITS:
+        raise ValueError(f"element: {element!r}, expected one of {', '.join(MX_BITS)}")
+    if block < 1:
+        raise ValueError(f"block: {block}, expected a positive number")
+
+
+def mx_pack(
+    x: Tensor, element: str, block: int = 32, scale: str = "floor", *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """(codes, scales), both uint8, of ``x`` (..., n) in MX format; see `spec.MxPackArgs`."""
+    _check_mx(element, block)
+    if scale not in MX_SCALES:
+        raise ValueError(f"scale: {scale!r}, expected one of {', '.join(MX_SCALES)}")
+    codes, scales = _ops.mx_pack(x, element, block, scale, backend or "")
+    return codes, scales
+
+
+def mx_unpack(
+    codes: Tensor,
+    scales: Tensor,
+    element: str,
+    n: int,
+    block: int = 32,
+    dtype: torch.dtype = torch.float32,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The values (..., n) that `mx_pack` kept."""
+    _check_mx(element, block)
+    expected = _mx_shapes(codes.shape[:-1], n, element, block)
+    if (tuple(codes.shape), tuple(scales.shape)) != expected:
+        raise ValueError(f"codes, scales: {tuple(codes.shape)}, {tuple(scales.shape)}, expected {expected}")
+    return _ops.mx_unpack(codes, scales, element, block, n, dtype, backend or "")  # type: ignore[no-any-return]
+
+
+def _mx_pack_fake(x, element, block, scale, backend):  # type: ignore[no-untyped-def]
+    codes, scales = _mx_shapes(x.shape[:-1], x.shape[-1], element, block)
+    return x.new_empty(codes, dtype=torch.uint8), x.new_empty(scales, dtype=torch.uint8)
+
+
+_define(
+    "mx_pack(Tensor x, str element, int block, str scale, str backend) -> (Tensor, Tensor)",
+    lambda *flat: dispatch.run("mx_pack", MxPackArgs(*flat[:-1]), flat[-1]),
+    _mx_pack_fake,
+)
+_define(
+    "mx_unpack(Tensor codes, Tensor scales, str element, int block, int n, ScalarType dtype, str backend)"
+    " -> Tensor",
+    lambda *flat: dispatch.run("mx_unpack", MxUnpackArgs(*flat[:-1]), flat[-1]),
+    lambda codes, scales, element, block, n, dtype, backend: codes.new_empty(
+        (*codes.shape[:-1], n), dtype=dtype
+    ),
+)

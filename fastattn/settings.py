@@ -1,0 +1,69 @@
+"""Every environment variable of fastattn, declared, typed and parsed in one place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def _flag(text: str) -> bool:
+    values = {"0": False, "": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
+    return values[text.lower()]
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+def _variable(default: Any, name: str, parse: Callable[[str], Any], accepted: str, doc: str) -> Any:
+    return field(default=default, metadata={"name": name, "parse": parse, "accepted": accepted, "doc": doc})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Process-wide defaults; an argument of a call always wins over them."""
+
+    backend: str = _variable(
+        "", "FASTATTN_BACKEND", str, "a backend's name", "use this backend or refuse, for every op"
+    )
+    cpu_isa: str = _variable(
+        "", "FASTATTN_CPU_ISA", str, "a name listed by `fastattn info`", "instruction set of the CPU kernels"
+    )
+    strict: bool = _variable(
+        False,
+        "FASTATTN_STRICT",
+        _flag,
+        "0 or 1",
+        "check indices that live on a device (page tables, lengths) before launch; costs a synchronisation",
+    )
+    timeout_s: float = _variable(
+        60.0, "FASTATTN_TIMEOUT", _seconds, "seconds > 0", "how long a rank waits for another"
+    )
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+        """Raises ValueError that names the variable, what it was and what is accepted."""
+        values = {}
+        for f in fields(cls):
+            text = environ.get(f.metadata["name"])
+            if text is None:
+                continue
+            try:
+                values[f.name] = f.metadata["parse"](text)
+            except (ValueError, KeyError):
+                name, accepted = f.metadata["name"], f.metadata["accepted"]
+                raise ValueError(f"environment variable {name}={text!r}: expected {accepted}") from None
+        return cls(**values)
+
+    @classmethod
+    def describe(cls) -> list[tuple[str, str, str]]:
+        """(variable, accepted values, meaning) of each setting."""
+        return [(f.metadata["name"], f.metadata["accepted"], f.metadata["doc"]) for f in fields(cls)]
+
+
+settings = Settings.from_env(os.environ)
