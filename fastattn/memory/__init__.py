@@ -1,0 +1,1 @@
+"""KV caches and, later, where weights live."""

@@ -1,0 +1,139 @@
+"""A paged KV cache: fixed-size pages from one pool, a page list per sequence.
+
+Pages make memory follow the tokens that exist, whatever the mix of sequence lengths (PagedAttention,
+arXiv 2309.06180). All layers share one page numbering, so a forward computes its slots once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..ops import append_kv
+from ..spec import CacheFull, KvPart, KvStep
+
+
+@dataclass
+class _Sequence:
+    length: int = 0
+    pages: list[int] = field(default_factory=list)
+
+
+class PagedKvCache:
+    """Keys and values of many sequences over all layers, resident on one device.
+
+    Args:
+        num_layers: of the model.
+        num_pages: pages in the pool; the memory is committed as pages are first written.
+        page_size: tokens a page.
+        kv_heads: KV heads of this rank. head_dim, v_head_dim: of keys and values.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        v_head_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if page_size < 1 or num_pages < 0:
+            raise ValueError(f"page_size, num_pages: {page_size}, {num_pages}, expected at least 1 and 0")
+        shape = (num_layers, num_pages, page_size, kv_heads)
+        self.page_size = page_size
+        self.keys = torch.empty((*shape, head_dim), dtype=dtype, device=device)
+        self.values = torch.empty((*shape, v_head_dim or head_dim), dtype=dtype, device=device)
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._sequences: dict[int, _Sequence] = {}
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence holds."""
+        return len(self._free)
+
+    def length(self, seq: int) -> int:
+        """Tokens present of sequence ``seq``; 0 when it is unknown."""
+        known = self._sequences.get(seq)
+        return known.length if known else 0
+
+    def reserve(self, seqs: Sequence[int], new: Sequence[int]) -> KvStep:
+        """Room for ``new[b]`` more tokens of each sequence; unknown sequences begin here.
+
+        Raises CacheFull, with nothing changed, when the pool has too few free pages.
+        """
+        if len(seqs) != len(new) or len(set(seqs)) != len(seqs) or any(n < 0 for n in new):
+            raise ValueError(f"seqs, new: {list(seqs)}, {list(new)}, expected distinct sequences and counts >= 0")
+        lengths = [self.length(s) for s in seqs]
+        wanted = [
+            -(-(have + n) // self.page_size) - len(self._pages(s))
+            for s, have, n in zip(seqs, lengths, new, strict=True)
+        ]
+        if sum(wanted) > len(self._free):
+            tokens = self.keys.shape[1] * self.page_size
+            raise CacheFull(
+                f"the KV cache of {tokens} tokens has {len(self._free)} free pages of {self.page_size}, "
+                f"{sum(wanted)} are needed"
+            )
+        for seq, pages, n in zip(seqs, wanted, new, strict=True):
+            entry = self._sequences.setdefault(seq, _Sequence())
+            entry.pages += [self._free.pop() for _ in range(pages)]
+            entry.length += n
+        return self._step(seqs, lengths, new)
+
+    def append(self, layer: int, step: KvStep, k: Tensor, v: Tensor) -> None:
+        """Writes the step's new keys and values (total, Hkv, D) of one layer."""
+        append_kv(self.keys[layer], self.values[layer], k, v, step.slots)
+
+    def parts(self, layer: int, step: KvStep) -> tuple[KvPart, ...]:
+        """One part: everything is here."""
+        return (KvPart(self.keys[layer], self.values[layer], step.block_table, step.seqused, None),)
+
+    def truncate(self, seq: int, length: int) -> None:
+        """Forgets the tokens of ``seq`` from ``length`` on."""
+        entry = self._sequences[seq]
+        if not 0 <= length <= entry.length:
+            raise ValueError(f"length: {length}, sequence {seq} has {entry.length} tokens")
+        keep = -(-length // self.page_size)
+        self._free += reversed(entry.pages[keep:])
+        del entry.pages[keep:]
+        entry.length = length
+
+    def free(self, seq: int) -> None:
+        """Forgets ``seq``; its pages return to the pool."""
+        self.truncate(seq, 0)
+        del self._sequences[seq]
+
+    def _pages(self, seq: int) -> list[int]:
+        known = self._sequences.get(seq)
+        return known.pages if known else []
+
+    def _step(self, seqs: Sequence[int], lengths: Sequence[int], new: Sequence[int]) -> KvStep:
+        device = self.keys.device
+        used = [have + n for have, n in zip(lengths, new, strict=True)]
+        width = max((len(self._pages(s)) for s in seqs), default=0)
+        table = [self._pages(s) + [0] * (width - len(self._pages(s))) for s in seqs]
+        block_table = torch.tensor(table, dtype=torch.int32).view(len(seqs), width)
+        positions = torch.cat(
+            [torch.arange(lo, hi) for lo, hi in zip(lengths, used, strict=True)] or [torch.arange(0)]
+        )
+        rows = torch.repeat_interleave(torch.tensor(new, dtype=torch.int64))
+        pages = block_table[rows, positions // self.page_size].long()
+        return KvStep(
+            seqs=tuple(seqs),
+            new=tuple(new),
+            cu_seqlens=torch.tensor([0, *accumulate(new)], dtype=torch.int32, device=device),
+            positions=positions.to(device),
+            slots=(pages * self.page_size + positions % self.page_size).to(device),
+            seqused=torch.tensor(used, dtype=torch.int32, device=device),
+            block_table=block_table.to(device),
+            max_new=max(new, default=0),
+            max_used=max(used, default=0),
+        )

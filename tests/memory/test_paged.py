@@ -1,0 +1,171 @@
+"""The paged cache against plain lists of tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastattn import CacheFull, use_backend
+from fastattn.memory.attend import attend, narrow
+from fastattn.memory.paged import PagedKvCache
+from fastattn.spec import KvCache, KvPart, KvStep
+
+HEADS, DIM = 2, 4
+
+
+def cache_of(pages: int, page_size: int, layers: int = 1) -> PagedKvCache:
+    return PagedKvCache(layers, pages, page_size, HEADS, DIM)
+
+
+def write(cache: PagedKvCache, step: KvStep, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    k, v = (torch.randn(step.slots.shape[0], HEADS, DIM, generator=generator) for _ in range(2))
+    with use_backend("sdpa"):
+        cache.append(0, step, k, v)
+    return k, v
+
+
+def read(part: KvPart, row: int) -> torch.Tensor:
+    pages = part.block_table[row].long()
+    return part.k[pages].flatten(0, 1)[: int(part.seqused[row])]
+
+
+def test_is_a_kv_cache() -> None:
+    assert isinstance(cache_of(1, 1), KvCache)
+
+
+@settings(max_examples=60)
+@given(
+    page_size=st.integers(1, 5),
+    moves=st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from(["grow", "free", "truncate"]), st.integers(0, 7)),
+        max_size=25,
+    ),
+)
+def test_holds_what_was_written(page_size: int, moves: list[tuple[int, str, int]]) -> None:
+    cache, pages = cache_of(12, page_size), 12
+    wanted: dict[int, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for seq, move, n in moves:
+        if move == "grow":
+            have = wanted.get(seq, torch.empty(0, HEADS, DIM))
+            try:
+                step = cache.reserve([seq], [n])
+            except CacheFull:
+                held = sum(-(-len(t) // page_size) for s, t in wanted.items() if s != seq)
+                assert held + -(-(len(have) + n) // page_size) > pages
+                continue
+            k, _ = write(cache, step, generator)
+            wanted[seq] = torch.cat([have, k])
+        elif seq in wanted and move == "free":
+            cache.free(seq)
+            del wanted[seq]
+        elif seq in wanted:
+            length = min(n, len(wanted[seq]))
+            cache.truncate(seq, length)
+            wanted[seq] = wanted[seq][:length]
+        assert cache.free_pages == pages - sum(-(-len(t) // page_size) for t in wanted.values())
+    for seq, tokens in wanted.items():
+        assert cache.length(seq) == len(tokens)
+        part = cache.parts(0, cache.reserve([seq], [0]))[0]
+        assert torch.equal(read(part, 0), tokens)
+
+
+def test_full_cache_changes_nothing() -> None:
+    cache = cache_of(3, 4)
+    cache.reserve([0, 1], [4, 3])
+    with pytest.raises(CacheFull, match="1 free pages of 4, 2 are needed"):
+        cache.reserve([1, 2], [2, 4])
+    assert (cache.length(1), cache.length(2), cache.free_pages) == (3, 0, 1)
+
+
+@pytest.mark.parametrize(("seqs", "new"), [([0, 0], [1, 1]), ([0], [1, 2]), ([0], [-1])])
+def test_bad_reservations(seqs: list[int], new: list[int]) -> None:
+    with pytest.raises(ValueError, match="seqs, new"):
+        cache_of(4, 4).reserve(seqs, new)
+
+
+def test_bad_truncation() -> None:
+    cache = cache_of(4, 4)
+    cache.reserve([7], [3])
+    with pytest.raises(ValueError, match="sequence 7 has 3 tokens"):
+        cache.truncate(7, 4)
+
+
+def grown(lengths: list[int], new: list[int]) -> tuple[PagedKvCache, KvStep, torch.Generator]:
+    """A cache with ``lengths`` tokens present and a step of ``new`` more, those not yet written."""
+    generator = torch.Generator().manual_seed(1)
+    cache = cache_of(64, 4)
+    seqs = list(range(len(lengths)))
+    write(cache, cache.reserve(seqs, lengths), generator)
+    return cache, cache.reserve(seqs, new), generator
+
+
+@pytest.mark.parametrize("cuts", [[0, 11], [0, 1, 11], [0, 3, 5, 9, 11], list(range(12))])
+@pytest.mark.parametrize("window", [None, (2, None)], ids=["full", "window"])
+def test_row_tiles_equal_the_whole(cuts: list[int], window: tuple[int, None] | None) -> None:
+    """Appending and attending tile by tile gives what the whole step gives: no tile sees a later key."""
+    cache, step, generator = grown([3, 0, 6], [5, 4, 2])
+    total = step.slots.shape[0]
+    q = torch.randn(total, 2 * HEADS, DIM, generator=generator)
+    k, v = (torch.randn(total, HEADS, DIM, generator=generator) for _ in range(2))
+    with use_backend("reference"):
+        cache.append(0, step, k, v)
+        whole = attend(cache, 0, step, q, window=window)
+        cache.keys[0].view(-1, HEADS, DIM)[step.slots] = torch.nan  # a key read too early would show
+        tiles = []
+        for lo, hi in zip(cuts, cuts[1:], strict=False):
+            tile = narrow(step, lo, hi)
+            cache.append(0, tile, k[lo:hi], v[lo:hi])
+            tiles.append(attend(cache, 0, tile, q[lo:hi], window=window))
+    torch.testing.assert_close(torch.cat(tiles), whole, rtol=0, atol=1e-6)
+
+
+class SplitCache:
+    """The same cache, shown in two parts: by tokens at ``at`` or by heads."""
+
+    def __init__(self, cache: PagedKvCache, by: str, at: int) -> None:
+        self.cache, self.by, self.at, self.page_size = cache, by, at, cache.page_size
+
+    def parts(self, layer: int, step: KvStep) -> tuple[KvPart, ...]:
+        (whole,) = self.cache.parts(layer, step)
+        if self.by == "heads":
+            return tuple(
+                whole._replace(k=whole.k[:, :, h : h + 1], v=whole.v[:, :, h : h + 1], heads=slice(h, h + 1))
+                for h in range(HEADS)
+            )
+        page = self.page_size
+        zeros = torch.zeros_like(whole.seqused)
+        head = whole._replace(
+            block_table=whole.block_table[:, : self.at],
+            seqused=whole.seqused.clamp(max=self.at * page),
+            pos0=zeros,
+        )
+        tail = whole._replace(
+            block_table=whole.block_table[:, self.at :],
+            seqused=(whole.seqused - self.at * page).clamp(min=0),
+            pos0=zeros + self.at * page,
+        )
+        return head, tail
+
+
+@pytest.mark.parametrize("by", ["tokens", "heads"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sinks": True}, {"alibi_slopes": True}, {"window": (3, None)}],
+    ids=["plain", "sinks", "alibi", "window"],
+)
+def test_parts_merge_to_the_whole(by: str, options: dict) -> None:
+    cache, step, generator = grown([9, 0, 14], [3, 4, 1])
+    total = step.slots.shape[0]
+    q = torch.randn(total, 2 * HEADS, DIM, generator=generator)
+    if options.get("sinks"):
+        options = {"sinks": torch.randn(2 * HEADS, generator=generator)}
+    if options.get("alibi_slopes"):
+        options = {"alibi_slopes": torch.rand(2 * HEADS, generator=generator)}
+    write(cache, step, generator)
+    with use_backend("reference"):
+        whole = attend(cache, 0, step, q, **options)
+        parts = attend(SplitCache(cache, by, at=2), 0, step, q, **options)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-6)

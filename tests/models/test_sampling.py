@@ -1,0 +1,84 @@
+"""Sampling and stop texts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastattn.models.sampling import Sampler, SamplingParams, StopText
+
+LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0]])
+
+
+def frequencies(params: SamplingParams, draws: int = 4000) -> torch.Tensor:
+    sampler = Sampler(params, 1)
+    tokens = sampler(LOGITS.expand(draws, -1), [0] * draws)
+    return torch.bincount(torch.tensor(tokens), minlength=5) / draws
+
+
+def test_greedy() -> None:
+    assert Sampler(SamplingParams(), 1)(LOGITS, [0]) == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature(temperature: float) -> None:
+    found = frequencies(SamplingParams(temperature=temperature))
+    wanted = (LOGITS[0] / temperature).softmax(-1)
+    # Five standard deviations of a binomial share.
+    assert ((found - wanted).abs() < 5 * (wanted * (1 - wanted) / 4000).sqrt() + 1e-3).all()
+
+
+def test_top_k() -> None:
+    found = frequencies(SamplingParams(temperature=1.0, top_k=2))
+    assert (found > 0).tolist() == [False, True, False, True, False]
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
+    p = LOGITS[0].softmax(-1)
+    two = float(p[1] + p[3])
+    assert (frequencies(SamplingParams(temperature=1.0, top_p=two - 1e-3)) > 0).sum() == 2
+    assert (frequencies(SamplingParams(temperature=1.0, top_p=two + 1e-3)) > 0).sum() == 3
+    assert (frequencies(SamplingParams(temperature=1.0, top_p=1e-9)) > 0).tolist() == [0, 1, 0, 0, 0]
+
+
+def test_a_sequence_draws_the_same_in_any_batch() -> None:
+    params = SamplingParams(temperature=1.0, seed=3)
+    alone, together = Sampler(params, 2), Sampler(params, 2)
+    for _ in range(10):
+        pair = together(LOGITS.expand(2, -1), [0, 1])
+        assert alone(LOGITS, [1]) == pair[1:]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -1.0),
+        ("temperature", float("inf")),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("stop", ("",)),
+    ],
+)
+def test_bad_parameters(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{field}:"):
+        SamplingParams(**{field: value})
+
+
+@given(st.lists(st.text("abc", max_size=4)), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_stop_text_shows_exactly_what_precedes_the_first_stop(pieces: list[str], stops: list[str]) -> None:
+    matcher, shown, seen = StopText(stops), "", ""
+    for piece in pieces:
+        seen += piece
+        shown += matcher.push(piece)
+        at = [seen.find(s) for s in stops if s in seen]
+        assert matcher.stopped == bool(at)
+        if at:
+            assert shown == seen[: min(at)]
+            return
+        assert seen.startswith(shown)
+    assert shown + matcher.push("", last=True) == seen
