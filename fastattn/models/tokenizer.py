@@ -1,0 +1,140 @@
+"""Text to token ids and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..spec import CheckpointError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from .chat import ChatTemplate
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are not (yet) UTF-8
+
+
+class Tokenizer:
+    """The tokenizer of a model, on top of a `tokenizers.Tokenizer`.
+
+    ``vocab_size`` counts its own tokens and may be below the model's, whose matrices are often padded.
+    """
+
+    def __init__(
+        self,
+        path: object,
+        core: tokenizers.Tokenizer,
+        *,
+        bos_id: int | None,
+        eos_ids: tuple[int, ...],
+        special_tokens: Mapping[str, str],
+        chat_template: str | None,
+    ) -> None:
+        """``special_tokens``: the texts that a chat template may name (bos_token, eos_token, ...)."""
+        self.path = path
+        self.bos_id, self.eos_ids = bos_id, eos_ids
+        self._core = core
+        # A file may ask for padding to a billion tokens; neither belongs to encoding one text.
+        core.no_padding()
+        core.no_truncation()
+        self.vocab_size: int = core.get_vocab_size(with_added_tokens=True)
+        self._special_tokens = dict(special_tokens)
+        self._template_source = chat_template
+        self._template: ChatTemplate | None = None
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of ``text``. Special tokens written out in the text are recognized.
+
+        ``add_special`` adds what the tokenizer puts around a text, such as a beginning-of-text token; that
+        one is not doubled when the text, as that of chat templates often does, begins with it.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text: not Unicode, {error}") from error
+        with panics(self.path, "the tokenizer failed to encode"):
+            ids: list[int] = self._core.encode(text, add_special_tokens=add_special).ids
+        doubled = add_special and self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]
+        return ids[1:] if doubled else ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of token ids; ids beyond the vocabulary have none."""
+        listed = [int(i) for i in ids]
+        if listed and not 0 <= min(listed) <= max(listed) < 1 << 32:
+            raise ValueError(f"ids: from {min(listed)} to {max(listed)}, expected token ids")
+        with panics(self.path, "the tokenizer failed to decode"):
+            text: str = self._core.decode(listed, skip_special_tokens=skip_special)
+        return text
+
+    def stream(self) -> Stream:
+        """A detokenizer for ids that arrive one by one."""
+        return Stream(self.decode)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its exact text."""
+        found: int | None = self._core.token_to_id(token)
+        return found
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation, by the model's own chat template.
+
+        ``messages``: mappings with "role" and "content". Raises `CheckpointError` when the model has no
+        template or a broken one, ValueError with the template's words when it refuses the messages.
+        """
+        if self._template is None:
+            if self._template_source is None:
+                raise CheckpointError(self.path, "has no chat template; give a plain prompt instead")
+            from .chat import ChatTemplate
+
+            self._template = ChatTemplate(self.path, self._template_source)
+        return self._template.render(messages, add_generation_prompt, self._special_tokens)
+
+
+class Stream:
+    """Incremental detokenizer: its pieces make the decoded whole, cut where characters are complete.
+
+    A token may end inside a character, and a decoder may treat a token by the ones before it. So the new
+    text is the difference of two decodings that begin at the tokens of the last piece.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []  # of the last piece, then those not given out yet
+        self._given = 0  # how many of them belong to the last piece
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` completes, often "" within a character of several bytes."""
+        self._ids.append(token)
+        return self._next(final=False)
+
+    def flush(self) -> str:
+        """What is left at the end; bytes that never became a character come out as U+FFFD."""
+        return self._next(final=True)
+
+    def _next(self, final: bool) -> str:
+        before = self._decode(self._ids[: self._given])
+        text = self._decode(self._ids)
+        piece = text[len(before) :]
+        if not piece or (piece.endswith(_INCOMPLETE) and not final):
+            return ""
+        self._ids = self._ids[self._given :]
+        self._given = len(self._ids)
+        return piece
+
+
+@contextmanager
+def panics(path: object, what: str, tensor: str = "") -> Iterator[None]:
+    """Turns every failure of the `tokenizers` library, a Rust panic too, into a CheckpointError.
+
+    The library raises plain Exception for bad files and pyo3's PanicException, a BaseException, for the rest.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(path, f"{what}: {str(error)[:300]}", tensor) from error

@@ -1,0 +1,138 @@
+"""Generation: batches, chunks, stops, streaming, limits. On a small model with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.models import generate as module
+from fastattn.models.generate import Model
+from fastattn.models.sampling import SamplingParams
+from tests.models.builders import hf_model, save_hf
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return fastattn.load(save_hf(hf_model("mistral", seed=5), tmp_path_factory.mktemp("model")))
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(6)
+    return [torch.randint(3, 320, (n,), generator=generator).tolist() for n in lengths]
+
+
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+
+
+def test_a_batch_of_unequal_prompts_equals_each_alone(model: Model) -> None:
+    batch = prompts(1, 40, 7, 33)
+    together = model.generate(batch, GREEDY)
+    for prompt, done in zip(batch, together, strict=True):
+        (alone,) = model.generate([prompt], GREEDY)
+        assert (done.prompt_ids, done.token_ids, done.text) == (prompt, alone.token_ids, alone.text)
+        assert (done.finish_reason, len(done.token_ids)) == ("length", 12)
+        assert 0 < done.ttft_s <= done.latency_s
+
+
+@pytest.mark.parametrize("limit", [1, 5, 16])
+def test_prefill_in_chunks_equals_prefill_at_once(
+    model: Model, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = prompts(3, 21, 16)
+    wanted = [c.token_ids for c in model.generate(batch, GREEDY)]
+    monkeypatch.setattr(module, "PREFILL_TOKENS", limit)
+    assert [c.token_ids for c in model.generate(batch, GREEDY)] == wanted
+
+
+@pytest.mark.parametrize(("lengths", "limit"), [([3, 21, 16], 5), ([8, 8], 8), ([1], 9), ([7, 0, 2], 3)])
+def test_chunks_cover_everything_in_order(lengths: list[int], limit: int) -> None:
+    chunks = module._chunks(lengths, limit)
+    assert all(0 < sum(hi - lo for _, lo, hi in chunk) <= limit for chunk in chunks)
+    rows = [(seq, i) for chunk in chunks for seq, lo, hi in chunk for i in range(lo, hi)]
+    assert rows == [(seq, i) for seq, n in enumerate(lengths) for i in range(n)]
+
+
+def test_streamed_text_is_the_text(model: Model) -> None:
+    seen: dict[int, list] = {0: [], 1: []}
+    done = model.generate(prompts(4, 9), GREEDY, on_token=lambda s, t, text: seen[s].append((t, text)))
+    for seq, c in enumerate(done):
+        assert [t for t, _ in seen[seq]] == c.token_ids
+        assert "".join(text for _, text in seen[seq]) == c.text
+        assert c.text == model.tokenizer.decode(c.token_ids)
+
+
+def test_seeds(model: Model) -> None:
+    batch = prompts(5, 5)
+    random = SamplingParams(max_tokens=12, temperature=1.5, seed=1, ignore_eos=True)
+    first, again = (
+        [c.token_ids for c in model.generate([batch[0], batch[0]], random)] for _ in range(2)
+    )
+    assert first == again
+    assert first[0] != first[1], "sequences of a batch draw from streams of their own"
+    other = SamplingParams(max_tokens=12, temperature=1.5, seed=2, ignore_eos=True)
+    assert [c.token_ids for c in model.generate([batch[0]], other)] == first[1:]
+
+
+def test_end_token_stops_and_is_not_part_of_the_completion(model: Model) -> None:
+    (prompt,) = prompts(6)
+    (free,) = model.generate([prompt], GREEDY)
+    end = free.token_ids[5]
+    at = free.token_ids.index(end)
+    ended = Model(
+        model.config.__class__(**{**vars(model.config), "eos_ids": (end,)}),
+        model.tokenizer, model.decoder, model.group, model.dtype,
+    )  # fmt: skip
+    # The other sequence goes on after this one has ended.
+    done, other = ended.generate([prompt, prompts(1, 11)[1]], SamplingParams(max_tokens=12))
+    assert (done.token_ids, done.finish_reason) == (free.token_ids[:at], "stop")
+    assert other.finish_reason == "length" or other.token_ids.count(end) == 0
+
+
+def test_stop_text(model: Model) -> None:
+    (prompt,) = prompts(6)
+    (free,) = model.generate([prompt], GREEDY)
+    stop = free.text[4:7]
+    shown: list[str] = []
+    params = SamplingParams(max_tokens=12, ignore_eos=True, stop=(stop,))
+    (done,) = model.generate([prompt], params, on_token=lambda s, t, text: shown.append(text))
+    assert done.text == "".join(shown) == free.text[: free.text.index(stop)]
+    assert done.finish_reason == "stop"
+    assert len(done.token_ids) < len(free.token_ids)
+
+
+def test_the_context_limits_a_completion(model: Model) -> None:
+    context = model.config.max_position
+    (prompt,) = prompts(context - 3)
+    (done,) = model.generate([prompt], SamplingParams(max_tokens=50, ignore_eos=True))
+    assert (len(done.token_ids), done.finish_reason) == (3, "length")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "no tokens"),
+        ("", "no tokens"),
+        ([5] * 512, "512 tokens, the model's context is 512"),
+        ([320], "outside the vocabulary of 320"),
+        ([-1], "outside the vocabulary"),
+    ],
+    ids=["empty", "empty-text", "long", "large-id", "negative-id"],
+)
+def test_bad_prompts(model: Model, prompt: object, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"prompts\[1\]: .*{message}"):
+        model.generate([[5], prompt], GREEDY)
+
+
+def test_no_prompts(model: Model) -> None:
+    assert model.generate([], GREEDY) == []
+
+
+def test_unknown_dtype(tmp_path: Path) -> None:
+    directory = save_hf(hf_model("llama"), tmp_path)
+    with pytest.raises(ValueError, match="dtype: 'fp8', expected auto, float32"):
+        fastattn.load(directory, dtype="fp8")
+    with pytest.raises(ValueError, match=r"dtype: torch\.int8"):
+        fastattn.load(directory, dtype=torch.int8)
