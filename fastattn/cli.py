@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from dataclasses import asdict
 
 from . import __version__, info
 from .parallel import group as ranks
-from .spec import CacheFull, CheckpointError, SyncError, TPGroup, UnsupportedError
+from .spec import CacheFull, SyncError, TPGroup
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,13 +62,17 @@ def _shares(text: str) -> list[float]:
 def _generate(args: argparse.Namespace) -> int:
     group = ranks.single()
     try:
+        if not args.prompt and os.environ.get("RANK", "0") == "0":
+            args.prompt = [sys.stdin.read().removesuffix("\n")]  # before other ranks begin to wait for us
         group = ranks.init(args.timeout, args.split)
         _run(args, group)
-    except (CheckpointError, SyncError, UnsupportedError, CacheFull, ValueError) as error:
+        if not ranks.shutdown(group):
+            raise SyncError(group.rank, "shutdown", "an exchange still hangs")
+    except (SyncError, CacheFull, ValueError) as error:
         ranks.abort(group, error)
     except KeyboardInterrupt:
         return 130
-    return 0 if ranks.shutdown(group) else 1
+    return 0
 
 
 def _run(args: argparse.Namespace, group: TPGroup) -> None:
@@ -108,14 +113,10 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
 def _prompts(args: argparse.Namespace, model) -> list[str]:  # type: ignore[no-untyped-def]
     if args.system and not args.chat:
         raise ValueError("--system: needs --chat")
-    prompts = args.prompt
-    if not prompts:
-        text = sys.stdin.read()
-        args.prompt = prompts = [text.removesuffix("\n")]
     if not args.chat:
-        return list(prompts)
+        return list(args.prompt)
     system = [{"role": "system", "content": args.system}] if args.system else []
-    return [model.tokenizer.chat([*system, {"role": "user", "content": p}]) for p in prompts]
+    return [model.tokenizer.chat([*system, {"role": "user", "content": p}]) for p in args.prompt]
 
 
 def _print(_seq: int, _token: int, text: str) -> None:

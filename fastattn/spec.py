@@ -74,15 +74,14 @@ class OpArgs(Protocol):
 
 def _set_fields(record: Any, required: frozenset[str]) -> frozenset[str]:
     defaults = record._field_defaults
-    names = []
-    for name, value in zip(record._fields, record, strict=True):
-        if name in required:
-            continue
-        if isinstance(value, Tensor):
-            names.append(name)
-        elif value != defaults[name]:
-            names.append(name)
-    return frozenset(names)
+    return frozenset(
+        name
+        for name, value in zip(record._fields, record, strict=True)
+        if name not in required
+        # Identity first: it settles nearly every field, on every call.
+        and value is not (default := defaults[name])
+        and (isinstance(value, Tensor) or value != default)
+    )
 
 
 class AttentionSignature(NamedTuple):
@@ -335,12 +334,12 @@ class Cut(NamedTuple):
 
     size: int  # length of the whole axis
     spans: tuple[tuple[int, int], ...] = ()  # half-open; may overlap (replicated KV heads)
-    index: Tensor | None = None  # act-order, folded permutations, head grouping; excludes spans
+    order: Tensor | None = None  # act-order, folded permutations, head grouping; excludes spans
 
     def length(self) -> int:
         """Number of rows or columns this cut selects."""
-        if self.index is not None:
-            return int(self.index.numel())
+        if self.order is not None:
+            return int(self.order.numel())
         return sum(hi - lo for lo, hi in self.spans) if self.spans else self.size
 
 
@@ -520,10 +519,14 @@ class SyncPolicy(Protocol):
     ``sum(partial + pending) + residual + bias -> residual; norm -> hidden``.
     """
 
-    name: str
-    exact: bool
-    scatters: bool
-    needs_full_residual: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def scatters(self) -> bool: ...
+    @property
+    def needs_full_residual(self) -> bool: ...
 
     def reasons(self, p: Point, rows: int, hidden: int, dtype: torch.dtype, g: TPGroup) -> list[str]: ...
     def start(self, p: Point, make: Produce, s: Stream, e: Epilogue, g: TPGroup) -> Work: ...

@@ -48,7 +48,7 @@ def attend(cache: KvCache, layer: int, step: KvStep, q: Tensor, **options: Any) 
 
 
 def _call(part: KvPart, step: KvStep, q: Tensor, options: dict[str, Any], return_lse: bool) -> Any:
-    positions = {} if part.pos0 is None else {"k_pos0": part.pos0, "q_pos0": _first_positions(step)}
+    positions: dict[str, Any] = {} if part.pos0 is None else {"k_pos0": part.pos0, "q_pos0": _first_positions(step)}
     return attention(
         q, part.k, part.v, causal=True, cu_seqlens_q=step.cu_seqlens, max_seqlen_q=step.max_new,
         max_seqlen_k=step.max_used, block_table=part.block_table, cache_seqlens=part.seqused,

@@ -17,12 +17,12 @@ def check_cut(cut: Cut, size: int, what: str) -> None:
     """Raises ValueError when the cut is not one of an axis of ``size``."""
     if cut.size != size:
         raise ValueError(f"{what}: the cut is of an axis of {cut.size}, the tensor has {size}")
-    if cut.spans and cut.index is not None:
+    if cut.spans and cut.order is not None:
         raise ValueError(f"{what}: a cut has spans or an index, not both")
     for lo, hi in cut.spans:
         if not 0 <= lo <= hi <= size:
             raise ValueError(f"{what}: span ({lo}, {hi}), expected 0 <= lo <= hi <= {size}")
-    index = cut.index
+    index = cut.order
     if index is not None:
         if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
             raise ValueError(
@@ -42,11 +42,11 @@ def spans_of(cut: Cut) -> tuple[tuple[int, int], ...]:
 def take(matrix: Matrix, cut: Cut, axis: int = 0) -> Matrix:
     """The cut of axis 0 or 1 of a tensor or array mapped from a file; touches the cut's part only."""
     if isinstance(matrix, Tensor):
-        if cut.index is not None:
-            return matrix.index_select(axis, cut.index.long())
+        if cut.order is not None:
+            return matrix.index_select(axis, cut.order.long())
         parts = [matrix.narrow(axis, lo, hi - lo) for lo, hi in spans_of(cut)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
-    if cut.index is not None:
-        return np.take(matrix, cut.index.numpy(), axis)
+    if cut.order is not None:
+        return np.take(matrix, cut.order.numpy(), axis)
     arrays = [matrix[lo:hi] if axis == 0 else matrix[:, lo:hi] for lo, hi in spans_of(cut)]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..collectives.prompts import broadcast_prompts, broadcast_tokens
+from ..collectives.prompts import broadcast_prompts, broadcast_tokens, refuse_prompts
 from ..memory.paged import PagedKvCache
 from ..spec import TPGroup
 from .config import ModelConfig
@@ -108,15 +108,18 @@ class Model:
         """Token ids and tokens to generate of each prompt, the same on every rank."""
         rows = None
         if self.group.rank == 0:
-            ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-            for i, p in enumerate(ids):
-                self._check_prompt(i, p)
+            try:
+                ids = [self._encode(i, p) for i, p in enumerate(prompts)]
+            except ValueError:
+                refuse_prompts(self.group)
+                raise
             budgets = [min(params.max_tokens, self.config.max_position - len(p)) for p in ids]
             rows = [*ids, budgets]
         *ids, budgets = broadcast_prompts(self.group, rows)
         return ids, budgets
 
-    def _check_prompt(self, index: int, ids: Sequence[int]) -> None:
+    def _encode(self, index: int, prompt: str | Sequence[int]) -> list[int]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
         context, vocab = self.config.max_position, self.config.vocab_size
         if not ids:
             raise ValueError(f"prompts[{index}]: no tokens, expected at least one")
@@ -124,6 +127,7 @@ class Model:
             raise ValueError(f"prompts[{index}]: {len(ids)} tokens, the model's context is {context}")
         if not 0 <= min(ids) <= max(ids) < vocab:
             raise ValueError(f"prompts[{index}]: token ids outside the vocabulary of {vocab}")
+        return ids
 
     def _cache(self, pages: int) -> PagedKvCache:
         attention = self.decoder.blocks[0][0]

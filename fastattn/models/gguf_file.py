@@ -91,7 +91,7 @@ class GgufCheckpoint(Checkpoint):
         kind = type_name(entry.type)
         block, block_bytes = type_layout(self.path, entry.type, name)
         raw = self._map(entry)
-        whole_blocks = shard.inn.index is None and all(
+        whole_blocks = shard.inn.order is None and all(
             lo == hi or (lo % block == 0 and hi % block == 0) for lo, hi in spans_of(shard.inn)
         )
         if whole_blocks:
@@ -152,8 +152,8 @@ def _read(raw: np.ndarray, rows: Cut, columns: Cut) -> np.ndarray:
 
 def _extent(cut: Cut) -> tuple[int, int]:
     """The smallest range that holds a cut which is not empty."""
-    if cut.index is not None:
-        return (int(cut.index.min()), int(cut.index.max()) + 1) if cut.index.numel() else (0, 0)
+    if cut.order is not None:
+        return (int(cut.order.min()), int(cut.order.max()) + 1) if cut.order.numel() else (0, 0)
     held = [span for span in spans_of(cut) if span[0] < span[1]]
     return min(lo for lo, _ in held), max(hi for _, hi in held)
 
@@ -161,10 +161,10 @@ def _extent(cut: Cut) -> tuple[int, int]:
 def _columns(weight: PackedWeight, cut: Cut, start: int) -> PackedWeight:
     """The cut's columns of a weight whose first column is ``start`` of the cut's axis; exact for any cut."""
     spans = spans_of(cut)
-    if cut.index is None and len(spans) == 1:
+    if cut.order is None and len(spans) == 1:
         return _compact(packed.slice_in(weight, spans[0][0] - start, spans[0][1] - start))
     parts = [torch.arange(lo, hi) for lo, hi in spans]
-    index = (torch.cat(parts) if cut.index is None else cut.index.long()) - start
+    index = (torch.cat(parts) if cut.order is None else cut.order.long()) - start
     if weight.format == "dense":
         return packed.dense(weight.tensors["weight"][:, index])
     q, scales = packed.quants(weight)[:, index], weight.tensors["scales"]

@@ -85,7 +85,7 @@ class _Loader:
         self.shards = plan(self.config, group.world, group.weights, align=32)
         self.mine: ModelShard = self.shards[group.rank]
 
-    def decoder(self, bar: tqdm) -> Decoder:  # type: ignore[type-arg]
+    def decoder(self, bar: tqdm) -> Decoder:
         c, m = self.config, self.mine
         spans = [s.vocab for s in self.shards]
         embedding = self.matrix("model.embed_tokens", vocab_rows(m, c))
@@ -102,7 +102,7 @@ class _Loader:
             lambda point: exact,
         )
 
-    def _blocks(self, bar: tqdm) -> Iterator[tuple[Attention, Mlp]]:  # type: ignore[type-arg]
+    def _blocks(self, bar: tqdm) -> Iterator[tuple[Attention, Mlp]]:
         for i in range(self.config.num_layers):
             attention = self.attention(f"model.layers.{i}.", self.config.windows[i])
             bar.update()

@@ -39,10 +39,11 @@ class RopeTables:
         return self._tables
 
     def _regime(self, length: int) -> Any:
+        params: Any = self.config.params
         if self.config.kind == "dynamic":
             return max(length, self.max_position)
         if self.config.kind == "longrope":
-            return length > self.config.params["original_max_position_embeddings"]
+            return length > params["original_max_position_embeddings"]
         return None
 
 

@@ -119,14 +119,14 @@ CUTS = {
     "narrow": Cut(512, ((255, 257),)),
     "two": Cut(512, ((256, 512), (0, 256))),
     "uneven": Cut(512, ((500, 512), (10, 31))),
-    "index": Cut(512, index=torch.from_numpy(np.random.default_rng(3).permutation(512)[:96])),
-    "odd-index": Cut(512, index=torch.tensor([511, 3, 3, 250])),
+    "index": Cut(512, order=torch.from_numpy(np.random.default_rng(3).permutation(512)[:96])),
+    "odd-index": Cut(512, order=torch.tensor([511, 3, 3, 250])),
     "empty": Cut(512, ((100, 100),)),
 }
 ROWS = {
     "all": Cut(256),
     "spans": Cut(256, ((200, 251), (3, 4))),
-    "index": Cut(256, index=torch.tensor([255, 0, 7])),
+    "index": Cut(256, order=torch.tensor([255, 0, 7])),
     "none": Cut(256, ((9, 9),)),
 }
 
@@ -152,7 +152,7 @@ def test_cuts(kind: str, inn: str, typed: dict[str, tuple[Checkpoint, np.ndarray
     checkpoint, values = typed[kind]
     cut = CUTS[inn]
     columns = (
-        cut.index.numpy() if cut.index is not None else np.concatenate([np.arange(*s) for s in cut.spans])
+        cut.order.numpy() if cut.order is not None else np.concatenate([np.arange(*s) for s in cut.spans])
     )
     for rows in ROWS.values():
         spans = rows.spans or ((0, 256),)

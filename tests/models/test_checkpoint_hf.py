@@ -65,14 +65,14 @@ CUTS = {
     "whole": Cut(64),
     "span": Cut(64, ((5, 37),)),
     "spans": Cut(64, ((40, 64), (0, 3), (0, 3))),
-    "index": Cut(64, index=torch.tensor([63, 0, 17, 17, 2])),
+    "index": Cut(64, order=torch.tensor([63, 0, 17, 17, 2])),
     "empty": Cut(64, ((7, 7),)),
 }
 
 
 def selected(cut: Cut) -> torch.Tensor:
-    if cut.index is not None:
-        return cut.index
+    if cut.order is not None:
+        return cut.order
     return torch.cat([torch.arange(lo, hi) for lo, hi in cut.spans or ((0, cut.size),)])
 
 
@@ -99,8 +99,8 @@ def test_vector_cuts(cut: str, saved: Path) -> None:
 
 @pytest.mark.parametrize(
     "cut",
-    [Cut(63), Cut(64, ((0, 65),)), Cut(64, ((-1, 3),)), Cut(64, ((9, 3),)), Cut(64, index=torch.tensor([64])),
-     Cut(64, index=torch.tensor([0.5])), Cut(64, ((0, 1),), torch.tensor([0]))],
+    [Cut(63), Cut(64, ((0, 65),)), Cut(64, ((-1, 3),)), Cut(64, ((9, 3),)), Cut(64, order=torch.tensor([64])),
+     Cut(64, order=torch.tensor([0.5])), Cut(64, ((0, 1),), torch.tensor([0]))],
     ids=["size", "past", "negative", "backwards", "index", "float", "both"],
 )  # fmt: skip
 def test_bad_cuts(cut: Cut, saved: Path) -> None:

@@ -1,0 +1,205 @@
+"""Collectives of a `TPGroup`: the only module that calls `torch.distributed`'s exchanges.
+
+Every failure becomes a `SyncError` that names this rank, what it was doing and why: at once when another
+rank's process ended (its sockets close), within ``timeout_s`` when it is stopped or the link is cut.
+After a `SyncError` the group is unusable: end the process (`parallel.group.abort`), which in turn frees
+the ranks that wait for this one.
+
+With one rank every function returns at once and nothing is counted. gloo does not compare the ranks'
+shapes (a mismatch gives wrong sums, not an error), so callers settle shapes first: `agree` at start-up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..spec import SyncError, TPGroup
+
+
+class Traffic:
+    """What this process exchanged, by kind of collective ("all_reduce", "broadcast", ...)."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()  # of the tensors this rank handed in, not of the wire
+
+    def add(self, kind: str, x: Tensor) -> None:
+        self.calls[kind] += 1
+        self.bytes[kind] += x.numel() * x.element_size()
+
+    def clear(self) -> None:
+        self.calls.clear()
+        self.bytes.clear()
+
+
+traffic = Traffic()
+
+
+def reason_of(error: BaseException, timeout_s: float) -> str:
+    """A backend's message in our words, with its own behind."""
+    text = re.sub(r"^\[\S+\.cc:\d+\]\s*", "", str(error).strip().split("\n")[0])
+    own = re.split(r"\. (?:This is typically|Check the logs)", text)[0]
+    if "Connection closed by peer" in text or "Connection reset" in text or "Broken pipe" in text:
+        return f"another rank ended ({own})"
+    if "imed out" in text or "timeout" in text:
+        return f"no answer within {timeout_s:g} s: another rank is stopped or the link is cut ({own})"
+    return own
+
+
+@contextmanager
+def _errors(g: TPGroup, where: str) -> Iterator[None]:
+    try:
+        yield
+    except SyncError:
+        raise
+    except RuntimeError as error:
+        raise SyncError(g.rank, where, reason_of(error, g.timeout_s)) from error
+
+
+class Pending:
+    """Exchanges under way."""
+
+    def __init__(self, g: TPGroup, where: str, works: Sequence[Any] = ()) -> None:
+        self._group, self._where, self._works = g, where, list(works)
+
+    def wait(self) -> None:
+        """Returns when the results are there; raises `SyncError`. A second call returns at once."""
+        with _errors(self._group, self._where):
+            while self._works:
+                self._works.pop(0).wait()
+
+    def cancel(self) -> None:
+        """Waits for what is under way and ignores how it ended: gloo cannot withdraw an exchange."""
+        while self._works:
+            with suppress(SyncError):
+                self.wait()
+
+
+# gloo's threads release an exchange's tensors a little after `wait` returned, and need the interpreter for
+# that: a process whose interpreter ends in between aborts. So they get aliases whose end can be seen.
+_lent: set[weakref.ref[Tensor]] = set()
+
+
+def _lend(x: Tensor) -> Tensor:
+    alias = x.detach()
+    _lent.add(weakref.ref(alias, _lent.discard))
+    return alias
+
+
+def idle(seconds: float) -> bool:
+    """Waits until no thread of the backend holds a tensor of ours; False if one does after that time."""
+    end = time.monotonic() + seconds
+    while _lent:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def device_of(g: TPGroup) -> torch.device:
+    """Where this group's backend expects small tensors."""
+    backend = dist.get_backend(g.pg) if g.pg is not None else "gloo"
+    return torch.device({"nccl": "cuda", "hccl": "npu"}.get(backend, "cpu"))
+
+
+def all_reduce(g: TPGroup, x: Tensor, where: str) -> Pending:
+    """Starts the sum of the ranks' ``x`` (one shape and dtype), in place; every rank gets the same bits.
+
+    The sum is formed in x's dtype, which is also what travels: 16-bit models send 16-bit values.
+    """
+    if g.world == 1:
+        return Pending(g, where)
+    if not x.is_contiguous():
+        raise ValueError(f"all_reduce: x has strides {x.stride()}, expected a contiguous tensor")
+    traffic.add("all_reduce", x)
+    with _errors(g, where):
+        return Pending(g, where, [dist.all_reduce(_lend(x), group=g.pg, async_op=True)])
+
+
+def broadcast(g: TPGroup, x: Tensor, where: str, src: int = 0) -> None:
+    """Overwrites ``x`` of every rank by rank ``src``'s."""
+    if g.world == 1:
+        return
+    traffic.add("broadcast", x)
+    with _errors(g, where):
+        work = dist.broadcast(_lend(x), src=_global(g, src), group=g.pg, async_op=True)
+    Pending(g, where, [work]).wait()
+
+
+def all_gather(g: TPGroup, x: Tensor, where: str) -> list[Tensor]:
+    """Every rank's ``x`` (one shape and dtype), in rank order."""
+    if g.world == 1:
+        return [x]
+    traffic.add("all_gather", x)
+    parts = [torch.empty_like(x) for _ in range(g.world)]
+    with _errors(g, where):
+        outputs, own = [_lend(p) for p in parts], _lend(x.contiguous())
+        work = dist.all_gather(outputs, own, group=g.pg, async_op=True)
+        del outputs, own
+    Pending(g, where, [work]).wait()
+    return parts
+
+
+def gather_last(
+    g: TPGroup, x: Tensor, sizes: Sequence[int], where: str, *, everywhere: bool = False
+) -> Tensor | None:
+    """Concatenates the ranks' ``x`` (..., sizes[rank]) along the last dimension.
+
+    Returns (..., sum(sizes)) on rank 0 and None elsewhere, or the same bits on every rank with
+    ``everywhere``. Only the values themselves travel to rank 0; for all ranks they are padded to the widest.
+    """
+    if len(sizes) != g.world or x.shape[-1] != sizes[g.rank]:
+        raise ValueError(f"sizes: {tuple(sizes)}, expected {g.world} with {x.shape[-1]} for rank {g.rank}")
+    if g.world == 1:
+        return x
+    if everywhere:
+        padded = torch.nn.functional.pad(x, (0, max(sizes) - x.shape[-1]))
+        parts = all_gather(g, padded, where)
+        return torch.cat([p[..., :n] for p, n in zip(parts, sizes, strict=True)], dim=-1)
+    traffic.add("gather", x)
+    lead = x.shape[:-1]
+    with _errors(g, where):
+        if g.rank == 0:
+            parts = [x, *(x.new_empty((*lead, n)) for n in sizes[1:])]
+            works = [dist.irecv(p, src=_global(g, r), group=g.pg) for r, p in enumerate(parts) if r]
+        else:
+            parts = [x.contiguous()]
+            works = [dist.isend(parts[0], dst=_global(g, 0), group=g.pg)]
+    Pending(g, where, works).wait()
+    return torch.cat(parts, dim=-1) if g.rank == 0 else None
+
+
+def agree(g: TPGroup, what: str, value: bytes) -> None:
+    """Checks that every rank holds the same ``value``; raises `SyncError` on every rank if not.
+
+    Compares SHA-256 digests, so the values may have any length. The error names which ranks differ.
+    """
+    digest = hashlib.sha256(what.encode() + b"\0" + value).digest()
+    mine = torch.tensor(list(digest), dtype=torch.uint8, device=device_of(g))
+    parts = all_gather(g, mine, f"start-up check of {what}")
+    ranks: dict[bytes, list[int]] = {}
+    for rank, part in enumerate(parts):
+        ranks.setdefault(bytes(part.tolist()), []).append(rank)
+    if len(ranks) > 1:
+        camps = "; ".join(f"{_ranks(who)}: {d.hex()[:12]}" for d, who in ranks.items())
+        raise SyncError(g.rank, f"start-up check of {what}", f"the ranks differ ({camps})")
+
+
+def _ranks(who: Sequence[int]) -> str:
+    return f"rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"
+
+
+def _global(g: TPGroup, rank: int) -> int:
+    assert g.pg is not None
+    return dist.get_global_rank(g.pg, rank)

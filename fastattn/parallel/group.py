@@ -1,0 +1,218 @@
+"""The ranks that share one model: start, threads, shutdown, and the end after a failure.
+
+Ranks are started by torchrun, or by any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+The exchange library follows the device: gloo on CPUs, NCCL on CUDA, HCCL on NPUs (the last two are
+untested here).
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import math
+import os
+import platform
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from ..collectives.exchange import agree, all_gather, device_of, idle, reason_of
+from ..settings import settings
+from ..spec import SyncError, TPGroup, UnsupportedError
+from .interface import interface_towards
+
+_SHUTDOWN_S = 5.0  # milliseconds suffice unless an exchange still hangs
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+
+
+def single() -> TPGroup:
+    """The group of one rank: no process group, no communication."""
+    return TPGroup(None, 0, 1, settings.timeout_s, (1.0,))
+
+
+def init(
+    timeout_s: float | None = None,
+    split: Sequence[float] | None = None,
+    device: torch.device | str = "cpu",
+) -> TPGroup:
+    """Joins the ranks that the launcher's environment describes; `single()` when there is only one.
+
+    ``timeout_s``: how long an exchange waits for another rank (default FASTATTN_TIMEOUT, 60 s).
+    ``split``: share of the work of each rank, any positive numbers (default: equal).
+    Raises ValueError for a wrong environment or split, `SyncError` when ranks are missing or disagree.
+    """
+    timeout_s = settings.timeout_s if timeout_s is None else timeout_s
+    if not 0 < timeout_s < math.inf:
+        raise ValueError(f"timeout_s: {timeout_s}, expected seconds > 0")
+    world = _integer("WORLD_SIZE", 1, lowest=1)
+    rank = _integer("RANK", 0 if world == 1 else None, lowest=0)
+    if rank >= world:
+        raise ValueError(f"environment variable RANK={rank}: expected less than WORLD_SIZE={world}")
+    weights = _weights(split, world)
+    if world == 1:
+        return TPGroup(None, 0, 1, timeout_s, weights)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ValueError(f"environment variable {name} is not set, WORLD_SIZE={world} ranks need it")
+    backend = _backend(torch.device(device))
+    network = _choose_interface(world) if backend == "gloo" else "chosen by " + backend
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), rank=rank, world_size=world)
+    except RuntimeError as error:
+        master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = f"{reason_of(error, timeout_s)}; {world} ranks meet at {master}, network interface {network}"
+        raise SyncError(rank, "start-up", reason) from error
+    g = TPGroup(dist.group.WORLD, rank, world, timeout_s, weights)
+    # gloo's threads must be idle before the interpreter ends, or the process aborts.
+    atexit.register(_at_exit, g)
+    agree(g, "the shares of work (split)", repr(weights).encode())
+    return g
+
+
+def shutdown(g: TPGroup) -> bool:
+    """Leaves the group. Returns False, after at most 10 s, if an exchange still hangs in it.
+
+    A process that gets False must end with `abort`: its normal exit could hang too.
+    """
+    if g.pg is None or not dist.is_initialized():
+        return True
+    if not idle(_SHUTDOWN_S):
+        return False
+    thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    thread.start()
+    thread.join(_SHUTDOWN_S)
+    return not thread.is_alive()
+
+
+def abort(g: TPGroup, error: BaseException) -> NoReturn:
+    """Prints ``error`` on stderr and ends the process at once with status 1.
+
+    No destructor runs, so nothing can hang, and the closing sockets make the other ranks fail too.
+    """
+    text = str(error) if isinstance(error, (SyncError, ValueError)) else f"{type(error).__name__}: {error}"
+    prefix = "" if isinstance(error, SyncError) or g.world == 1 else f"rank {g.rank}: "
+    sys.stdout.flush()
+    print(f"fastattn: error: {prefix}{text}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+class Threads(NamedTuple):
+    """How many threads this rank computes with, and why."""
+
+    num: int
+    why: str
+
+
+def set_threads(g: TPGroup, threads: int | None = None) -> Threads:
+    """Sets torch's threads: ``threads``, or OMP_NUM_THREADS, or this machine's cores over its ranks.
+
+    torchrun sets OMP_NUM_THREADS=1 by itself, which cannot be told from a user's; under torchrun a 1 is
+    therefore not taken as a wish. Collective: all ranks call it.
+    """
+    ranks = _local_world(g)
+    environment = os.environ.get("OMP_NUM_THREADS", "")
+    from_torchrun = environment == "1" and "TORCHELASTIC_RUN_ID" in os.environ
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads: {threads}, expected at least 1")
+        chosen = Threads(threads, "asked for")
+    elif environment and not from_torchrun:
+        chosen = Threads(torch.get_num_threads(), f"OMP_NUM_THREADS={environment}")
+    else:
+        cores = _cores()
+        chosen = Threads(max(1, cores // ranks), f"{cores} cores for {ranks} rank{'s' * (ranks > 1)} here")
+    torch.set_num_threads(chosen.num)
+    return chosen
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _local_world(g: TPGroup) -> int:
+    """Ranks on this machine: torchrun says so, otherwise the ranks compare their machines' identities."""
+    if "LOCAL_WORLD_SIZE" in os.environ or g.world == 1:
+        return _integer("LOCAL_WORLD_SIZE", 1, lowest=1)
+    name = platform.node().encode() + _boot_id()
+    mine = torch.tensor(list(hashlib.sha256(name).digest()), dtype=torch.uint8, device=device_of(g))
+    return sum(
+        torch.equal(mine, other) for other in all_gather(g, mine, "start-up count of ranks per machine")
+    )
+
+
+def _boot_id() -> bytes:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        return b""
+
+
+def _at_exit(g: TPGroup) -> None:
+    """The end of a process that did not call `shutdown`; no thread can be started any more."""
+    if not dist.is_initialized():
+        return
+    if not idle(_SHUTDOWN_S):
+        abort(g, SyncError(g.rank, "exit", f"an exchange still hangs after {_SHUTDOWN_S:g} s"))
+    dist.destroy_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    if device.type not in _BACKENDS:
+        raise UnsupportedError(f"device: {device}, tensor parallelism runs on {', '.join(_BACKENDS)}")
+    if device.type == "cuda":
+        torch.cuda.set_device(_integer("LOCAL_RANK", 0, lowest=0) if device.index is None else device.index)
+    if device.type == "npu":
+        import torch_npu  # registers the device and HCCL
+
+        torch_npu.npu.set_device(
+            _integer("LOCAL_RANK", 0, lowest=0) if device.index is None else device.index
+        )
+    return _BACKENDS[device.type]
+
+
+def _choose_interface(world: int) -> str:
+    """The interface gloo listens on: the user's, or the one that leads to MASTER_ADDR.
+
+    gloo alone takes the address that the host's own name resolves to, often a loopback one that other
+    machines cannot reach.
+    """
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return os.environ["GLOO_SOCKET_IFNAME"] + " (GLOO_SOCKET_IFNAME)"
+    found = interface_towards(os.environ["MASTER_ADDR"])
+    several_machines = _integer("LOCAL_WORLD_SIZE", world, lowest=1) < world
+    if found is None or (found == "lo" and several_machines):
+        return "of this host's name (set GLOO_SOCKET_IFNAME to choose)"
+    os.environ["GLOO_SOCKET_IFNAME"] = found
+    return found + " (towards MASTER_ADDR)"
+
+
+def _integer(name: str, default: int | None, lowest: int, environ: Mapping[str, str] = os.environ) -> int:
+    text = environ.get(name, "")
+    if not text and default is not None:
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        value = lowest - 1
+    if value < lowest:
+        raise ValueError(f"environment variable {name}={text!r}: expected an integer >= {lowest}")
+    return value
+
+
+def _weights(split: Sequence[float] | None, world: int) -> tuple[float, ...]:
+    if split is None:
+        return (1 / world,) * world
+    if len(split) != world:
+        raise ValueError(f"split: {len(split)} shares {tuple(split)} for {world} ranks")
+    if not all(0 < w < math.inf for w in split):
+        raise ValueError(f"split: {tuple(split)}, expected positive numbers")
+    total = math.fsum(split)
+    return tuple(w / total for w in split)

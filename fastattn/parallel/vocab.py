@@ -1,0 +1,80 @@
+"""Embedding and head of which each rank holds a range of the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..collectives.exchange import all_reduce, gather_last
+from ..ops import linear
+from ..quant.packed import rows
+from ..settings import settings
+from ..spec import PackedWeight, TPGroup
+
+
+class VocabParallelEmbedding:
+    """Looks up the tokens of this rank's range and sums over the ranks: exact, since the others add zero."""
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        spans: Sequence[tuple[int, int]],
+        group: TPGroup,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """``weight``: this rank's rows (hi - lo, hidden) of spans[rank]; ``spans``: every rank's range;
+        ``dtype``: of the activations."""
+        self.weight, self.group, self.dtype = weight, group, dtype
+        self.lo, self.hi, self.vocab_size = _range(weight, spans, group)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Integer ids (N,), the same on all ranks, to (N, hidden) on all ranks.
+
+        Raises ValueError for an id outside the vocabulary; on a device, such an id gives zeros unless
+        FASTATTN_STRICT is set.
+        """
+        if ids.numel() and (ids.device.type == "cpu" or settings.strict):
+            low, high = (int(v) for v in ids.aminmax())
+            if low < 0 or high >= self.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"ids: {bad} is outside the vocabulary of {self.vocab_size} tokens")
+        local = ids - self.lo
+        foreign = (local < 0) | (local >= self.hi - self.lo)
+        out = rows(self.weight, local.masked_fill(foreign, 0), self.dtype)
+        out = out.masked_fill(foreign[:, None], 0)
+        all_reduce(self.group, out, "embedding").wait()
+        return out
+
+
+class VocabParallelHead:
+    """This rank's logits, gathered."""
+
+    def __init__(self, weight: PackedWeight, spans: Sequence[tuple[int, int]], group: TPGroup) -> None:
+        """``weight``: this rank's rows (hi - lo, hidden) of spans[rank]; ``spans``: every rank's range."""
+        self.weight, self.group = weight, group
+        _range(weight, spans, group)
+        self.widths = tuple(hi - lo for lo, hi in spans)
+
+    def __call__(
+        self, hidden: Tensor, last: Tensor | None = None, *, everywhere: bool = False
+    ) -> Tensor | None:
+        """Logits (N, vocab), in hidden's dtype, of ``hidden`` (N, hidden), or of its rows ``last`` only.
+
+        On rank 0, None on the others; with ``everywhere`` on all ranks. ``last`` is an integer tensor, for
+        packed prompts ``cu_seqlens[1:] - 1``.
+        """
+        x = hidden if last is None else hidden[last]
+        return gather_last(self.group, linear(x, self.weight), self.widths, "logits", everywhere=everywhere)
+
+
+def _range(weight: PackedWeight, spans: Sequence[tuple[int, int]], group: TPGroup) -> tuple[int, int, int]:
+    """(lo, hi, vocabulary size) of this rank, checked."""
+    ends = [0, *(hi for _, hi in spans)]
+    if len(spans) != group.world or any(lo != end for (lo, _), end in zip(spans, ends, strict=False)):
+        raise ValueError(f"spans: {tuple(spans)}, expected {group.world} that follow each other from 0")
+    lo, hi = spans[group.rank]
+    if weight.shape[0] != hi - lo:
+        raise ValueError(f"weight: {weight.shape[0]} rows, expected {hi - lo} for span {spans[group.rank]}")
+    return lo, hi, ends[-1]

@@ -1,0 +1,97 @@
+"""Ranks that die, stop, stay away or disagree: the others end with a clear error, in time."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from ranks import HERE, Ranks
+
+LOOP = HERE / "loop.py"
+
+
+@pytest.mark.parametrize(
+    ("world", "victim", "kind"),
+    [(2, 0, "all_reduce"), (3, 0, "sampling"), (3, 2, "sampling"), (4, 2, "all_reduce")],
+    ids=str,
+)
+def test_killed_rank_ends_the_others_within_5_s(world: int, victim: int, kind: str, tmp_path: Path) -> None:
+    with Ranks(LOOP, [kind, "60"], world, tmp_path) as ranks:
+        ranks.until("ready")
+        ranks.send(victim, signal.SIGKILL)
+        codes = ranks.wait(5)
+        assert codes.pop(victim) == -signal.SIGKILL
+        assert set(codes.values()) == {1}, ranks.everything()
+        for rank in codes:
+            assert f"fastattn: error: rank {rank}: " in ranks.err(rank)
+            assert "another rank ended" in ranks.err(rank)
+
+
+def test_stopped_rank_ends_the_others_within_the_timeout(tmp_path: Path) -> None:
+    with Ranks(LOOP, ["sampling", "4"], 3, tmp_path, env={"START": "start"}) as ranks:
+        ranks.release()
+        ranks.until("ready")
+        begin = time.monotonic()
+        ranks.send(1, signal.SIGSTOP)
+        codes = ranks.wait(6, [0, 2])
+        assert time.monotonic() - begin > 3
+        assert codes == {0: 1, 2: 1}, ranks.everything()
+        # Whoever gives up first may end the other, whose message then tells of the ended rank.
+        messages = ranks.err(0) + ranks.err(2)
+        assert "no answer within 4 s: another rank is stopped or the link is cut" in messages
+
+
+def test_missing_rank_ends_the_others_within_the_timeout(tmp_path: Path) -> None:
+    with Ranks(LOOP, ["all_reduce", "2"], 3, tmp_path, start=[0, 1], env={"START": "start"}) as ranks:
+        ranks.release()
+        codes = ranks.wait(20)
+        assert codes == {0: 1, 1: 1}, ranks.everything()
+        for rank in codes:
+            assert f"fastattn: error: rank {rank}: start-up: " in ranks.err(rank)
+        assert "3 ranks meet at 127.0.0.1:" in ranks.err(0)
+
+
+@pytest.mark.parametrize("ending", ["", "assert group.shutdown(g)"], ids=["careless", "shutdown"])
+def test_exit_keeps_the_status(ending: str, tmp_path: Path) -> None:
+    """gloo's threads release tensors late: an interpreter that ends meanwhile would abort (SIGABRT)."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch\n"
+        "from fastattn.collectives import exchange\n"
+        "from fastattn.parallel import group\n"
+        "g = group.init(20)\n"
+        "for _ in range(20):\n"
+        "    exchange.all_reduce(g, torch.ones(576), 'test').wait()\n"
+        f"{ending}\n"
+        "if g.rank == 1:\n"
+        "    raise KeyError('uncaught')\n"
+    )
+    with Ranks(program, [], 3, tmp_path) as ranks:
+        assert ranks.wait(60) == {0: 0, 1: 1, 2: 0}, ranks.everything()
+        assert "KeyError: 'uncaught'" in ranks.err(1)
+
+
+def test_shares_that_differ_are_refused(tmp_path: Path) -> None:
+    program = tmp_path / "shares.py"
+    program.write_text(
+        "import os\n"
+        "from fastattn.parallel import group\n"
+        "try:\n"
+        "    group.init(20, split=(2, 1) if os.environ['RANK'] == '1' else (1, 1))\n"
+        "except group.SyncError as error:\n"
+        "    group.abort(group.single(), error)\n"
+    )
+    with Ranks(program, [], 2, tmp_path) as ranks:
+        assert ranks.wait(60) == {0: 1, 1: 1}, ranks.everything()
+        for rank in (0, 1):
+            assert "start-up check of the shares of work (split): the ranks differ (rank 0: " in ranks.err(
+                rank
+            )
+
+
+def test_orderly_end(tmp_path: Path) -> None:
+    with Ranks(LOOP, ["all_reduce", "20", "0.2"], 2, tmp_path) as ranks:
+        assert ranks.wait(60) == {0: 0, 1: 0}, ranks.everything()
+        assert "done" in ranks.out(0)
