@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops import call_attention
-from .spec import AttentionArgs, UnsupportedError
+from .ops import call_attention, refuse_grad
+from .spec import AttentionArgs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Window = Sequence[int | None] | None
@@ -116,22 +116,22 @@ def build_args(
     return_lse: bool = False,
 ) -> AttentionArgs:
     """The validated record of an `attention` call. Reads shapes and dtypes, never tensor values."""
-    _check_inference(q, k, v)
+    refuse_grad(q=q, k=k, v=v, attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks)
     heads, kv_heads, head_dim = _check_qkv(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, k_scale, v_scale)
     batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
 
-    def per_sequence(name: str, t: Tensor | None, length: int = batch) -> Tensor | None:
-        return None if t is None else _int32(name, t, q, (length,))
-
     if block_table is not None:
         if block_table.ndim != 2:
             raise ValueError(f"block_table: {tuple(block_table.shape)}, expected (batch, max_pages)")
-        block_table = _int32("block_table", block_table, q, (batch, block_table.shape[1]))
+        max_pages = block_table.shape[1]
+        block_table = _int32("block_table", block_table, q, batch, max_pages)
         if cache_seqlens is None:
             raise ValueError("block_table: needs cache_seqlens, the keys present of each sequence")
-        key_rows = block_table.shape[1] * k.shape[1]
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k: k is paged (block_table); cache_seqlens gives its lengths")
+        key_rows = max_pages * k.shape[1]
     else:
         key_rows = k.shape[0] if k.ndim == 3 else k.shape[1]
         if k.ndim == 4 and cache_batch_idx is None and k.shape[0] != batch:
@@ -140,51 +140,36 @@ def build_args(
         raise ValueError("cache_batch_idx: selects rows of a contiguous cache; k is paged or packed")
 
     left, right = _window(window)
-    for name, t, shapes in (
-        ("alibi_slopes", alibi_slopes, ((heads,), (batch, heads))),
-        ("sinks", sinks, ((heads,),)),
-        ("k_scale", k_scale, ((kv_heads,),)),
-        ("v_scale", v_scale, ((kv_heads,),)),
-    ):
-        if t is not None and tuple(t.shape) not in shapes:
-            raise ValueError(f"{name}: {tuple(t.shape)}, expected {' or '.join(map(str, shapes))}")
-        _check_device(name, t, q)
     if not 0 <= softcap < float("inf"):
         raise ValueError(f"softcap: {softcap}, expected a finite number >= 0")
     if kv_layout not in ("nhd", "npu_nz"):
         raise ValueError(f"kv_layout: {kv_layout!r}, expected 'nhd' or 'npu_nz'")
     return AttentionArgs(
-        *(t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v)),
+        q=_rows(q),
+        k=_rows(k),
+        v=_rows(v),
         scale=head_dim**-0.5 if scale is None else float(scale),
         causal=bool(causal),
         window=(left, None if causal else right),
         softcap=float(softcap),
-        alibi_slopes=_float32(alibi_slopes),
-        sinks=_float32(sinks),
+        alibi_slopes=_float32("alibi_slopes", alibi_slopes, q, (heads,), (batch, heads)),
+        sinks=_float32("sinks", sinks, q, (heads,)),
         attn_mask=_mask(attn_mask, q, k, (batch, heads), key_rows),
-        cu_seqlens_q=per_sequence("cu_seqlens_q", cu_seqlens_q, batch + 1),
-        cu_seqlens_k=per_sequence("cu_seqlens_k", cu_seqlens_k, batch + 1),
-        max_seqlen_q=(q.shape[0] if q.ndim == 3 else q.shape[1]) if max_seqlen_q is None else max_seqlen_q,
+        cu_seqlens_q=_int32("cu_seqlens_q", cu_seqlens_q, q, batch + 1),
+        cu_seqlens_k=_int32("cu_seqlens_k", cu_seqlens_k, q, batch + 1),
+        max_seqlen_q=q.shape[-3] if max_seqlen_q is None else max_seqlen_q,
         max_seqlen_k=key_rows if max_seqlen_k is None else max_seqlen_k,
         block_table=block_table,
-        seqused_k=per_sequence("cache_seqlens", cache_seqlens),
-        cache_batch_idx=per_sequence("cache_batch_idx", cache_batch_idx),
-        cache_leftpad=per_sequence("cache_leftpad", cache_leftpad),
-        q_pos0=per_sequence("q_pos0", q_pos0),
-        k_pos0=per_sequence("k_pos0", k_pos0),
+        seqused_k=_int32("cache_seqlens", cache_seqlens, q, batch),
+        cache_batch_idx=_int32("cache_batch_idx", cache_batch_idx, q, batch),
+        cache_leftpad=_int32("cache_leftpad", cache_leftpad, q, batch),
+        q_pos0=_int32("q_pos0", q_pos0, q, batch),
+        k_pos0=_int32("k_pos0", k_pos0, q, batch),
         kv_layout=kv_layout,
-        k_scale=_float32(k_scale),
-        v_scale=_float32(v_scale),
+        k_scale=_float32("k_scale", k_scale, q, (kv_heads,)),
+        v_scale=_float32("v_scale", v_scale, q, (kv_heads,)),
         return_lse=bool(return_lse),
     )
-
-
-def _check_inference(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise UnsupportedError(
-            "fastattn is an inference library and has no backward pass: call it under torch.no_grad() or "
-            "torch.inference_mode(), or detach q, k and v"
-        )
 
 
 def _check_qkv(
@@ -203,18 +188,11 @@ def _check_qkv(
         if t.dtype != q.dtype and scaled is None:
             raise ValueError(f"{name}: {t.dtype}, q is {q.dtype} (a narrower type needs {name}_scale)")
         _check_device(name, t, q)
-    packed_k = cu_seqlens_k is not None and block_table is None
-    for name, t, packed, cu in (
-        ("q", q, cu_seqlens_q is not None, "cu_seqlens_q"),
-        ("k", k, packed_k, "cu_seqlens_k"),
-        ("v", v, packed_k, "cu_seqlens_k"),
-    ):
-        if t.ndim != (3 if packed else 4):
-            wanted = f"(total, heads, head_dim) with {cu}" if packed else "(batch, seqlen, heads, head_dim)"
-            raise ValueError(f"{name}: {t.ndim} dimensions {tuple(t.shape)}, expected {wanted}")
-    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if t is not None and (t.ndim != 1 or t.shape[0] < 1):
-            raise ValueError(f"{name}: {tuple(t.shape)}, expected (batch + 1,)")
+    if v.dtype != k.dtype:
+        raise ValueError(f"v: {v.dtype}, k is {k.dtype}")
+    _check_rank("q", q, "cu_seqlens_q", cu_seqlens_q)
+    _check_rank("k", k, "cu_seqlens_k", None if block_table is not None else cu_seqlens_k)
+    _check_rank("v", v, "cu_seqlens_k", None if block_table is not None else cu_seqlens_k)
     heads, head_dim = q.shape[-2:]
     kv_heads = k.shape[-2]
     if k.shape[-1] != head_dim:
@@ -226,6 +204,15 @@ def _check_qkv(
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"k: {kv_heads} heads, expected a divisor of q's {heads}")
     return heads, kv_heads, head_dim
+
+
+def _check_rank(name: str, t: Tensor, cu_name: str, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1):
+        raise ValueError(f"{cu_name}: {tuple(cu_seqlens.shape)}, expected (batch + 1,)")
+    if t.ndim != (4 if cu_seqlens is None else 3):
+        packed = f"(total, heads, head_dim) with {cu_name}"
+        wanted = "(batch, seqlen, heads, head_dim)" if cu_seqlens is None else packed
+        raise ValueError(f"{name}: {t.ndim} dimensions {tuple(t.shape)}, expected {wanted}")
 
 
 def _check_device(name: str, t: Tensor | None, q: Tensor) -> None:
@@ -240,12 +227,23 @@ def _window(window: Window) -> tuple[int | None, int | None]:
         raise ValueError(f"window: {window!r}, expected (left, right)")
     for side in window:
         if side is not None and side < -1:
-            raise ValueError(f"window: {tuple(window)}, each side is a number >= 0, or None or -1 for unbounded")
+            raise ValueError(
+                f"window: {tuple(window)}, each side is a number >= 0, or None or -1 for unbounded"
+            )
     left, right = (None if side is None or side == -1 else int(side) for side in window)
     return left, right
 
 
-def _int32(name: str, t: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _rows(t: Tensor) -> Tensor:
+    """``t`` with a contiguous last dimension, also when it is empty (which `contiguous` leaves alone)."""
+    if t.stride(-1) == 1 or t.shape[-1] == 1:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _int32(name: str, t: Tensor | None, q: Tensor, *shape: int) -> Tensor | None:
+    if t is None:
+        return None
     if t.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name}: {t.dtype}, expected int32")
     if tuple(t.shape) != shape:
@@ -254,8 +252,13 @@ def _int32(name: str, t: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
     return t.to(torch.int32).contiguous()
 
 
-def _float32(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.to(torch.float32).contiguous()
+def _float32(name: str, t: Tensor | None, q: Tensor, *shapes: tuple[int, ...]) -> Tensor | None:
+    if t is None:
+        return None
+    if tuple(t.shape) not in shapes:
+        raise ValueError(f"{name}: {tuple(t.shape)}, expected {' or '.join(map(str, shapes))}")
+    _check_device(name, t, q)
+    return t.to(torch.float32).contiguous()
 
 
 def _mask(

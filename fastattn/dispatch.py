@@ -26,6 +26,11 @@ BACKENDS = (*AUTOMATIC, "reference")
 #: How often each (backend, op) ran in this process.
 calls: Counter[tuple[str, str]] = Counter()
 
+if settings.backend and settings.backend not in BACKENDS:
+    raise ValueError(
+        f"environment variable FASTATTN_BACKEND={settings.backend!r}: expected one of {', '.join(BACKENDS)}"
+    )
+
 _forced: ContextVar[str] = ContextVar("fastattn_backend", default="")
 _resolved: dict[tuple[str, Any, str], tuple[str, Op]] = {}
 

@@ -7,12 +7,14 @@ Source of the signatures: flash_attn 2.8, ``flash_attn/flash_attn_interface.py``
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .attention import Window, attention
-from .ops import append_kv, rotary
-from .spec import UnsupportedError
+from .attention import Window, attention, build_args
+from .ops import append_kv, call_attention, rotary
+from .spec import AttentionArgs, UnsupportedError
 
 Result = Tensor | tuple[Tensor, Tensor, None]
 
@@ -190,63 +192,92 @@ def flash_attn_with_kvcache(
         q: (B, Sq, H, D).
         k_cache, v_cache: (B_cache, S_cache, Hkv, D), or pages (P, page, Hkv, D) with ``block_table``.
         k, v: new (B, Snew, Hkv, D), written at ``cache_seqlens`` and on.
-        rotary_cos, rotary_sin: (max_position, rotary_dim / 2). Keys are rotated to their positions; queries
-            to theirs when causal or windowed, else all to ``cache_seqlens``.
+        rotary_cos, rotary_sin: (max_position, rotary_dim / 2). Keys are rotated to their index in the cache
+            (left padding included); queries to ``cache_seqlens`` and on when causal or windowed, else all
+            to ``cache_seqlens``.
         cache_seqlens: int32 (B,) or int, keys present before the append; needed with k and with pages.
-        cache_batch_idx: int32 (B,), the cache row of each sequence. cache_leftpad: int32 (B,).
+        cache_batch_idx: int32 (B,), the cache row of each sequence.
+        cache_leftpad: int32 (B,), index of each sequence's first valid key.
         num_splits: a hint in flash_attn; backends choose theirs.
 
     Returns:
         out (B, Sq, H, Dv); with ``return_softmax_lse`` (out, lse (B, H, Sq) float32).
+
+    Raises:
+        ValueError: an argument is inconsistent, or on a CPU a new row lies outside its sequence's cache;
+            the cache is unchanged.
     """
-    batch, q_len = q.shape[:2]
+    batch = q.shape[0]
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     if (k is None) != (v is None):
         raise ValueError("k and v: give both or neither")
-    if rotary_cos is not None and (k is None or rotary_sin is None):
-        raise ValueError("rotary_cos: needs rotary_sin, and new keys and values to append")
-    present = cache_seqlens
-    if k is not None and v is not None:
-        if cache_seqlens is None:
-            raise ValueError("cache_seqlens: needed to append k and v")
-        new = k.shape[1]
-        start = cache_seqlens.long()[:, None]
-        offset = 0 if cache_leftpad is None else cache_leftpad.long()[:, None]
-        steps = torch.arange(max(new, q_len), device=q.device)
-        slots = _slots(start + steps[:new], k_cache, cache_batch_idx, block_table)
-        positions = start - offset + steps
-        if rotary_cos is not None and rotary_sin is not None:
-            cos, sin = rotary_cos.float(), rotary_sin.float()
-            local = causal or tuple(window_size or (-1, -1)) not in ((-1, -1), (None, None))
-            q_positions = positions[:, :q_len] if local else positions[:, :1].expand(-1, q_len)
-            q = rotary(
-                q.flatten(0, 1), cos, sin, q_positions.flatten(), interleaved=rotary_interleaved
-            ).view_as(q)
-            append_kv(
-                k_cache, v_cache, k.flatten(0, 1), v.flatten(0, 1), slots, cos=cos, sin=sin,
-                positions=positions[:, :new].flatten(), interleaved=rotary_interleaved,
-            )  # fmt: skip
-        else:
-            append_kv(k_cache, v_cache, k.flatten(0, 1), v.flatten(0, 1), slots)
-        present = cache_seqlens + new
-    return attention(
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("rotary_cos and rotary_sin: give both or neither")
+    if rotary_cos is not None and k is None:
+        raise ValueError("rotary_cos: needs new keys and values (k, v) to append")
+    if k is not None and cache_seqlens is None:
+        raise ValueError("cache_seqlens: needed to append k and v")
+    new = 0 if k is None else k.shape[1]
+    # Everything is validated before anything is written: a refused call leaves the cache as it was.
+    args = build_args(
         q, k_cache, v_cache, causal=causal, window=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
-        scale=softmax_scale, block_table=block_table, cache_seqlens=present,
+        scale=softmax_scale, block_table=block_table,
+        cache_seqlens=cache_seqlens + new if new and cache_seqlens is not None else cache_seqlens,
         cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, return_lse=return_softmax_lse,
-    )  # type: ignore[return-value]  # fmt: skip
+    )  # fmt: skip
+    if k is not None and v is not None and cache_seqlens is not None:
+        for name, t, cache in (("k", k, k_cache), ("v", v, v_cache)):
+            if t.ndim != 4 or tuple(t.shape[:2]) != (batch, new):
+                expected = (batch, new, *cache.shape[2:])
+                raise ValueError(f"{name}: {tuple(t.shape)}, expected {expected}")
+        rows = cache_seqlens.long()[:, None] + torch.arange(max(new, q.shape[1]), device=q.device)
+        slots = _slots(rows[:, :new], args)
+        rotation: dict[str, Any] = {}
+        if rotary_cos is not None and rotary_sin is not None:
+            capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+            local = causal or any(0 <= side < capacity for side in args.window if side is not None)
+            positions = rows[:, : q.shape[1]] if local else rows[:, :1].expand(-1, q.shape[1])
+            cos, sin = rotary_cos.float(), rotary_sin.float()
+            turned = rotary(q.flatten(0, 1), cos, sin, positions.flatten(), interleaved=rotary_interleaved)
+            args = args._replace(q=turned.view(q.shape))
+            rotation = {"cos": cos, "sin": sin, "positions": rows[:, :new].flatten()}
+        append_kv(
+            k_cache, v_cache, k.flatten(0, 1), v.flatten(0, 1), slots, **rotation,
+            interleaved=rotary_interleaved and bool(rotation),
+        )  # fmt: skip
+    out, lse = call_attention(args, None)
+    return (out, lse) if return_softmax_lse else out
 
 
-def _slots(rows: Tensor, cache: Tensor, batch_idx: Tensor | None, block_table: Tensor | None) -> Tensor:
-    """Flat cache slots (B * Snew,) of key index ``rows`` (B, Snew) of each sequence."""
-    page = cache.shape[1]
-    if block_table is not None:
-        return (block_table.long().gather(1, rows // page) * page + rows % page).flatten()
-    if batch_idx is None:
-        batch_idx = torch.arange(rows.shape[0], device=rows.device)
-    # A row past its cache would land in the next sequence's: send it past the end, where it is refused.
-    slots = batch_idx.long()[:, None] * page + rows
-    return slots.masked_fill(rows >= page, cache.shape[0] * page).flatten()
+def _slots(rows: Tensor, a: AttentionArgs) -> Tensor:
+    """Flat cache slots (B * Snew,) of key index ``rows`` (B, Snew) of each sequence.
+
+    A row outside its sequence's cache would land in another's. On a host that is a ValueError; on a device,
+    where values are not read, such a row gets the slot past the end, which is skipped.
+    """
+    pages, page = a.k.shape[:2]
+    if a.block_table is not None:
+        capacity = a.block_table.shape[1] * page
+        # One more page that is none, for rows past the last.
+        table = torch.nn.functional.pad(a.block_table.long(), (0, 1), value=-1)
+        home = table.gather(1, (rows // page).clamp(0, a.block_table.shape[1]))
+    else:
+        capacity = page
+        home = torch.arange(rows.shape[0], device=rows.device)[:, None].expand(rows.shape)
+        if a.cache_batch_idx is not None:
+            home = a.cache_batch_idx.long()[home]
+    outside = (rows < 0) | (rows >= capacity) | (home < 0) | (home >= pages)
+    on_host = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and bool(outside.any()):
+        where = "cache" if a.block_table is None else "block_table"
+        b = int(outside.any(1).nonzero()[0])
+        first, last = (int(rows[b, i]) for i in (0, -1))
+        raise ValueError(
+            f"k: rows {first}..{last} of sequence {b} (from cache_seqlens on) are not in its {where}, which "
+            f"has {capacity} rows"
+        )
+    return (home * page + rows % page).masked_fill(outside, pages * page).flatten()
 
 
 def _unpack(packed: Tensor, name: str, parts: int, ndim: int) -> tuple[Tensor, ...]:

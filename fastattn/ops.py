@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .indices import check_indices
+from .settings import settings
 from .spec import (
     AppendKvArgs,
     AttentionArgs,
@@ -21,6 +23,7 @@ from .spec import (
     RmsNormArgs,
     RotaryArgs,
     SwigluArgs,
+    UnsupportedError,
 )
 
 _lib = torch.library.Library("fastattn", "DEF")
@@ -32,6 +35,18 @@ def _define(schema: str, impl, fake) -> None:  # type: ignore[no-untyped-def]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_lib)
+
+
+def refuse_grad(**tensors: Tensor | None) -> None:
+    """Raises UnsupportedError naming the first tensor that autograd would record."""
+    if not torch.is_grad_enabled():
+        return
+    for name, t in tensors.items():
+        if t is not None and t.requires_grad:
+            raise UnsupportedError(
+                f"{name}: requires grad; fastattn is an inference library and has no backward pass: call it "
+                f"under torch.no_grad() or torch.inference_mode(), or pass {name}.detach()"
+            )
 
 
 # ------------------------------------------------------------------------------------------ attention
@@ -46,14 +61,15 @@ ATTENTION_SCHEMA = (
 
 def call_attention(a: AttentionArgs, backend: str | None) -> tuple[Tensor, Tensor]:
     """Runs a validated record as the torch op; the lse is empty unless asked for."""
-    out, lse = _ops.attention(*a[:5], *a.window, *a[6:], backend or "")
+    out, lse = _ops.attention.default(*a[:5], *a.window, *a[6:], backend or "")
     return out, lse
 
 
 def _attention(*flat) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    *head, backend = flat
-    args = AttentionArgs(*head[:5], (head[5], head[6]), *head[7:])
-    return dispatch.run("attention", args, backend)  # type: ignore[no-any-return]
+    args = AttentionArgs._make((*flat[:5], (flat[5], flat[6]), *flat[7:-1]))
+    if settings.strict:
+        check_indices(args)
+    return dispatch.run("attention", args, flat[-1])
 
 
 def _attention_fake(*flat) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
@@ -86,13 +102,35 @@ def append_kv(
     v_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """Writes ``k`` and ``v`` (N, Hkv, D) into a cache at ``slots``, in place; see `spec.AppendKvArgs`."""
-    if k.shape[0] != slots.shape[0] or v.shape[0] != slots.shape[0]:
-        raise ValueError(f"slots: {slots.shape[0]} of them for {k.shape[0]} keys and {v.shape[0]} values")
+    """Writes ``k`` and ``v`` (N, Hkv, D) into a cache at ``slots``, in place; see `spec.AppendKvArgs`.
+
+    Raises ValueError when shapes or dtypes disagree and, where indices are on the host or FASTATTN_STRICT
+    is set, for a slot past the cache; the cache is unchanged then.
+    """
+    refuse_grad(k_cache=k_cache, v_cache=v_cache, k=k, v=v)
+    rows = slots.shape[0] if slots.ndim == 1 else -1
+    for name, cache, new, scale in (("k", k_cache, k, k_scale), ("v", v_cache, v, v_scale)):
+        expected = (rows, *cache.shape[2:])
+        if cache.ndim != 4 or new.ndim != 3 or tuple(new.shape) != expected:
+            raise ValueError(
+                f"{name}: {tuple(new.shape)}, {name}_cache {tuple(cache.shape)}, slots {tuple(slots.shape)}; "
+                "expected (N, heads, head_dim), (pages, page, heads, head_dim) and (N,)"
+            )
+        if new.dtype != cache.dtype and scale is None:
+            raise ValueError(
+                f"{name}: {new.dtype}, {name}_cache is {cache.dtype} (another type needs {name}_scale)"
+            )
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(f"v_cache: {tuple(v_cache.shape)}, k_cache is {tuple(k_cache.shape)}")
+    if slots.dtype != torch.int64:
+        raise ValueError(f"slots: {slots.dtype}, expected int64")
     if (cos is None) != (sin is None) or (cos is None) != (positions is None):
         raise ValueError("cos, sin and positions: give all three or none")
+    if cos is not None and sin is not None and positions is not None:
+        _check_rotary(k, cos, sin, positions)
     _ops.append_kv(
-        k_cache, v_cache, k, v, slots, cos, sin, positions, interleaved, kv_layout, k_scale, v_scale, backend or ""
+        k_cache, v_cache, k, v, slots, cos, sin, positions, interleaved, kv_layout, k_scale, v_scale,
+        backend or "",
     )  # fmt: skip
 
 
@@ -120,9 +158,23 @@ def rotary(
     backend: str | None = None,
 ) -> Tensor:
     """``x`` (N, heads, D) rotated to ``positions`` (N,); see `spec.RotaryArgs`."""
-    if 2 * cos.shape[-1] > x.shape[-1] or cos.shape != sin.shape:
-        raise ValueError(f"cos, sin: {tuple(cos.shape)}, {tuple(sin.shape)} for head_dim {x.shape[-1]}")
-    return _ops.rotary(x, cos, sin, positions, interleaved, backend or "")  # type: ignore[no-any-return]
+    refuse_grad(x=x)
+    if x.ndim != 3:
+        raise ValueError(f"x: {tuple(x.shape)}, expected (N, heads, head_dim)")
+    _check_rotary(x, cos, sin, positions)
+    return _ops.rotary(x, cos, sin, positions, interleaved, backend or "")
+
+
+def _check_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    if cos.ndim != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[-1]:
+        raise ValueError(
+            f"cos, sin: {tuple(cos.shape)}, {tuple(sin.shape)}, expected (max_position, rotary_dim / 2) with "
+            f"rotary_dim at most head_dim {x.shape[-1]}"
+        )
+    if positions.dtype != torch.int64 or tuple(positions.shape) != tuple(x.shape[:1]):
+        raise ValueError(
+            f"positions: {positions.dtype} {tuple(positions.shape)}, expected int64 ({x.shape[0]},)"
+        )
 
 
 _define(
@@ -137,6 +189,7 @@ def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of ``x + residual`` and that sum (empty without a residual); see `spec.RmsNormArgs`."""
+    refuse_grad(x=x, weight=weight, residual=residual)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}")
     if residual is not None and residual.shape != x.shape:
@@ -157,9 +210,10 @@ _define(
 
 def swiglu(x: Tensor, *, backend: str | None = None) -> Tensor:
     """``silu(gate) * up`` of ``x`` (N, 2 F), gate first."""
+    refuse_grad(x=x)
     if x.shape[-1] % 2:
         raise ValueError(f"x: last dimension {x.shape[-1]} is odd, expected gate and up of equal width")
-    return _ops.swiglu(x, backend or "")  # type: ignore[no-any-return]
+    return _ops.swiglu(x, backend or "")
 
 
 _define(
@@ -172,12 +226,13 @@ _define(
 # --------------------------------------------------------------------------------------------- linear
 def linear(x: Tensor, weight: PackedWeight, *, act: str = "", backend: str | None = None) -> Tensor:
     """``x`` (N, in) times a packed weight (out, in), plus its bias; returns (N, out) in x's dtype."""
+    refuse_grad(x=x, bias=weight.bias, **weight.tensors)
     if x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x: {tuple(x.shape)}, expected (N, {weight.shape[1]})")
     if act not in ("", "int8"):
         raise ValueError(f"act: {act!r}, expected '' or 'int8'")
     w = weight
-    return _ops.linear(  # type: ignore[no-any-return]
+    return _ops.linear(
         x, list(w.tensors.values()), ",".join(w.tensors), w.format, *w.shape, w.group_size, w.group_offset,
         w.g_idx, w.x_perm, w.bias, act, backend or "",
     )  # fmt: skip
@@ -239,7 +294,7 @@ def mx_unpack(
     expected = _mx_shapes(codes.shape[:-1], n, element, block)
     if (tuple(codes.shape), tuple(scales.shape)) != expected:
         raise ValueError(f"codes, scales: {tuple(codes.shape)}, {tuple(scales.shape)}, expected {expected}")
-    return _ops.mx_unpack(codes, scales, element, block, n, dtype, backend or "")  # type: ignore[no-any-return]
+    return _ops.mx_unpack(codes, scales, element, block, n, dtype, backend or "")
 
 
 def _mx_pack_fake(x, element, block, scale, backend):  # type: ignore[no-untyped-def]

@@ -46,7 +46,7 @@ def attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
 def _by_sequence(a: AttentionArgs) -> Tensor:
     batch = a.q.shape[0] if a.cu_seqlens_q is None else a.cu_seqlens_q.numel() - 1
     cu_q = None if a.cu_seqlens_q is None else a.cu_seqlens_q.tolist()
-    out = a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1]))
+    out = a.q.new_zeros((*a.q.shape[:-1], a.v.shape[-1]))
     for b in range(batch):
         rows = slice(b, b + 1) if cu_q is None else slice(cu_q[b], cu_q[b + 1])
         q = a.q[rows] if cu_q is None else a.q[rows].unsqueeze(0)
@@ -110,8 +110,8 @@ def _dense(
         out = F.scaled_dot_product_attention(folded, k, v, attn_mask=rows, scale=a.scale)
         out = out.unflatten(2, (group, q_len)).permute(0, 3, 1, 2, 4).flatten(2, 3)
     else:
-        repeated = (t.repeat_interleave(group, 1) for t in (k, v))
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), *repeated, attn_mask=bias, scale=a.scale)
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias, scale=a.scale)
         out = out.transpose(1, 2)
     if bias is not None:
         unseen = (bias == -torch.inf).all(-1).transpose(1, 2)
@@ -143,6 +143,9 @@ def _bias(
             slopes = slopes[sequence]
         bias = (-slopes.reshape(-1, a.q.shape[-2], 1, 1) * (q_pos - k_pos).abs()).to(dtype)
     if mask is not None:
+        # A mask that was broadcast over heads or queries is still one mask in memory.
+        for dim in (1, 0):
+            mask = mask.narrow(dim, 0, 1) if mask.shape[dim] > 1 and mask.stride(dim) == 0 else mask
         if mask.dtype == torch.bool:
             hidden = hidden | ~mask
         else:
@@ -163,7 +166,7 @@ def _ops() -> Mapping[str, Op]:
 BACKEND = Backend(
     name="sdpa",
     device_types=("cpu", "cuda", "npu", "mps", "xpu"),
-    available=lambda: [],
+    available=list,
     ops=_ops,
     describe=lambda: {"torch": torch.__version__},
 )

@@ -157,7 +157,7 @@ def test_cuts(kind: str, inn: str, typed: dict[str, tuple[Checkpoint, np.ndarray
     for rows in ROWS.values():
         spans = rows.spans or ((0, 256),)
         kept = (
-            rows.index.numpy() if rows.index is not None else np.concatenate([np.arange(*s) for s in spans])
+            rows.order.numpy() if rows.order is not None else np.concatenate([np.arange(*s) for s in spans])
         )
         found = loaded(checkpoint, "model.layers.0.mlp.down_proj.weight", rows, cut).numpy()
         np.testing.assert_array_max_ulp(found, values[kept][:, columns], maxulp=1)
