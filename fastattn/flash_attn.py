@@ -270,8 +270,11 @@ def _slots(rows: Tensor, a: AttentionArgs) -> Tensor:
     outside = (rows < 0) | (rows >= capacity) | (home < 0) | (home >= pages)
     on_host = rows.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_host and bool(outside.any()):
+        b, n = (int(i) for i in outside.nonzero()[0])
+        if 0 <= int(rows[b, n]) < capacity:
+            source = "cache_batch_idx" if a.block_table is None else "block_table"
+            raise ValueError(f"{source}: {int(home[b, n])} of sequence {b}, expected 0..{pages - 1}")
         where = "cache" if a.block_table is None else "block_table"
-        b = int(outside.any(1).nonzero()[0])
         first, last = (int(rows[b, i]) for i in (0, -1))
         raise ValueError(
             f"k: rows {first}..{last} of sequence {b} (from cache_seqlens on) are not in its {where}, which "

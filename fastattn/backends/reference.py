@@ -7,12 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..indices import check_indices
 from ..spec import AttentionArgs, Backend, Op
 
 
 def _attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
     from .. import reference
 
+    check_indices(a)
     out, lse = reference.attention(a)
     return out.to(a.q.dtype), lse.float() if a.return_lse else lse.new_empty((0,), dtype=torch.float32)
 
@@ -32,7 +34,7 @@ def _ops() -> Mapping[str, Op]:
 BACKEND = Backend(
     name="reference",
     device_types=("cpu", "cuda", "npu"),
-    available=lambda: [],
+    available=list,
     ops=_ops,
     describe=lambda: {"precision": "float64", "use": "by name only"},
 )

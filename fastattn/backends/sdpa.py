@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..indices import check_indices
 from ..spec import AttentionArgs, AttentionSignature, Backend, Op
 
 _FEATURES = frozenset(
@@ -34,7 +35,12 @@ _FEATURES = frozenset(
 
 
 def attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
-    """(out, empty lse); sequences of unequal length run one after another."""
+    """(out, empty lse); sequences of unequal length run one after another.
+
+    Raises ValueError for an index out of range on a CPU; elsewhere torch's own indexing does.
+    """
+    if a.q.device.type == "cpu":
+        check_indices(a)
     ragged = ("cu_seqlens_q", "cu_seqlens_k", "block_table", "seqused_k", "cache_leftpad", "cache_batch_idx")
     if any(getattr(a, name) is not None for name in ragged):
         out = _by_sequence(a)

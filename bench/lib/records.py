@@ -1,0 +1,64 @@
+"""The records that --json writes: one a metric of a case (docs/benchmarks.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+CLAIMS = ("measured", "compiled", "emulated", "modelled")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One number, what it is compared with, and what bounds it. ``ratio`` > 1: ours is better."""
+
+    bench: str
+    case: str
+    metric: str
+    unit: str
+    ours: float
+    peer: str
+    peer_value: float | None
+    ratio: float | None
+    limit: str
+    limit_value: float | None
+    spread: float
+    claim: str
+    env: Mapping[str, str | int]
+
+    def __post_init__(self) -> None:
+        if self.claim not in CLAIMS:
+            raise ValueError(f"claim: {self.claim!r}, expected {', '.join(CLAIMS)}")
+
+    @classmethod
+    def of(
+        cls,
+        shared: Mapping[str, Any],
+        metric: str,
+        unit: str,
+        ours: float,
+        against: tuple[str, float | None, float | None] = ("", None, None),
+        bound: tuple[str, float | None] = ("", None),
+    ) -> Record:
+        """A record from the fields ``shared`` by a case (bench, case, spread, claim, env) and its own:
+        ``against`` is (peer, peer_value, ratio), ``bound`` is (limit, limit_value).
+        """
+        return cls(
+            shared["bench"], shared["case"], metric, unit, ours, *against, *bound, shared["spread"],
+            shared["claim"], shared["env"],
+        )  # fmt: skip
+
+
+def ratio(ours: float, peer: float | None, higher_is_better: bool) -> float | None:
+    """How many times better ours is; None without a peer."""
+    if not peer or not ours:
+        return None
+    return ours / peer if higher_is_better else peer / ours
+
+
+def write(path: str | Path, records: Sequence[Record]) -> None:
+    """Writes the records as a JSON list."""
+    Path(path).write_text(json.dumps([asdict(r) for r in records], indent=1) + "\n")

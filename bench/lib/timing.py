@@ -1,0 +1,65 @@
+"""Timing of rivals against each other: one call of each in turn, so that drift meets all alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class Timing(NamedTuple):
+    """Median of the samples, and (max - min) / median."""
+
+    median: float
+    spread: float
+
+
+def summarize(samples: Sequence[float]) -> Timing:
+    """Raises ValueError without samples."""
+    if not samples:
+        raise ValueError("samples: none, expected at least one")
+    middle = median(samples)
+    return Timing(middle, (max(samples) - min(samples)) / middle if middle else 0.0)
+
+
+def interleave(runs: Mapping[str, Callable[[], T]], iterations: int, warmup: int) -> dict[str, list[T]]:
+    """What each run returned in ``iterations`` rounds, after ``warmup`` rounds whose results are dropped.
+
+    The order rotates from round to round: no run always follows the same other one.
+    """
+    names = list(runs)
+    results: dict[str, list[T]] = {name: [] for name in names}
+    for i in range(warmup + iterations):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            result = runs[name]()
+            if i >= warmup:
+                results[name].append(result)
+    return results
+
+
+def time_calls(
+    calls: Mapping[str, Callable[[], object]], seconds: float, rounds: int = 5
+) -> dict[str, Timing]:
+    """Seconds of each call, interleaved, for at least ``rounds`` rounds and until ``seconds`` have passed."""
+    timed = {name: _timed(call) for name, call in calls.items()}
+    interleave(timed, 0, 1)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    begin, done = perf_counter(), 0
+    while done < rounds or perf_counter() - begin < seconds:
+        for name, taken in interleave(timed, len(calls), 0).items():
+            samples[name] += taken
+        done += len(calls)
+    return {name: summarize(taken) for name, taken in samples.items()}
+
+
+def _timed(call: Callable[[], object]) -> Callable[[], float]:
+    def run() -> float:
+        begin = perf_counter()
+        call()
+        return perf_counter() - begin
+
+    return run

@@ -1,0 +1,152 @@
+"""Latency and throughput of a real model, in the manner of FasterTransformer's benchmark scripts.
+
+Sweeps the product of batch sizes, input lengths, output lengths, tensor-parallel sizes and data types.
+Input and output lengths are fixed: end tokens are ignored. One row a case:
+
+  latency   from the call to the last token of the batch
+  TTFT      from the call to the moment when every sequence has its first token
+  TPOT      (latency - TTFT) / (output - 1), time per further token of the batch
+  limit     TPOT if a step only read the weights and the KV cache once, at the bandwidth measured here
+  tokens/s  batch * output / latency
+  peak MB   resident memory of each rank's process, torch included
+
+With --peer, the rival generates from the same file with the same prompts and as many threads as all
+ranks together; the runs alternate, and ratio is its latency over ours (above 1: ours is faster).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from lib import env
+from lib.args import names, positive, sweep
+from lib.llm_peers import NAMES
+from lib.llm_worker import DTYPES, columns, run
+from lib.records import Record, ratio, write
+
+QUESTION = "Why is the sky blue? Answer in one sentence."
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="smollm2", help="a directory, a GGUF file, or smollm2 (default)")
+    p.add_argument("--batch_size", type=sweep, default=(1, 4), metavar="N,N", help="default: 1,4")
+    p.add_argument("--input_len", type=sweep, default=(128,), metavar="N,N", help="tokens; default: 128")
+    p.add_argument("--output_len", type=sweep, default=(32,), metavar="N,N", help="tokens; default: 32")
+    p.add_argument("--tensor_para_size", type=sweep, default=(1, 2), metavar="N,N", help="default: 1,2")
+    p.add_argument(
+        "--inference_data_type", type=names(tuple(DTYPES)), default=("fp32",), metavar="T,T",
+        help=f"of activations and KV cache: {', '.join(DTYPES)}; default: fp32",
+    )  # fmt: skip
+    p.add_argument("--iterations", type=positive, default=3, help="samples of each case; default: 3")
+    p.add_argument("--warmup", type=positive, default=1, help="runs before them; default: 1")
+    p.add_argument("--threads", type=positive, help="of each rank; default: cores / tensor_para_size")
+    p.add_argument("--peer", type=names(NAMES), default=(), metavar="P,P", help=f"out of {', '.join(NAMES)}")
+    p.add_argument("--llama_python", default=sys.executable, help="a Python that has llama-cpp-python")
+    p.add_argument("--chat", default=QUESTION, metavar="TEXT", help='asked at the end; "" for nothing')
+    p.add_argument("--json", metavar="FILE", help="write the records of docs/benchmarks.md")
+    p.add_argument("--plot", metavar="FILE.png", help="draw throughput and TTFT")
+    p.add_argument("--result", help=argparse.SUPPRESS)  # a rank, started by this program
+    return p
+
+
+def main() -> None:
+    """Runs each (tensor_para_size, data type) in processes of its own, then reports."""
+    args = parser().parse_args()
+    if args.result:
+        run(args)
+        return
+    configurations = list(product(args.tensor_para_size, args.inference_data_type))
+    answer = ""
+    records: list[Record] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (world, dtype) in enumerate(configurations):
+            threads = args.threads or max(1, env.cores() // world)
+            if i == 0:
+                print(f"{args.model}: {env.headline(env.capture(threads))}")
+                print(columns(args.peer).header(), flush=True)
+            result = launch(world, dtype, threads, chat=i == 0, result=Path(folder) / f"{i}.json")
+            answer = answer or result["answer"]
+            records += to_records(args.model, result)
+            note(result, world * threads)
+    if args.json:
+        write(args.json, records)
+    if args.plot:
+        from lib.plot import llm
+
+        llm(records, args.plot)
+    if args.chat:
+        print(f"\n> {args.chat}\n{answer.strip()}")
+
+
+def launch(world: int, dtype: str, threads: int, chat: bool, result: Path) -> dict[str, Any]:
+    """Runs this program's ranks with the same arguments, and returns what rank 0 wrote."""
+    own = [
+        *sys.argv[1:], "--tensor_para_size", str(world), "--inference_data_type", dtype, "--threads",
+        str(threads), "--result", str(result), *([] if chat else ["--chat", ""]),
+    ]  # fmt: skip
+    launcher = (
+        [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, *launcher, __file__, *own], env=environment, check=False)
+    if done.returncode:
+        sys.exit(f"bench/llm.py: tensor_para_size {world}, {dtype}: ended with status {done.returncode}")
+    return dict(json.loads(result.read_text()))
+
+
+def note(result: dict[str, Any], threads: int) -> None:
+    """Lines under the rows of a configuration: what the peers' tokens say, and what is not claimed."""
+    for key, name in result["peers"].items():
+        rows = [r for r in result["rows"] if key in r["peers"]]
+        same = sum(r["peers"][key]["same_tokens"] for r in rows)
+        print(f"  {name}: {same} of {sum(r['batch'] * r['output'] for r in rows)} greedy tokens equal ours")
+    if threads > env.cores():
+        print(f"  {threads} threads on {env.cores()} cores: these times are emulated, not claimed")
+    sys.stdout.flush()
+
+
+METRICS = (
+    # metric, unit, field of Row and PeerRow, whether more is better
+    ("latency", "ms", "latency_ms", False),
+    ("TTFT", "ms", "ttft_ms", False),
+    ("TPOT", "ms", "tpot_ms", False),
+    ("throughput", "tokens/s", "tokens_per_s", True),
+)
+
+
+def to_records(model: str, result: dict[str, Any]) -> list[Record]:
+    """One record a metric of a row and peer, and one a rank for its peak memory."""
+    records = []
+    for row in result["rows"]:
+        shape = f"batch={row['batch']} input={row['input']} output={row['output']} tp={row['world']}"
+        shared = {
+            "bench": "llm",
+            "case": f"{Path(model).name} {row['dtype']} {shape}",
+            "spread": row["spread"],
+            "claim": "emulated" if row["world"] * row["threads"] > result["env"]["cores"] else "measured",
+            "env": result["env"],
+        }
+        for metric, unit, field, more in METRICS:
+            ours = row[field]
+            bound = ("memory bandwidth", row["tpot_limit_ms"]) if metric == "TPOT" else ("", None)
+            for key, rival in row["peers"].items() or [("", None)]:
+                theirs = rival[field] if rival else None
+                against = (result["peers"].get(key, ""), theirs, ratio(ours, theirs, more))
+                records.append(Record.of(shared, metric, unit, ours, against, bound))
+        for rank, peak in enumerate(row["peak_mb"]):
+            records.append(Record.of(shared, f"peak memory of rank {rank}", "MB", peak))
+    return records
+
+
+if __name__ == "__main__":
+    main()

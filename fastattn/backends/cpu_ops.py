@@ -1,0 +1,201 @@
+"""Every op but attention on the native CPU kernels.
+
+Adapters only: they allocate the result and hand tensors over; the bindings check shapes, dtypes and
+indices and raise ValueError. A call costs a few microseconds beyond its kernel.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..native import kernels
+from ..quant import mx, packed
+from ..spec import (
+    AppendKvArgs,
+    LinearArgs,
+    MxPackArgs,
+    MxUnpackArgs,
+    Op,
+    OpSignature,
+    PackedWeight,
+    RmsNormArgs,
+    RotaryArgs,
+    SwigluArgs,
+)
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Rows of x from which dequantizing tiles of W for torch's GEMM beats the kernel that reads W once for
+# all rows (measured on Zen 4, 2 threads; see bench).
+GEMM_ROWS = 32
+# Bytes of a dequantized tile: it is written and read while it stays in cache.
+TILE_BYTES = 4 << 20
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+# --------------------------------------------------------------------------------- rotary and KV append
+def append_kv(a: AppendKvArgs) -> None:
+    """Writes k and v (N, Hkv, D) into the caches in place; raises before anything is written."""
+    kernels.append_kv(
+        a.k_cache, a.v_cache, _last_contiguous(a.k), _last_contiguous(a.v), a.slots.contiguous(),
+        a.cos, a.sin, None if a.positions is None else a.positions.contiguous(), a.interleaved,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def rotary(a: RotaryArgs) -> Tensor:
+    """``x`` (N, heads, D) rotated; a new contiguous tensor."""
+    out = torch.empty(a.x.shape, dtype=a.x.dtype)
+    x = _last_contiguous(a.x)
+    positions = a.positions.contiguous()
+    kernels.rotary(x, a.cos, a.sin, positions, a.interleaved, out, torch.get_num_threads())
+    return out
+
+
+# ------------------------------------------------------------------------------------------ norm, gate
+def rms_norm(a: RmsNormArgs) -> tuple[Tensor, Tensor]:
+    """(normalised, x + residual) in x's dtype; the sum is empty without a residual."""
+    x, residual, shape = a.x, a.residual, a.x.shape
+    if len(shape) > 3:
+        x = x.reshape(-1, *shape[-2:])
+        residual = None if residual is None else residual.reshape(x.shape)
+    # empty_like costs a third of empty.
+    out = torch.empty_like(a.x, memory_format=torch.contiguous_format)
+    if residual is None:
+        total = x.new_empty(0)
+    else:
+        residual, total = _last_contiguous(residual), torch.empty_like(out)
+    kernels.rms_norm(_last_contiguous(x), a.weight, residual, out, total, a.eps, torch.get_num_threads())
+    return out, total
+
+
+def swiglu(a: SwigluArgs) -> Tensor:
+    """``silu(gate) * up`` of x (..., 2 F)."""
+    x, shape = a.x, a.x.shape
+    flat = _last_contiguous(x) if len(shape) == 2 else x.reshape(shape[:-1].numel(), shape[-1])
+    out = x.new_empty((flat.shape[0], shape[-1] // 2))
+    kernels.swiglu(flat, out, torch.get_num_threads())
+    return out if len(shape) == 2 else out.view(*shape[:-1], shape[-1] // 2)
+
+
+# ---------------------------------------------------------------------------------------------- linear
+def linear(a: LinearArgs) -> Tensor:
+    """``x @ W^T + bias`` in x's dtype: few rows multiply W as it is read, many use torch's GEMM."""
+    w, x = a.weight, a.x
+    if w.x_perm is not None:
+        x = x.index_select(1, w.x_perm)
+    if x.shape[0] >= GEMM_ROWS:
+        return _gemm(x, w)
+    out = x.new_empty((x.shape[0], w.shape[0]))
+    bias = None if w.bias is None else w.bias.contiguous()
+    kernels.linear(_last_contiguous(x), out, *_weight(w), bias, torch.get_num_threads())
+    return out
+
+
+def _weight(w: PackedWeight) -> tuple[str, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]:
+    """The weight as the bindings take it."""
+    t = w.tensors
+    if w.format == "dense":
+        return "dense", t["weight"], None, None, None, 0, 0
+    return w.format, t["codes"], t["scales"], t.get("mins"), w.g_idx, w.group_size, w.group_offset
+
+
+def _gemm(x: Tensor, w: PackedWeight) -> Tensor:
+    """Tile by tile of W's rows through torch's GEMM, in bfloat16 for bfloat16 x, else in float32."""
+    work = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    bias = None if w.bias is None else w.bias.to(work)
+    if bias is not None and bias.shape != (w.shape[0],):
+        raise ValueError(f"bias: shape {tuple(bias.shape)}, expected ({w.shape[0]},)")
+    if w.format == "dense" and w.tensors["weight"].dtype == work:
+        return F.linear(x.to(work), w.tensors["weight"], bias).to(x.dtype)
+    rows, (outs, inn) = x.to(work), w.shape
+    step = max(16, TILE_BYTES // max(1, inn * work.itemsize))
+    buffer = torch.empty((min(step, outs), inn), dtype=work)
+    out = torch.empty((x.shape[0], outs), dtype=x.dtype)
+    threads = torch.get_num_threads()
+    for lo in range(0, outs, step):
+        hi = min(lo + step, outs)
+        tile = buffer[: hi - lo]
+        kernels.dequantize(tile, *_weight(packed.slice_out(w, lo, hi)), threads)
+        out[:, lo:hi] = F.linear(rows, tile, None if bias is None else bias[lo:hi])
+    return out
+
+
+# -------------------------------------------------------------------------------------------------- MX
+@lru_cache(maxsize=64)
+def _element(name: str, scale: str) -> tuple[tuple[int, ...], int]:
+    e = mx.element(name)
+    return (e.bits, e.exponent_bits, e.mantissa_bits, e.bias, e.emax, e.max_code), e.carry_above(scale)
+
+
+def mx_pack(a: MxPackArgs) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of x (..., n), both uint8."""
+    mx.check_pack(a.x, a.element, a.block, a.scale)
+    facts, carry_above = _element(a.element, a.scale)
+    lead, n = a.x.shape[:-1], a.x.shape[-1]
+    rows = lead.numel()
+    codes = torch.empty((rows, mx.code_bytes(n, a.element)), dtype=torch.uint8)
+    scales = torch.empty((rows, mx.scale_bytes(n, a.block)), dtype=torch.uint8)
+    x = a.x.reshape(rows, n).contiguous()
+    kernels.mx_pack(x, codes, scales, facts, a.block, carry_above, torch.get_num_threads())
+    return codes.view(*lead, codes.shape[1]), scales.view(*lead, scales.shape[1])
+
+
+def mx_unpack(a: MxUnpackArgs) -> Tensor:
+    """The values (..., n)."""
+    mx.check_unpack(a.codes, a.scales, a.element, a.block, a.n, a.dtype)
+    lead = a.codes.shape[:-1]
+    rows = lead.numel()
+    out = torch.empty((rows, a.n), dtype=a.dtype)
+    codes = a.codes.reshape(rows, a.codes.shape[-1]).contiguous()
+    scales = a.scales.reshape(rows, a.scales.shape[-1]).contiguous()
+    kernels.mx_unpack(out, codes, scales, _element(a.element, "floor")[0], a.block, torch.get_num_threads())
+    return out.view(*lead, a.n)
+
+
+# -------------------------------------------------------------------------------------------- reasons
+def _float_reasons(s: OpSignature) -> list[str]:
+    return [] if s.dtype in FLOATS else [f"dtype {s.dtype}: only float32, float16 and bfloat16"]
+
+
+def _append_reasons(s: OpSignature) -> list[str]:
+    out = _float_reasons(s)
+    if s.other_dtypes[0] not in FLOATS:
+        out.append(f"cache dtype {s.other_dtypes[0]}: only float32, float16 and bfloat16")
+    if "npu_nz" in s.dims:
+        out.append("kv_layout: only nhd")
+    return out
+
+
+def _rotary_reasons(s: OpSignature) -> list[str]:
+    angles = [] if s.other_dtypes == (torch.float32,) else [f"cos dtype {s.other_dtypes[0]}: only float32"]
+    return _float_reasons(s) + angles
+
+
+def _norm_reasons(s: OpSignature) -> list[str]:
+    known = (s.dtype, torch.float32)
+    names = ("weight", "residual")
+    odd = [
+        f"{n} dtype {d}: only x's or float32"
+        for n, d in zip(names, s.other_dtypes, strict=False)
+        if d not in known
+    ]
+    return _float_reasons(s) + odd
+
+
+APPEND_FEATURES = frozenset({"cos", "sin", "positions", "interleaved"})
+OPS: dict[str, Op] = {
+    "append_kv": Op(append_kv, APPEND_FEATURES, _append_reasons),
+    "rotary": Op(rotary, frozenset({"interleaved"}), _rotary_reasons),
+    "rms_norm": Op(rms_norm, frozenset({"residual"}), _norm_reasons),
+    "swiglu": Op(swiglu, reasons=_float_reasons),
+    "linear": Op(linear, frozenset({"g_idx", "x_perm", "bias", "group_offset", "act"}), _float_reasons),
+    "mx_pack": Op(mx_pack, frozenset({"even", "ceil"}), _float_reasons),
+    "mx_unpack": Op(mx_unpack, reasons=_float_reasons),
+}

@@ -1,0 +1,31 @@
+"""The native CPU kernels: a C++ extension, free of torch's ABI, chosen by instruction set at run time.
+
+Importing this module loads the extension; ImportError says why when it cannot be. torch is imported
+first: the extension uses the OpenMP runtime that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..settings import settings
+
+try:
+    from . import _kernels
+except ImportError as error:
+    raise ImportError(
+        f"fastattn's native CPU kernels are not usable: {error}. Build them for this Python with `pip install .` "
+        f"(or `pip install -e .` for a checkout); g++ and Python's headers are needed, torch {torch.__version__} "
+        "is the one that must be importable."
+    ) from error
+
+kernels = _kernels  # attention and the small ops, on tensors; see the src/*_bindings.cpp files
+isa = _kernels.isa
+available_isas = _kernels.available_isas
+set_isa = _kernels.set_isa
+build_info = _kernels.build_info
+
+if settings.cpu_isa:
+    set_isa(settings.cpu_isa)
+
+__all__ = ["available_isas", "build_info", "isa", "kernels", "set_isa"]

@@ -1,0 +1,16 @@
+// The small ops and linear of one instruction set.
+#pragma once
+
+#include "ops_linear.hpp"
+#include "ops_mx.hpp"
+#include "ops_rotary.hpp"
+#include "ops_small.hpp"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+static constexpr OpsTable ops_table = {rms_norm,   swiglu,       rotary,  linear_workspace, linear,
+                                       dequantize_workspace, dequantize, mx_workspace, mx_pack, mx_unpack};
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
