@@ -40,6 +40,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the block, every op runs on the backend ``name`` or is refused with the reason.
 
     Raises ValueError when there is no such backend. The ``backend=`` argument of a call wins over it.
+    Compiled code obeys the block that it is called in; the block itself cannot be inside a function that
+    is compiled with ``fullgraph=True`` (torch says so), where ``backend=`` does the same.
     """
     token = _forced.set(_known(name))
     try:

@@ -112,7 +112,7 @@ class _Device(NamedTuple):
 
 _SPEC_HELP = (
     "shapes of an attention call, such as 'q=1x1x32x128,k=1x4096x8x128,dtype=float16,device=cpu,causal'; "
-    "also v, kv_dtype, window=LEFT:RIGHT, softcap, scale, kv_layout, attn_mask=bool|float32|float16|bfloat16, "
+    "also v, kv_dtype, window=LEFT:RIGHT, softcap, scale, kv_layout, attn_mask=bool|float32|..., "
     "block_table=BATCHxPAGES, cu_seqlens_q=BATCH, cu_seqlens_k=BATCH, and the bare words causal, return_lse, "
     "alibi_slopes, sinks, cache_seqlens, cache_batch_idx, cache_leftpad, q_pos0, k_pos0, k_scale, v_scale"
 )
@@ -248,11 +248,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints the report, or the answer to ``--why``; returns the exit status."""
-    if args.why is None:
-        print(report())
-        return 0
     try:
-        print(why(args.why))
+        print(report() if args.why is None else why(args.why))
     except ValueError as error:
         print(f"fastattn info: {error}", file=sys.stderr)
         return 2

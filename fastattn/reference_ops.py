@@ -181,7 +181,7 @@ def mx_pack(a: MxPackArgs) -> tuple[Tensor, Tensor]:
     padded = np.zeros((rows, blocks * a.block))
     padded[:, :n] = a.x.double().reshape(rows, n).numpy()
     blocked = padded.reshape(rows, blocks, a.block)
-    finite: np.ndarray = np.isfinite(blocked).all(axis=-1, keepdims=True)
+    finite = np.asarray(np.isfinite(blocked).all(axis=-1))[..., None]
     x = np.where(finite, blocked, 0.0)
     exponents = mx_scale_exponents(np.abs(x).max(-1, initial=0.0), a.element, a.scale)
     scales = np.where(finite[..., 0], exponents + 127, 255).astype(np.uint8)

@@ -84,7 +84,7 @@ def _attention_reasons(signature: Any) -> list[str]:
 def _available() -> list[str]:
     try:
         from .. import native  # noqa: F401
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
         return [str(error)]
     return []
 

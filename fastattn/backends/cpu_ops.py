@@ -28,9 +28,10 @@ from ..spec import (
 )
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Rows of x from which dequantizing tiles of W for torch's GEMM beats the kernel that reads W once for
-# all rows (measured on Zen 4, 2 threads; see bench).
-GEMM_ROWS = 32
+# Rows of x from which torch's GEMM beats the kernel that decodes W once for all rows, measured on Zen 4:
+# on a dense W of x's dtype as it is, and on dequantized tiles of any other.
+DENSE_ROWS = {torch.float32: 16, torch.bfloat16: 6}
+TILED_ROWS = {torch.float32: 64, torch.float16: 64, torch.bfloat16: 16}
 # Bytes of a dequantized tile: it is written and read while it stays in cache.
 TILE_BYTES = 4 << 20
 
@@ -51,7 +52,7 @@ def append_kv(a: AppendKvArgs) -> None:
 
 def rotary(a: RotaryArgs) -> Tensor:
     """``x`` (N, heads, D) rotated; a new contiguous tensor."""
-    out = torch.empty(a.x.shape, dtype=a.x.dtype)
+    out = torch.empty_like(a.x, memory_format=torch.contiguous_format)
     x = _last_contiguous(a.x)
     positions = a.positions.contiguous()
     kernels.rotary(x, a.cos, a.sin, positions, a.interleaved, out, torch.get_num_threads())
@@ -90,12 +91,18 @@ def linear(a: LinearArgs) -> Tensor:
     w, x = a.weight, a.x
     if w.x_perm is not None:
         x = x.index_select(1, w.x_perm)
-    if x.shape[0] >= GEMM_ROWS:
+    if x.shape[0] >= _gemm_rows(w, x.dtype):
         return _gemm(x, w)
     out = x.new_empty((x.shape[0], w.shape[0]))
     bias = None if w.bias is None else w.bias.contiguous()
     kernels.linear(_last_contiguous(x), out, *_weight(w), bias, torch.get_num_threads())
     return out
+
+
+def _gemm_rows(w: PackedWeight, dtype: torch.dtype) -> int:
+    if w.format == "dense" and w.tensors["weight"].dtype == dtype and dtype in DENSE_ROWS:
+        return DENSE_ROWS[dtype]
+    return TILED_ROWS[dtype]
 
 
 def _weight(w: PackedWeight) -> tuple[str, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]:

@@ -50,7 +50,7 @@ def reason_of(error: BaseException, timeout_s: float) -> str:
     """A backend's message in our words, with its own behind."""
     text = re.sub(r"^\[\S+\.cc:\d+\]\s*", "", str(error).strip().split("\n")[0])
     own = re.split(r"\. (?:This is typically|Check the logs)", text)[0]
-    if "Connection closed by peer" in text or "Connection reset" in text or "Broken pipe" in text:
+    if re.search(r"Connection (was likely )?closed|Connection reset|Broken pipe", text):
         return f"another rank ended ({own})"
     if "imed out" in text or "timeout" in text:
         return f"no answer within {timeout_s:g} s: another rank is stopped or the link is cut ({own})"

@@ -26,6 +26,9 @@ set_isa = _kernels.set_isa
 build_info = _kernels.build_info
 
 if settings.cpu_isa:
-    set_isa(settings.cpu_isa)
+    try:
+        set_isa(settings.cpu_isa)
+    except ValueError as error:
+        raise ValueError(f"environment variable {str(error).replace('isa=', 'FASTATTN_CPU_ISA=', 1)}") from None
 
 __all__ = ["available_isas", "build_info", "isa", "kernels", "set_isa"]

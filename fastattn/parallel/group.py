@@ -15,6 +15,7 @@ import platform
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -26,9 +27,11 @@ from ..collectives.exchange import agree, all_gather, device_of, idle, reason_of
 from ..settings import settings
 from ..spec import SyncError, TPGroup, UnsupportedError
 from .interface import interface_towards
+from .watch import Watch
 
 _SHUTDOWN_S = 5.0  # milliseconds suffice unless an exchange still hangs
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+_watches: list[Watch] = []  # of the group this process is in
 
 
 def single() -> TPGroup:
@@ -46,6 +49,9 @@ def init(
     ``timeout_s``: how long an exchange waits for another rank (default FASTATTN_TIMEOUT, 60 s).
     ``split``: share of the work of each rank, any positive numbers (default: equal).
     Raises ValueError for a wrong environment or split, `SyncError` when ranks are missing or disagree.
+
+    From here to `shutdown`, when the process of another rank ends without one, this process ends too, within
+    seconds and with `abort`, should no exchange have raised `SyncError` and led to `shutdown` before.
     """
     timeout_s = settings.timeout_s if timeout_s is None else timeout_s
     if not 0 < timeout_s < math.inf:
@@ -60,19 +66,42 @@ def init(
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise ValueError(f"environment variable {name} is not set, WORLD_SIZE={world} ranks need it")
+    host, port = os.environ["MASTER_ADDR"], _integer("MASTER_PORT", None, lowest=1)
     backend = _backend(torch.device(device))
     network = _choose_interface(world) if backend == "gloo" else "chosen by " + backend
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), rank=rank, world_size=world)
-    except RuntimeError as error:
-        master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = f"{reason_of(error, timeout_s)}; {world} ranks meet at {master}, network interface {network}"
-        raise SyncError(rank, "start-up", reason) from error
+        _join(backend, rank, world, host, port, timeout_s)
+    except (RuntimeError, OSError) as error:
+        _leave(farewell=False)
+        where = f"{world} ranks meet at {host}:{port}, network interface {network}"
+        raise SyncError(rank, "start-up", f"{reason_of(error, timeout_s)}; {where}") from error
     g = TPGroup(dist.group.WORLD, rank, world, timeout_s, weights)
     # gloo's threads must be idle before the interpreter ends, or the process aborts.
     atexit.register(_at_exit, g)
     agree(g, "the shares of work (split)", repr(weights).encode())
     return g
+
+
+def _join(backend: str, rank: int, world: int, host: str, port: int, timeout_s: float) -> None:
+    timeout = timedelta(seconds=timeout_s)
+    # Without waiting for all ranks, as torch's own rendezvous would: until they watch each other, one that
+    # ends goes unnoticed.
+    torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        host, port, world, is_master=rank == 0 and not torchruns, timeout=timeout,
+        wait_for_workers=False, multi_tenant=not torchruns,
+    )  # fmt: skip
+
+    def on_loss(lost: int) -> None:
+        abort(single(), SyncError(rank, "watch", f"another rank ended (rank {lost})"))
+
+    _watches.append(Watch(rank, world, dist.PrefixStore("fastattn", store), host, timeout_s, on_loss))
+    dist.init_process_group(backend, store=store, timeout=timeout, rank=rank, world_size=world)
+
+
+def _leave(*, farewell: bool) -> None:
+    while _watches:
+        _watches.pop().leave(farewell=farewell)
 
 
 def shutdown(g: TPGroup) -> bool:
@@ -84,6 +113,7 @@ def shutdown(g: TPGroup) -> bool:
         return True
     if not idle(_SHUTDOWN_S):
         return False
+    _leave(farewell=True)
     thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
     thread.start()
     thread.join(_SHUTDOWN_S)
@@ -97,7 +127,9 @@ def abort(g: TPGroup, error: BaseException) -> NoReturn:
     """
     text = str(error) if isinstance(error, (SyncError, ValueError)) else f"{type(error).__name__}: {error}"
     prefix = "" if isinstance(error, SyncError) or g.world == 1 else f"rank {g.rank}: "
-    sys.stdout.flush()
+    if threading.current_thread() is threading.main_thread():  # which may else be held up writing to it
+        with suppress(OSError, ValueError, AttributeError):  # nobody reads it any more, or it is closed
+            sys.stdout.flush()
     print(f"fastattn: error: {prefix}{text}", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -161,6 +193,7 @@ def _at_exit(g: TPGroup) -> None:
         return
     if not idle(_SHUTDOWN_S):
         abort(g, SyncError(g.rank, "exit", f"an exchange still hangs after {_SHUTDOWN_S:g} s"))
+    _leave(farewell=True)
     dist.destroy_process_group()
 
 

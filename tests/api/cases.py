@@ -229,7 +229,7 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def assert_accurate(ours: Tensor, yardstick: Tensor, exact: Tensor, what: object) -> None:
-    """``err(ours) <= 2 * err(torch in the same dtype) + eps``, eps being one rounding of the largest value."""
+    """``err(ours) <= 2 * err(torch in the same dtype) + eps``, eps one rounding of the largest value."""
     assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     assert not ours.isnan().any(), f"{what}: NaN"
     unseen = exact == -torch.inf

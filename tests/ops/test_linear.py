@@ -35,7 +35,7 @@ FORMATS = {
     "bfloat16 x_perm bias": {"x_perm": True, "bias": torch.bfloat16},
 }
 DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).replace("torch.", ""))
-ROWS = (0, 1, 2, 3, 7, 8, 15, 33)
+ROWS = (0, 1, 2, 3, 7, 8, 15, 65)
 
 
 @cache
@@ -86,7 +86,7 @@ def test_a_large_weight_on_threads_and_in_tiles(ops, dtype):
     w = make("int4", 3000, 704, bias=torch.float32, seed=3)
     args = LinearArgs(random(1, 704, seed=1, dtype=dtype), w)
     matrix = packed.dequantize(w, torch.float64)
-    for rows in (1, 9, 40):
+    for rows in (1, 9, 70):
         x = random(rows, 704, seed=rows, dtype=dtype)
         ours = run(ops, "linear", args._replace(x=x))
         exact = x.double() @ matrix.T + w.bias.double()
@@ -98,7 +98,7 @@ def test_a_large_weight_on_threads_and_in_tiles(ops, dtype):
 def test_float16_never_passes_through_bfloat16(ops):
     # 1 + 2^-10 is a float16 and no bfloat16.
     x = torch.full((1, 32), 1 + 2.0**-10, dtype=torch.float16)
-    for rows in (1, 40):
+    for rows in (1, 70):
         w = packed.dense(torch.eye(32, dtype=torch.float16) * (1 + 2.0**-9))
         y = run(ops, "linear", LinearArgs(x.repeat(rows, 1), w))
         exact = torch.tensor((1 + 2.0**-10) * (1 + 2.0**-9), dtype=torch.float64).to(torch.float16)
@@ -142,7 +142,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("match", BAD)
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rows", [1, 70])
 def test_the_kernel_names_the_bad_field(native_ops, match, rows):
     with pytest.raises(ValueError, match=f"^{match}"):
         run(native_ops, "linear", LinearArgs(torch.ones(rows, 64), BAD[match]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import HERE, ROOT
+from tests.parallel.ranks import HERE, ROOT
 
 from fastattn.collectives import exchange, prompts
 from fastattn.collectives.exact import Exact

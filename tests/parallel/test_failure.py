@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import HERE, Ranks
+from tests.parallel.ranks import HERE, Ranks
 
 LOOP = HERE / "loop.py"
 

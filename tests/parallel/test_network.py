@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ranks import HERE, Ranks
+from tests.parallel.ranks import HERE, Ranks
 
 LOOP = HERE / "loop.py"
 ADDRESSES = ("10.213.7.1", "10.213.7.2")

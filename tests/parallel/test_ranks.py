@@ -7,8 +7,8 @@ import secrets
 from pathlib import Path
 
 import pytest
-from cases import CASES
-from ranks import HERE, Ranks
+from tests.parallel.cases import CASES
+from tests.parallel.ranks import HERE, Ranks
 
 NAMES = [case.__name__ for case in CASES]
 

@@ -299,13 +299,16 @@ private:
 #pragma GCC unroll 8
         for (int row = 0; row < R; row++)
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) acc[row][v] = load(to + row * out_stride + v * W) * set1(alpha[r + row]);
+            for (int v = 0; v < V; v++) acc[row][v] = zero();
         Values<Units>::template add<R, V>(probabilities + r * DECODE_KEYS, v_rows, offset + c, count, a.v_head_dim - c,
                                           acc, [&] { ahead.step(1); });
 #pragma GCC unroll 8
         for (int row = 0; row < R; row++)
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) store(to + row * out_stride + v * W, acc[row][v]);
+            for (int v = 0; v < V; v++) {
+                float* at = to + row * out_stride + v * W;
+                store(at, fma(load(at), set1(alpha[r + row]), acc[row][v]));
+            }
     }
 };
 

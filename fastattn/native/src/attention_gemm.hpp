@@ -14,6 +14,7 @@ constexpr int ROWS = REGISTERS == 32 ? 6 : W == 8 ? 6 : 4;   // of a tile of C
 constexpr int VECTORS = REGISTERS == 32 ? 4 : 2;             // columns of a tile of C, in vectors
 constexpr int PANEL = VECTORS * W;
 constexpr int KEYS = 128;                                    // of a packed block of keys and values
+constexpr int64_t CHAIN = 64;                                // units summed one after another
 static_assert(KEYS % PANEL == 0 && KEYS % 16 == 0, "a block is whole panels");
 
 // Computes in float, from float, f16 or bf16 tensors.
@@ -58,31 +59,41 @@ FA_INLINE void store_p(bf16* p, vf v) { _mm256_storeu_si256((__m256i*)p, (__m256
 #endif
 
 // C (ROWS x NV vectors, row stride LDC) = A B, or with ACCUMULATE C = alpha * C + A B, alpha one a row.
+// Sums of CHAIN units are taken on their own: one long chain of additions would round worse.
 template <class Units, int A_ROW, int A_K, int LDC, bool ACCUMULATE, int NV>
 static __attribute__((noinline)) void tile_product(const typename Units::Unit* a, const typename Units::Unit* b,
                                                    float* c, int64_t depth, const float* alpha) {
-    vf acc[ROWS][NV];
+    for (int64_t first = 0; first < depth; first += CHAIN) {
+        vf acc[ROWS][NV];
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) acc[r][v] = ACCUMULATE ? load(c + r * LDC + v * W) * set1(alpha[r]) : zero();
-    for (int64_t k = 0; k < depth; k++) {
-        typename Units::Vector vb[NV];
+            for (int v = 0; v < NV; v++) acc[r][v] = zero();
+        for (int64_t n = imin(CHAIN, depth - first); n > 0; n--) {
+            typename Units::Vector vb[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) vb[v] = Units::load_b(b + v * W);
+            for (int v = 0; v < NV; v++) vb[v] = Units::load_b(b + v * W);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                const typename Units::Vector va = Units::spread(a + r * A_ROW);
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; v++) acc[r][v] = Units::dot(va, vb[v], acc[r][v]);
+            }
+            a += A_K;
+            b += PANEL;
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
-            const typename Units::Vector va = Units::spread(a + r * A_ROW);
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; v++) acc[r][v] = Units::dot(va, vb[v], acc[r][v]);
+            for (int v = 0; v < NV; v++) {
+                float* to = c + r * LDC + v * W;
+                if (first > 0)
+                    store(to, acc[r][v] + load(to));
+                else
+                    store(to, ACCUMULATE ? fma(load(to), set1(alpha[r]), acc[r][v]) : acc[r][v]);
+            }
         }
-        a += A_K;
-        b += PANEL;
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) store(c + r * LDC + v * W, acc[r][v]);
 }
 
 template <class Units, int A_ROW, int A_K, int LDC, bool ACCUMULATE>
