@@ -22,8 +22,6 @@ from setuptools.modified import newer_group
 
 SOURCES = Path("fastattn/native/src")
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
-# Kernels throw nothing. g++ 12 warns about its own AVX-512 intrinsics (GCC bug 105593).
-KERNEL_FLAGS = ["-fPIC", "-fno-exceptions", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # Kernels never throw: an exception could not leave an OpenMP region.
 KERNEL_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fno-exceptions", "-fno-rtti"]
 # GCC 12 takes the undefined operands inside its own AVX-512 header for a mistake of the caller.
@@ -118,7 +116,7 @@ class BuildKernels(build_ext):
             [source],
             output_dir=folder,
             macros=macros,
-            extra_postargs=[*COMMON_FLAGS, *KERNEL_FLAGS, *flags],
+            extra_postargs=[*KERNEL_FLAGS, *flags],
         )
         self._check_isolation(name, built)
         return built

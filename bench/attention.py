@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,8 @@ from torch import Tensor
 
 import fastattn
 from lib import env
-from lib.args import names, positive, sweep
+from lib.args import DTYPES, names, positive, sweep
 from lib.limits import gemm_rate, read_bandwidth
-from lib.llm_worker import DTYPES
 from lib.records import Record, ratio, write
 from lib.table import Column, Table
 from lib.timing import Timing, time_calls
@@ -96,53 +96,68 @@ def measure(rivals: Rivals, sets: list[Qkv], seconds: float) -> dict[str, Timing
     return time_calls(calls, seconds)
 
 
+class Limits(NamedTuple):
+    """What this machine can do, in GB/s and GFLOP/s."""
+
+    bandwidth: float
+    gemm: float
+
+
+def case(
+    args: argparse.Namespace, kind: str, keys: int, dtype_name: str, limits: Limits, table: Table,
+    facts: dict[str, str | int],
+) -> list[Record]:  # fmt: skip
+    """Measures one case, prints a row and returns a record for each peer."""
+    decode = kind == "decode"
+    sets = operands(args, 1 if decode else keys, keys, DTYPES[dtype_name])
+    rivals: Rivals = {
+        "fastattn": partial(ours, causal=not decode),
+        "sdpa enable_gqa": partial(enable_gqa, causal=not decode),
+    }
+    if decode:
+        rivals["sdpa folded"] = folded
+    timings = measure(rivals, sets, args.seconds)
+    if decode:
+        work, metric, unit = sum(t.numel() * t.element_size() for t in sets[0]), "bandwidth", "GB/s"
+        bound = ("memory bandwidth", limits.bandwidth)
+    else:
+        # Two GEMMs of 2 * Sq * Sk * D FLOP a head, of which the causal mask leaves half.
+        work, metric, unit = 2 * args.batch_size * args.heads * keys * keys * args.head_dim, "rate", "GFLOP/s"
+        bound = (f"{dtype_name} GEMM", limits.gemm)
+    name = f"{kind} {dtype_name} {args.heads}/{args.kv_heads}x{args.head_dim} keys={keys}"
+    mine = timings.pop("fastattn")
+    shared = {"bench": "attention", "case": name, "spread": mine.spread, "claim": "measured", "env": facts}
+    records = []
+    for peer, theirs in timings.items():
+        rate, their_rate = work / mine.median / 1e9, work / theirs.median / 1e9
+        gain = ratio(rate, their_rate, higher_is_better=True)
+        records.append(Record.of(shared, metric, unit, rate, (peer, their_rate, gain), bound))
+        cells = (1e3 * mine.median, peer, 1e3 * theirs.median, gain, rate, bound[1], unit)
+        print(table.row(name, *cells), flush=True)
+    return records
+
+
+@torch.inference_mode()
 def main() -> None:
-    """Prints a row a case and rival."""
+    """Measures the limits, then every case."""
     args = parser().parse_args()
     torch.set_num_threads(args.threads)
     facts = env.capture(args.threads)
     print(f"{env.headline(facts)} | {args.threads} threads")
     table = Table(
         [
-            Column("case", 34), Column("ours ms", 9, ".3f"), Column("peer", 17), Column("peer ms", 9, ".3f"),
+            Column("case", 34), Column("ours ms", 9, ".3f"), Column("peer", 15), Column("peer ms", 9, ".3f"),
             Column("ratio", 6, ".2f"), Column("rate", 7, ".1f"), Column("limit", 7, ".1f"), Column("unit", 7),
         ]
     )  # fmt: skip
     print(table.header(), flush=True)
     bandwidth = read_bandwidth() / 1e9
-    shape = f"{args.heads}/{args.kv_heads}x{args.head_dim}"
     records: list[Record] = []
     for dtype_name in args.data_type:
-        dtype = DTYPES[dtype_name]
-        gemm = gemm_rate(dtype) / 1e9
-        cases = [("decode", n) for n in args.decode_len] + [("prefill", n) for n in args.prefill_len]
-        for kind, keys in cases:
-            decode = kind == "decode"
-            sets = operands(args, 1 if decode else keys, keys, dtype)
-            rivals: Rivals = {
-                "fastattn": partial(ours, causal=not decode),
-                "sdpa enable_gqa": partial(enable_gqa, causal=not decode),
-            }
-            if decode:
-                rivals["sdpa folded"] = folded
-            with torch.inference_mode():
-                timings = measure(rivals, sets, args.seconds)
-            flops = 2 * 2 * args.batch_size * args.heads * keys * keys / 2 * args.head_dim
-            nbytes = sum(t.numel() * t.element_size() for t in sets[0])
-            work, metric, unit = (nbytes, "bandwidth", "GB/s") if decode else (flops, "rate", "GFLOP/s")
-            limit = bandwidth if decode else gemm
-            mine = timings.pop("fastattn")
-            case = f"{kind} {dtype_name} {shape} keys={keys}"
-            shared = {
-                "bench": "attention", "case": case, "spread": mine.spread, "claim": "measured", "env": facts,
-            }  # fmt: skip
-            for peer, theirs in timings.items():
-                rates = work / mine.median / 1e9, work / theirs.median / 1e9
-                gain = ratio(*rates, higher_is_better=True)
-                against, bound = (peer, rates[1], gain), ("measured " + unit, limit)
-                records.append(Record.of(shared, metric, unit, rates[0], against, bound))
-                cells = (1e3 * mine.median, peer, 1e3 * theirs.median, gain, rates[0], limit, unit)
-                print(table.row(case, *cells), flush=True)
+        limits = Limits(bandwidth, gemm_rate(DTYPES[dtype_name]) / 1e9)
+        for kind, lengths in (("decode", args.decode_len), ("prefill", args.prefill_len)):
+            for keys in lengths:
+                records += case(args, kind, keys, dtype_name, limits, table, facts)
     if args.json:
         write(args.json, records)
     if args.plot:

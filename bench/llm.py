@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from lib import env
-from lib.args import names, positive, sweep
+from lib.args import DTYPES, names, positive, sweep
 from lib.llm_peers import NAMES
-from lib.llm_worker import DTYPES, columns, run
+from lib.llm_worker import columns, run
 from lib.records import Record, ratio, write
 
 QUESTION = "Why is the sky blue? Answer in one sentence."

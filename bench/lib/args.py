@@ -1,9 +1,13 @@
-"""Types of command-line arguments: comma-separated sweeps."""
+"""Types of command-line arguments: comma-separated sweeps, names of data types."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def positive(text: str) -> int:

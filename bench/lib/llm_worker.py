@@ -20,6 +20,7 @@ from fastattn.parallel.group import init, set_threads, shutdown
 from fastattn.spec import PackedWeight, TPGroup
 
 from . import env
+from .args import DTYPES
 from .limits import read_bandwidth
 from .llm_peers import LlamaCpp, Peer, Sample, Transformers
 from .memory import peak_bytes, reset_peak
@@ -27,7 +28,6 @@ from .table import Column, Table
 from .text import TEXT, prompts
 from .timing import interleave, summarize
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PEER_TIMEOUT_S = 1800.0  # the other ranks wait while rank 0 runs a peer
 
 

@@ -48,7 +48,9 @@ def attend(cache: KvCache, layer: int, step: KvStep, q: Tensor, **options: Any) 
 
 
 def _call(part: KvPart, step: KvStep, q: Tensor, options: dict[str, Any], return_lse: bool) -> Any:
-    positions: dict[str, Any] = {} if part.pos0 is None else {"k_pos0": part.pos0, "q_pos0": _first_positions(step)}
+    positions: dict[str, Any] = {}
+    if part.pos0 is not None:
+        positions = {"k_pos0": part.pos0, "q_pos0": _first_positions(step)}
     return attention(
         q, part.k, part.v, causal=True, cu_seqlens_q=step.cu_seqlens, max_seqlen_q=step.max_new,
         max_seqlen_k=step.max_used, block_table=part.block_table, cache_seqlens=part.seqused,
@@ -61,9 +63,7 @@ def _first_positions(step: KvStep) -> Tensor:
     return step.seqused - step.cu_seqlens.diff()
 
 
-def _merge(
-    parts: tuple[KvPart, ...], step: KvStep, q: Tensor, options: dict[str, Any]
-) -> Tensor:
+def _merge(parts: tuple[KvPart, ...], step: KvStep, q: Tensor, options: dict[str, Any]) -> Tensor:
     """Parts may hold different tokens, different heads or both; a sink enters once, at the end."""
     options = dict(options)
     sinks = options.pop("sinks", None)
@@ -77,12 +77,13 @@ def _merge(
     for part in parts:
         lo, hi, _ = part.heads.indices(kv_heads)
         mine = slice(lo * group, hi * group)
-        o, l = _call(part, step, q[:, mine], _for_heads(options, mine), return_lse=True)
-        o, l = o.to(device=q.device, dtype=torch.float32), l.to(q.device)
-        merged = torch.logaddexp(lse[mine], l)
+        part_out, part_lse = _call(part, step, q[:, mine], _for_heads(options, mine), return_lse=True)
+        part_out = part_out.to(device=q.device, dtype=torch.float32)
+        part_lse = part_lse.to(q.device)
+        merged = torch.logaddexp(lse[mine], part_lse)
         base = merged.masked_fill(merged == -torch.inf, 0.0)
-        keep, add = (torch.exp(x - base).T[..., None] for x in (lse[mine], l))
-        out[:, mine] = out[:, mine] * keep + o * add
+        keep, add = (torch.exp(x - base).T[..., None] for x in (lse[mine], part_lse))
+        out[:, mine] = out[:, mine] * keep + part_out * add
         lse[mine] = merged
     return out.to(q.dtype)
 

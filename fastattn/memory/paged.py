@@ -6,6 +6,7 @@ arXiv 2309.06180). All layers share one page numbering, so a forward computes it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -31,6 +32,8 @@ class PagedKvCache:
         num_pages: pages in the pool; the memory is committed as pages are first written.
         page_size: tokens a page.
         kv_heads: KV heads of this rank. head_dim, v_head_dim: of keys and values.
+
+    Raises `CacheFull` when the system does not give so much address space.
     """
 
     def __init__(
@@ -49,8 +52,14 @@ class PagedKvCache:
             raise ValueError(f"page_size, num_pages: {page_size}, {num_pages}, expected at least 1 and 0")
         shape = (num_layers, num_pages, page_size, kv_heads)
         self.page_size = page_size
-        self.keys = torch.empty((*shape, head_dim), dtype=dtype, device=device)
-        self.values = torch.empty((*shape, v_head_dim or head_dim), dtype=dtype, device=device)
+        dims = (head_dim, v_head_dim or head_dim)
+        try:
+            self.keys, self.values = (torch.empty((*shape, d), dtype=dtype, device=device) for d in dims)
+        except RuntimeError as error:
+            gib = math.prod(shape) * sum(dims) * dtype.itemsize / 2**30
+            raise CacheFull(
+                f"a KV cache of {num_pages * page_size} tokens needs {gib:.1f} GiB, which cannot be allocated"
+            ) from error
         self._free = list(range(num_pages - 1, -1, -1))
         self._sequences: dict[int, _Sequence] = {}
 
@@ -70,7 +79,8 @@ class PagedKvCache:
         Raises CacheFull, with nothing changed, when the pool has too few free pages.
         """
         if len(seqs) != len(new) or len(set(seqs)) != len(seqs) or any(n < 0 for n in new):
-            raise ValueError(f"seqs, new: {list(seqs)}, {list(new)}, expected distinct sequences and counts >= 0")
+            given = f"{list(seqs)}, {list(new)}"
+            raise ValueError(f"seqs, new: {given}, expected distinct sequences and counts >= 0")
         lengths = [self.length(s) for s in seqs]
         wanted = [
             -(-(have + n) // self.page_size) - len(self._pages(s))
@@ -98,7 +108,9 @@ class PagedKvCache:
 
     def truncate(self, seq: int, length: int) -> None:
         """Forgets the tokens of ``seq`` from ``length`` on."""
-        entry = self._sequences[seq]
+        entry = self._sequences.get(seq)
+        if entry is None:
+            raise ValueError(f"seq: {seq}, the cache has no such sequence")
         if not 0 <= length <= entry.length:
             raise ValueError(f"length: {length}, sequence {seq} has {entry.length} tokens")
         keep = -(-length // self.page_size)

@@ -18,24 +18,24 @@ def check_cut(cut: Cut, size: int, what: str) -> None:
     if cut.size != size:
         raise ValueError(f"{what}: the cut is of an axis of {cut.size}, the tensor has {size}")
     if cut.spans and cut.order is not None:
-        raise ValueError(f"{what}: a cut has spans or an index, not both")
+        raise ValueError(f"{what}: a cut has spans or an order, not both")
     for lo, hi in cut.spans:
         if not 0 <= lo <= hi <= size:
             raise ValueError(f"{what}: span ({lo}, {hi}), expected 0 <= lo <= hi <= {size}")
-    index = cut.order
-    if index is not None:
-        if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
+    order = cut.order
+    if order is not None:
+        if order.ndim != 1 or order.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"{what}: the index is {index.dtype} of {index.ndim} dimensions, expected int64 (n,)"
+                f"{what}: the order is {order.dtype} of {order.ndim} dimensions, expected int64 (n,)"
             )
-        if index.numel() and not (0 <= int(index.min()) <= int(index.max()) < size):
+        if order.numel() and not (0 <= int(order.min()) <= int(order.max()) < size):
             raise ValueError(
-                f"{what}: the index runs from {int(index.min())} to {int(index.max())}, size is {size}"
+                f"{what}: the order runs from {int(order.min())} to {int(order.max())}, size is {size}"
             )
 
 
 def spans_of(cut: Cut) -> tuple[tuple[int, int], ...]:
-    """The spans of a cut without an index; the whole axis is one span."""
+    """The spans of a cut without an order; the whole axis is one span."""
     return cut.spans or ((0, cut.size),)
 
 

@@ -62,13 +62,15 @@ class Model:
     ) -> list[Completion]:
         """Completes every prompt (text, or token ids). Every rank calls it; rank 0's prompts count.
 
-        ``on_token(sequence, token, text)`` is called on rank 0 as tokens come; ``text`` is what became
-        readable with it. Other ranks get completions without text and with the same tokens.
+        ``on_token(sequence, token, text)`` is called on rank 0 as tokens come, an end token included;
+        ``text`` is what became readable with it. Other ranks get completions without text, and without the
+        token that completed a stop text.
 
-        Raises ValueError for a prompt that is empty or longer than the model's context.
+        Raises ValueError for a prompt that is empty or longer than the model's context, and `CacheFull` when
+        the KV cache of all prompts and completions cannot be allocated.
         """
         start = time.perf_counter()
-        ids, budgets = self._share(prompts, params)
+        ids, budgets = self._share(prompts, params.max_tokens)
         if not ids:
             return []
         cache = self._cache(sum(-(-(len(p) + n) // PAGE_SIZE) for p, n in zip(ids, budgets, strict=True)))
@@ -89,8 +91,11 @@ class Model:
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Logits (len, vocab), float32, of every position of every sequence; rank 0 has them, others none."""
-        ids = [list(p) for p in token_ids]
+        """Logits (len, vocab), float32, of every position of every sequence; rank 0 has them, others none.
+
+        Every rank calls it; rank 0's sequences count. Raises as `generate` does.
+        """
+        ids, _ = self._share(token_ids, 0)
         cache = self._cache(sum(-(-len(p) // PAGE_SIZE) for p in ids))
         results = []
         for seq, prompt in enumerate(ids):
@@ -102,28 +107,31 @@ class Model:
             cache.free(seq)
         return results
 
-    def _share(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams
-    ) -> tuple[list[list[int]], list[int]]:
-        """Token ids and tokens to generate of each prompt, the same on every rank."""
+    def _share(self, prompts: Sequence[str | Sequence[int]], new: int) -> tuple[list[list[int]], list[int]]:
+        """Token ids of each prompt and how many, up to ``new``, may follow: the same on every rank."""
         rows = None
         if self.group.rank == 0:
             try:
-                ids = [self._encode(i, p) for i, p in enumerate(prompts)]
-            except ValueError:
+                if isinstance(prompts, str):
+                    raise ValueError(f"prompts: the text {prompts!r:.40}, expected a list of prompts")  # noqa: TRY004
+                ids = [self._encode(i, p, new) for i, p in enumerate(prompts)]
+            except Exception:
                 refuse_prompts(self.group)
                 raise
-            budgets = [min(params.max_tokens, self.config.max_position - len(p)) for p in ids]
+            budgets = [min(new, self.config.max_position - len(p)) for p in ids]
             rows = [*ids, budgets]
         *ids, budgets = broadcast_prompts(self.group, rows)
         return ids, budgets
 
-    def _encode(self, index: int, prompt: str | Sequence[int]) -> list[int]:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+    def _encode(self, index: int, prompt: str | Sequence[int], new: int) -> list[int]:
+        try:
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        except TypeError:
+            raise ValueError(f"prompts[{index}]: {prompt!r:.40}, expected a text or token ids") from None
         context, vocab = self.config.max_position, self.config.vocab_size
         if not ids:
             raise ValueError(f"prompts[{index}]: no tokens, expected at least one")
-        if len(ids) >= context:
+        if len(ids) + min(new, 1) > context:
             raise ValueError(f"prompts[{index}]: {len(ids)} tokens, the model's context is {context}")
         if not 0 <= min(ids) <= max(ids) < vocab:
             raise ValueError(f"prompts[{index}]: token ids outside the vocabulary of {vocab}")

@@ -65,7 +65,7 @@ def parse_metadata(path: Path, header: GgufHeader, rope_factors: np.ndarray | No
     vocab = f.integer(f"{arch}.vocab_size", 1, MAX_VOCAB, embedding.shape[0])
     window = f.integer(f"{arch}.attention.sliding_window", 0, 1 << 31, 0) or None
     first = {name.removeprefix("blk.0.") for name in header.tensors if name.startswith("blk.0.")}
-    stops = [f.token_id(f"tokenizer.ggml.{kind}_token_id", vocab) for kind in ("eos", "eot")]
+    stops = [f.token_id(f"tokenizer.ggml.{kind}_token_id", vocab) for kind in ("eos", "eot", "eom")]
     return ModelConfig(
         family=arch,
         vocab_size=vocab,

@@ -138,7 +138,7 @@ class GgufCheckpoint(Checkpoint):
         try:
             if self._path.stat().st_size != self._header.size:
                 raise CheckpointError(self.path, "changed its size since it was opened", entry.name)
-            return np.memmap(self._path, np.uint8, "r", entry.offset, (rows, entry.nbytes // rows))
+            return np.memmap(self.path, np.uint8, "r", entry.offset, (rows, entry.nbytes // rows))
         except OSError as error:
             raise CheckpointError(
                 self.path, f"cannot be read: {error.strerror or error}", entry.name

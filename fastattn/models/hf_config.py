@@ -135,14 +135,15 @@ def _windows(f: Fields, family: str, layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer: Mistral's holds for all, Qwen's for those `layer_types` names."""
     if family == "llama":
         return (None,) * layers
-    window = f.integer("sliding_window", 1, 1 << 31, None)
+    # A window that is absent is transformers' default one, other than a window that is null.
+    window = f.integer("sliding_window", 1, 1 << 31, None) if "sliding_window" in f.values else 4096
     if family == "mistral":
         return (window,) * layers
     if not f.flag("use_sliding_window", False):
         window = None
     types = f.values.get("layer_types")
     if types is None:
-        full = f.integer("max_window_layers", 0, 1 << 31, 0) if window is not None else layers
+        full = f.integer("max_window_layers", 0, 1 << 31, 28) if window is not None else layers
         return tuple(window if i >= full else None for i in range(layers))
     if not isinstance(types, list) or len(types) != layers:
         f.fail("layer_types", f"expected a list of {layers} layer types")

@@ -79,7 +79,7 @@ class AttentionHalf:
         self.row_parallel: PackedWeight = weights.o.weight
 
     def gemm_input(self, lo: int, hi: int) -> Tensor:
-        """Attention output (hi - lo, heads * head_dim); rows before ``lo`` must have been asked for before."""
+        """Attention output (hi - lo, heads * head_dim); rows before ``lo`` were asked for before."""
         w, f = self.weights, self.forward
         step = narrow(f.step, lo, hi)
         q, k, v = self._project(self.hidden[lo:hi], step)

@@ -31,6 +31,7 @@ from .generate import Model
 from .llama import Attention, Decoder, Mlp, RmsNorm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GROUP = 32  # of the common quantized formats
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -46,7 +47,7 @@ def load(
     Args:
         path: of the model.
         dtype: of activations, KV cache and dense weights: "float32", "bfloat16", "float16" (or "fp32",
-            "bf16", "fp16"), or "auto": that of the checkpoint's dense tensors. Quantized weights stay quantized.
+            "bf16", "fp16"), or "auto": what the checkpoint names. Quantized weights stay quantized.
         group: the ranks that share the model (`parallel.group.init`); None: this process alone.
         progress: show a bar.
 
@@ -82,7 +83,9 @@ class _Loader:
 
     def __init__(self, checkpoint: Checkpoint, group: TPGroup, dtype: torch.dtype) -> None:
         self.checkpoint, self.config, self.group, self.dtype = checkpoint, checkpoint.config, group, dtype
-        self.shards = plan(self.config, group.world, group.weights, align=32)
+        # Groups of quantized weights stay whole; a model too small for that is cut anywhere.
+        align = _GROUP if self.config.intermediate_size >= _GROUP * group.world else 1
+        self.shards = plan(self.config, group.world, group.weights, align=align)
         self.mine: ModelShard = self.shards[group.rank]
 
     def decoder(self, bar: tqdm) -> Decoder:

@@ -65,7 +65,9 @@ def inverse_frequencies(config: RopeConfig, max_position: int, length: int) -> t
             return _yarn(config, plain, max_position)
         case "longrope":
             return _longrope(config, exponents, max_position, length)
-    raise ValueError(f"rope kind: {config.kind!r}, expected default, linear, dynamic, llama3, yarn or longrope")
+    raise ValueError(
+        f"rope kind: {config.kind!r}, expected default, linear, dynamic, llama3, yarn or longrope"
+    )
 
 
 def _dynamic(config: RopeConfig, exponents: Tensor, ratio: float) -> Tensor:
@@ -111,9 +113,7 @@ def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _longrope(
-    config: RopeConfig, exponents: Tensor, max_position: int, length: int
-) -> tuple[Tensor, float]:
+def _longrope(config: RopeConfig, exponents: Tensor, max_position: int, length: int) -> tuple[Tensor, float]:
     p: Any = config.params
     original = p["original_max_position_embeddings"]
     factor = p.get("factor") or max_position / original

@@ -40,6 +40,10 @@ class SamplingParams:
             raise ValueError(f"top_k: {self.top_k}, expected at least 0 (0: all tokens)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p}, expected 0 < top_p <= 1")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise ValueError(f"seed: {self.seed}, expected a 64-bit integer")
+        if isinstance(self.stop, str):
+            raise ValueError(f"stop: the text {self.stop!r:.40}, expected a tuple of texts")  # noqa: TRY004
         if not all(self.stop):
             raise ValueError("stop: an empty text would end every completion")
 
@@ -49,7 +53,8 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, batch: int) -> None:
         self.params = params
-        self._generators = [torch.Generator().manual_seed(params.seed + i) for i in range(batch)]
+        seeds = ((params.seed + i) % (1 << 64) for i in range(batch))
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, logits: Tensor, seqs: Sequence[int]) -> list[int]:
         """Token of each row of ``logits`` (len(seqs), vocab); row r belongs to sequence ``seqs[r]``."""
@@ -64,7 +69,8 @@ class Sampler:
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         p = self.params
-        logits = logits / p.temperature
+        # In float64 and from the largest down, so that no temperature overflows to infinity - infinity.
+        logits = ((logits - logits.amax(-1, keepdim=True)).double() / p.temperature).float()
         if 0 < p.top_k < logits.shape[-1]:
             kth = logits.topk(p.top_k, dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < kth, -torch.inf)

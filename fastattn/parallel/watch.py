@@ -66,9 +66,9 @@ class Watch:
         """Stops watching. Without ``farewell`` the other ranks take this one as lost."""
         self._farewell = farewell
         self._leaving.set()
-        self._wake.send(b"\0")
+        with self._wake, suppress(OSError):  # the thread has ended by itself
+            self._wake.send(b"\0")
         self._thread.join(_HELLO_S + 1)
-        self._wake.close()
 
     def _run(self) -> None:
         lost = None

@@ -26,7 +26,7 @@ def tasks():
 
 def run(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CALL + code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-W", "ignore", "-c", CALL + code], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -58,10 +58,10 @@ def test_child_of_fork_works() -> None:
     """A child does not have its parent's pool: it must compute on one thread, not wait for ever."""
     code = """
 torch.set_num_threads(2)
-expected = call()
+expected = call().numpy()
 pid = os.fork()
-if pid == 0:
-    os._exit(0 if torch.allclose(call(), expected, atol=1e-6) else 3)
+if pid == 0:  # numpy compares: torch's own parallel operations would hang here
+    os._exit(0 if abs(call().numpy() - expected).max() < 1e-6 else 3)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     assert run(code) == "0"

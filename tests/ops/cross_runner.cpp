@@ -23,7 +23,8 @@ int64_t number() {
 }
 
 std::vector<char> blob() {
-    std::vector<char> bytes(size_t(number()));
+    const int64_t size = number();
+    std::vector<char> bytes(static_cast<size_t>(size));
     if (!read_exactly(bytes.data(), bytes.size())) exit(3);
     return bytes;
 }

@@ -14,7 +14,7 @@ constexpr int ROWS = REGISTERS == 32 ? 6 : W == 8 ? 6 : 4;   // of a tile of C
 constexpr int VECTORS = REGISTERS == 32 ? 4 : 2;             // columns of a tile of C, in vectors
 constexpr int PANEL = VECTORS * W;
 constexpr int KEYS = 128;                                    // of a packed block of keys and values
-constexpr int64_t CHAIN = 64;                                // units summed one after another
+constexpr int64_t CHAIN = 32;                                // units summed one after another
 static_assert(KEYS % PANEL == 0 && KEYS % 16 == 0, "a block is whole panels");
 
 // Computes in float, from float, f16 or bf16 tensors.

@@ -20,8 +20,8 @@ py::value_error bad(const char* name, const string& was, const string& expected)
 
 string shape_text(const int64_t* shape, int ndim) {
     string s = "(";
-    for (int i = 0; i < ndim; i++) s += to_string(shape[i]) + (i + 1 < ndim || ndim == 1 ? "," : "") + (i + 1 < ndim ? " " : "");
-    return s + ")";
+    for (int i = 0; i < ndim; i++) s += (i ? ", " : "") + to_string(shape[i]);
+    return s + (ndim == 1 ? ",)" : ")");
 }
 
 void expect_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
@@ -120,7 +120,8 @@ void rms_norm(py::object x_, py::object weight_, py::object residual_, py::objec
         if (outer != a.outer || inner != a.inner || r.shape[r.ndim - 1] != a.width)
             throw bad("residual", "shape " + shape_text(r.shape, r.ndim), shape_text(x.shape, x.ndim));
         expect_dtype(r, "residual", {x.dtype, DType::f32});
-        if (total.dtype != x.dtype || elements(total) != elements(x)) throw bad("total", "another size or dtype", "x's");
+        if (total.dtype != x.dtype || elements(total) != elements(x))
+            throw bad("total", "another size or dtype", "x's");
         expect_contiguous(total, "total");
         a.total = total.data;
     }

@@ -1,0 +1,1 @@
+"""The repository itself: README, Makefile, benchmark programs."""

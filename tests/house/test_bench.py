@@ -1,0 +1,163 @@
+"""The benchmark programs: arguments, timing, records, prompts, and a short real run of each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import attention as bench_attention
+import llm as bench_llm
+from lib import args, env, limits, memory, records, table, text, timing
+
+from .markdown import ROOT
+
+FIELDS = {
+    "bench", "case", "metric", "unit", "ours", "peer", "peer_value", "ratio", "limit", "limit_value",
+    "spread", "claim", "env",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "expected"), [("4", (4,)), ("1,4,16", (1, 4, 16))])
+def test_sweep(given: str, expected: tuple[int, ...]) -> None:
+    assert args.sweep(given) == expected
+
+
+@pytest.mark.parametrize("given", ["", "0", "1,,2", "-3", "two", "1.5"])
+def test_sweep_refuses(given: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected"):
+        args.sweep(given)
+
+
+def test_names_refuses_and_lists_what_is_accepted() -> None:
+    parse = args.names(("fp32", "bf16"))
+    assert parse("bf16,fp32") == ("bf16", "fp32")
+    with pytest.raises(argparse.ArgumentTypeError, match="'int8', expected fp32, bf16"):
+        parse("fp32,int8")
+
+
+def test_llm_arguments() -> None:
+    line = "--batch_size 1,8 --input_len 64 --output_len 16,32 --tensor_para_size 1,2,3"
+    more = "--inference_data_type bf16 --peer transformers,llama.cpp"
+    a = bench_llm.parser().parse_args(f"{line} {more}".split())
+    assert (a.batch_size, a.input_len, a.output_len) == ((1, 8), (64,), (16, 32))
+    assert a.tensor_para_size == (1, 2, 3)
+    assert (a.inference_data_type, a.peer, a.model) == (("bf16",), ("transformers", "llama.cpp"), "smollm2")
+
+
+@pytest.mark.parametrize(
+    "line", ["--batch_size 0", "--inference_data_type int4", "--peer vllm", "--iterations 0"]
+)
+def test_llm_refuses(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_llm.parser().parse_args(line.split())
+    assert "expected" in capsys.readouterr().err
+
+
+def test_interleave_rotates_and_drops_the_warmup() -> None:
+    order: list[str] = []
+
+    def run(name: str, value: int):  # type: ignore[no-untyped-def]
+        def call() -> int:
+            order.append(name)
+            return value + len(order)
+
+        return call
+
+    results = timing.interleave({"a": run("a", 0), "b": run("b", 100)}, iterations=2, warmup=1)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert results == {"a": [4, 5], "b": [103, 106]}
+
+
+def test_summary() -> None:
+    assert timing.summarize([2.0, 4.0, 3.0]) == (3.0, 2 / 3)
+    with pytest.raises(ValueError, match="none"):
+        timing.summarize([])
+
+
+def test_ratio_above_one_means_ours_is_better() -> None:
+    assert records.ratio(10.0, 20.0, higher_is_better=False) == 2
+    assert records.ratio(10.0, 20.0, higher_is_better=True) == 0.5
+    assert records.ratio(10.0, None, higher_is_better=True) is None
+
+
+def test_record_refuses_another_claim() -> None:
+    shared = {"bench": "b", "case": "c", "spread": 0.0, "claim": "assumed", "env": {}}
+    with pytest.raises(ValueError, match="'assumed', expected measured, compiled, emulated, modelled"):
+        records.Record.of(shared, "latency", "ms", 1.0)
+
+
+def test_prompts_differ_and_have_the_length_asked_for() -> None:
+    made = text.prompts(list(range(100)), batch=4, length=250)
+    assert [len(p) for p in made] == [250] * 4
+    assert len({tuple(p) for p in made}) == 4
+    assert all(b == (a + 1) % 100 for p in made for a, b in pairwise(p))
+
+
+def test_table_shows_missing_values() -> None:
+    t = table.Table([table.Column("n", 3, "d"), table.Column("ms", 6, ".1f")])
+    assert t.header().splitlines() == ["  n      ms", "-----------"]
+    assert t.row(12, None) == " 12       -"
+
+
+def test_peak_memory_sees_a_large_tensor() -> None:
+    import torch
+
+    memory.reset_peak()
+    before = memory.peak_bytes()
+    torch.ones(64 << 20, dtype=torch.uint8)  # freed at once, and still the peak
+    assert memory.peak_bytes() - before > 48 << 20
+
+
+def test_limits_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "last_level_cache", lambda: 1 << 20)
+    assert 1e8 < limits.read_bandwidth(rounds=1) < 1e13
+    assert env.last_level_cache() >= 1 << 18
+
+
+def test_attention_rivals_compute_the_same() -> None:
+    import torch
+
+    q, k, v = (torch.randn(2, n, h, 24) for n, h in ((1, 6), (37, 2), (37, 2)))
+    with torch.inference_mode():
+        expected = bench_attention.ours(q, k, v, causal=False)
+        torch.testing.assert_close(bench_attention.folded(q, k, v), expected)
+        torch.testing.assert_close(bench_attention.enable_gqa(q, k, v, causal=False), expected)
+
+
+def run_program(program: str, *line: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "bench" / program), *line]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+
+
+def test_attention_program(tmp_path: Path) -> None:
+    out = tmp_path / "attention.json"
+    shape = "--heads 4 --kv_heads 2 --head_dim 32 --decode_len 4096 --prefill_len 64"
+    run_program("attention.py", *shape.split(), "--data_type=fp32", "--seconds=0.01", "--json", str(out))
+    written = json.loads(out.read_text())
+    assert {r["peer"] for r in written} == {"sdpa enable_gqa", "sdpa folded"}
+    assert all(set(r) == FIELDS and r["ours"] > 0 and r["claim"] == "measured" for r in written)
+
+
+def test_llm_program_on_two_ranks(tmp_path: Path) -> None:
+    """Real weights on 1 and 2 ranks, against transformers on the same file: the greedy tokens are equal."""
+    out = tmp_path / "llm.json"
+    line = "--batch_size 2 --input_len 12 --output_len 6 --iterations 1 --threads 1 --peer transformers"
+    done = run_program("llm.py", *line.split(), "--json", str(out), "--chat", "Say hello.")
+    assert "12 of 12 greedy tokens equal ours" in done.stdout
+    *_, answer = done.stdout.strip().split("> Say hello.\n")
+    assert len(answer) > 3
+    written = json.loads(out.read_text())
+    assert all(set(r) == FIELDS for r in written)
+    by_case = {(r["case"], r["metric"]): r for r in written}
+    for world in (1, 2):
+        case = f"smollm2 fp32 batch=2 input=12 output=6 tp={world}"
+        assert by_case[case, "latency"]["ratio"] > 0
+        assert by_case[case, "TPOT"]["limit_value"] > 0
+        assert (case, f"peak memory of rank {world - 1}") in by_case
+        assert (case, f"peak memory of rank {world}") not in by_case
