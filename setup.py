@@ -21,7 +21,16 @@ from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
 SOURCES = Path("fastattn/native/src")
-COMMON_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
+COMMON_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+]
 # Kernels never throw: an exception could not leave an OpenMP region.
 KERNEL_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fno-exceptions", "-fno-rtti"]
 # GCC 12 takes the undefined operands inside its own AVX-512 header for a mistake of the caller.
@@ -129,7 +138,10 @@ class BuildKernels(build_ext):
         mergeable = [line[19:] for line in lines.splitlines() if line[17:18] in ("u", "V", "W")]
         shared = [symbol for symbol in mergeable if f"fastattn::{name}::" not in symbol]
         if shared:
-            stop(f"{built} shares symbols with other instruction sets: {shared}", "Keep kernels in their namespace.")
+            stop(
+                f"{built} shares symbols with other instruction sets: {shared}",
+                "Keep kernels in their namespace.",
+            )
 
 
 setup(

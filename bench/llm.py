@@ -97,7 +97,7 @@ def launch(world: int, dtype: str, threads: int, chat: bool, result: Path) -> di
     launcher = (
         [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     done = subprocess.run([sys.executable, *launcher, __file__, *own], env=environment, check=False)
     if done.returncode:
         sys.exit(f"bench/llm.py: tensor_para_size {world}, {dtype}: ended with status {done.returncode}")

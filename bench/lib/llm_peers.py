@@ -46,7 +46,6 @@ class Transformers:
         from transformers.utils import logging
 
         logging.set_verbosity_error()
-        logging.disable_progress_bar()
         folder, gguf = (path, None) if path.is_dir() else (path.parent, path.name)
         self.name = f"transformers {transformers.__version__}"
         self._ours, self._threads = torch.get_num_threads(), threads

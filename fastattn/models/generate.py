@@ -150,7 +150,7 @@ class Model:
         total = sum(map(len, ids))
         bar = tqdm(total=total, desc="prefill", unit="tok", disable=not progress or total <= PREFILL_TOKENS)
         with bar:
-            for chunk in _chunks([len(p) for p in ids], PREFILL_TOKENS):
+            for chunk in chunks([len(p) for p in ids], PREFILL_TOKENS):
                 step = cache.reserve([seq for seq, _, _ in chunk], [hi - lo for _, lo, hi in chunk])
                 packed = [token for seq, lo, hi in chunk for token in ids[seq][lo:hi]]
                 hidden = self.decoder.forward(torch.tensor(packed), step, cache)
@@ -255,7 +255,7 @@ class _Writer:
         ]
 
 
-def _chunks(lengths: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]]:
+def chunks(lengths: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]]:
     """Forwards of at most ``limit`` tokens, each a list of (sequence, first, one past last)."""
     forwards: list[list[tuple[int, int, int]]] = [[]]
     room = limit

@@ -42,7 +42,7 @@ class SamplingParams:
             raise ValueError(f"top_p: {self.top_p}, expected 0 < top_p <= 1")
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise ValueError(f"seed: {self.seed}, expected a 64-bit integer")
-        if isinstance(self.stop, str):
+        if isinstance(self.stop, str):  # type: ignore[unreachable]
             raise ValueError(f"stop: the text {self.stop!r:.40}, expected a tuple of texts")  # noqa: TRY004
         if not all(self.stop):
             raise ValueError("stop: an empty text would end every completion")

@@ -14,9 +14,9 @@ try:
     from . import _kernels
 except ImportError as error:
     raise ImportError(
-        f"fastattn's native CPU kernels are not usable: {error}. Build them for this Python with `pip install .` "
-        f"(or `pip install -e .` for a checkout); g++ and Python's headers are needed, torch {torch.__version__} "
-        "is the one that must be importable."
+        f"fastattn's native CPU kernels are not usable: {error}. Build them for this Python with "
+        "`pip install .` (`pip install -e .` in a checkout), which needs g++ and Python's headers; "
+        f"torch {torch.__version__} is in use."
     ) from error
 
 kernels = _kernels  # attention and the small ops, on tensors; see the src/*_bindings.cpp files
@@ -29,6 +29,8 @@ if settings.cpu_isa:
     try:
         set_isa(settings.cpu_isa)
     except ValueError as error:
-        raise ValueError(f"environment variable {str(error).replace('isa=', 'FASTATTN_CPU_ISA=', 1)}") from None
+        raise ValueError(
+            f"environment variable {str(error).replace('isa=', 'FASTATTN_CPU_ISA=', 1)}"
+        ) from None
 
 __all__ = ["available_isas", "build_info", "isa", "kernels", "set_isa"]

@@ -87,7 +87,7 @@ def _join(backend: str, rank: int, world: int, host: str, port: int, timeout_s: 
     # Without waiting for all ranks, as torch's own rendezvous would: until they watch each other, one that
     # ends goes unnoticed.
     torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         host, port, world, is_master=rank == 0 and not torchruns, timeout=timeout,
         wait_for_workers=False, multi_tenant=not torchruns,
     )  # fmt: skip
@@ -95,7 +95,8 @@ def _join(backend: str, rank: int, world: int, host: str, port: int, timeout_s: 
     def on_loss(lost: int) -> None:
         abort(single(), SyncError(rank, "watch", f"another rank ended (rank {lost})"))
 
-    _watches.append(Watch(rank, world, dist.PrefixStore("fastattn", store), host, timeout_s, on_loss))
+    prefixed = dist.PrefixStore("fastattn", store)  # type: ignore[attr-defined]
+    _watches.append(Watch(rank, world, prefixed, host, timeout_s, on_loss))
     dist.init_process_group(backend, store=store, timeout=timeout, rank=rank, world_size=world)
 
 

@@ -15,14 +15,20 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-
-import torch.distributed as dist
+from typing import Protocol
 
 _KEY = "watch"  # in the store: where rank 0 listens, and the token
 _TOKEN_BYTES = 16  # that a rank's connection begins with; a stranger's does not
 _HELLO_S = 1.0  # a stranger may keep us waiting for it
 _GRACE_S = 2.0  # for an exchange to notice first: its message says more, and its caller may clean up
 _FAREWELL = -1
+
+
+class Store(Protocol):
+    """What a `torch.distributed` store does here."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
 
 
 class Watch:
@@ -32,7 +38,7 @@ class Watch:
         self,
         rank: int,
         world: int,
-        store: dist.Store,
+        store: Store,
         host: str,
         timeout_s: float,
         on_loss: Callable[[int], None],
@@ -77,7 +83,7 @@ class Watch:
                 if key.fileobj is self._listener:
                     self._admit(self._listener)
                 elif key.fileobj in self._peers and lost is None:
-                    lost = self._hear(key.fileobj)  # type: ignore[arg-type]
+                    lost = self._hear(key.fileobj)
         if lost is not None:
             self._tell(lost)
             if not self._leaving.wait(_GRACE_S):
@@ -93,10 +99,11 @@ class Watch:
         connection, _ = listener.accept()
         connection.settimeout(_HELLO_S)
         hello = _receive(connection, _TOKEN_BYTES + 4)
-        if not secrets.compare_digest(hello[:_TOKEN_BYTES], self._token):
+        token, rank = hello[:_TOKEN_BYTES], hello[_TOKEN_BYTES:]
+        if len(rank) < 4 or not secrets.compare_digest(token, self._token):
             connection.close()
             return
-        self._add(connection, _decode(hello[_TOKEN_BYTES:]))
+        self._add(connection, _decode(rank))
         self._missing -= 1
         if self._missing == 0:
             self._selector.unregister(listener)

@@ -1,4 +1,4 @@
-"""The real model on several ranks: the same logits and tokens, by every launcher, and a clear end when one dies."""
+"""Models on several ranks: the same logits and tokens, by every launcher, and a clear end when one dies."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastattn.models.load import load
 from fastattn.models.sampling import SamplingParams
+from tests.models.builders import hf_model, save_hf
 from tests.parallel.ranks import ROOT, Ranks, free_port
 
 HERE = Path(__file__).resolve().parent
@@ -45,13 +47,32 @@ def test_logits_equal_one_rank(world: int, split: str, single: tuple, tmp_path: 
     """N = 2 gives 6 + 3 query heads; from 4 on, KV heads are replicated and cut unevenly."""
     ids, _, wanted = single
     out = tmp_path / "logits.pt"
-    with Ranks(
-        HERE / "dump_logits.py", ["smollm2", str(out), split, *map(str, ids)], world, tmp_path
-    ) as ranks:
+    arguments = [split, ",".join(map(str, ids)), "smollm2", str(out)]
+    with Ranks(HERE / "dump_logits.py", arguments, world, tmp_path) as ranks:
         assert set(ranks.wait(120).values()) == {0}, ranks.everything()
     found = torch.load(out)
     assert (found - wanted).abs().max() < 1e-3
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+
+
+def test_logits_of_every_family_equal_one_rank(tmp_path: Path) -> None:
+    """Biases, norms of heads, windows and tied embeddings, cut; the MLP is too narrow for blocks of 32."""
+    configs: dict[str, dict[str, Any]] = {
+        "llama": {"attention_bias": True, "mlp_bias": True},
+        "mistral": {},
+        "qwen2": {},
+        "qwen3": {"tie_word_embeddings": True},
+    }
+    ids = torch.randint(3, 320, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    arguments = ["", ",".join(map(str, ids))]
+    for family, overrides in configs.items():
+        model = hf_model(family, seed=3, intermediate_size=48, **overrides)
+        arguments += [str(save_hf(model, tmp_path / family)), str(tmp_path / f"{family}.pt")]
+    with Ranks(HERE / "dump_logits.py", arguments, 3, tmp_path) as ranks:
+        assert set(ranks.wait(120).values()) == {0}, ranks.everything()
+    for family in configs:
+        wanted = load(tmp_path / family, dtype="fp32").logits([ids])[0]
+        assert (torch.load(tmp_path / f"{family}.pt") - wanted).abs().max() < 1e-4, family
 
 
 def torchrun(*arguments: str) -> subprocess.Popen[str]:

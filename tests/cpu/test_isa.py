@@ -1,4 +1,4 @@
-"""The choice of instruction set, and the arithmetic of each: conversions bit for bit, functions to a few ulp."""
+"""The choice of instruction set, and the arithmetic of each: exact conversions, functions to a few ulp."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ ISAS = native.available_isas()
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -26,7 +30,9 @@ def test_the_best_is_chosen() -> None:
     assert ISAS[0] == "portable"
     clean = {name: value for name, value in os.environ.items() if name != "FASTATTN_CPU_ISA"}
     code = "from fastattn import native; print(native.isa())"
-    result = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == ISAS[-1]
 
 
@@ -107,7 +113,9 @@ def test_exponential(isa: str) -> None:
 def test_softcap(isa: str, cap: float) -> None:
     """One key: lse is the capped score itself, from the linear range of tanh to its plateau."""
     native.set_isa(isa)
-    x = torch.cat((torch.logspace(-30, 4, 3001), torch.linspace(0.6, 0.65, 500), torch.tensor([0.0, torch.inf])))
+    x = torch.cat(
+        (torch.logspace(-30, 4, 3001), torch.linspace(0.6, 0.65, 500), torch.tensor([0.0, torch.inf]))
+    )
     x = torch.cat((x, -x)) * cap
     q, k = torch.ones(x.numel(), 1, 1, 1), x.view(-1, 1, 1, 1)
     _, lse = fastattn.attention(q, k, k.clamp(-1, 1), scale=1.0, softcap=cap, return_lse=True, backend="cpu")

@@ -26,7 +26,11 @@ def tasks():
 
 def run(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CALL + code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-W", "ignore", "-c", CALL + code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -84,7 +88,9 @@ def test_concurrent_callers(threads: int) -> None:
                 assert torch.equal(ours, expected)
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores: one computes, the other one counts")
+@pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2, reason="needs two cores: one computes, the other one counts"
+)
 def test_gil_is_released() -> None:
     torch.set_num_threads(1)
     q = torch.randn(1, 3000, 8, 64)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,6 +96,39 @@ def test_bad_truncation() -> None:
         cache.truncate(7, 4)
 
 
+def test_unknown_sequences() -> None:
+    with pytest.raises(ValueError, match="seq: 3, the cache has no such sequence"):
+        cache_of(4, 4).free(3)
+
+
+def resident() -> int:
+    """Bytes of this process's memory that are anonymous and present."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of resident pages")
+def test_memory_follows_the_tokens_not_the_pool() -> None:
+    before = resident()
+    cache = PagedKvCache(4, 16384, 32, 8, 64)  # 8 GiB
+    assert cache.keys.numel() * 4 == 4 << 30
+    assert resident() - before < 8 << 20
+    step = cache.reserve([0], [1000])
+    rows = torch.zeros(1000, 8, 64)
+    for layer in range(4):
+        with use_backend("sdpa"):
+            cache.append(layer, step, rows, rows)
+    written = 8 * rows.numel() * 4  # 16 MiB
+    # Each layer's keys and values begin in the middle of a huge page.
+    assert written <= resident() - before < written + 8 * (2 << 21)
+
+
+def test_impossible_caches_are_refused() -> None:
+    with pytest.raises(
+        CacheFull, match=r"of 1099511627776 tokens needs 65536.0 GiB, which cannot be allocated"
+    ):
+        cache_of(1 << 40, 1)
+
+
 def grown(lengths: list[int], new: list[int]) -> tuple[PagedKvCache, KvStep, torch.Generator]:
     """A cache with ``lengths`` tokens present and a step of ``new`` more, those not yet written."""
     generator = torch.Generator().manual_seed(1)
@@ -115,7 +151,7 @@ def test_row_tiles_equal_the_whole(cuts: list[int], window: tuple[int, None] | N
         whole = attend(cache, 0, step, q, window=window)
         cache.keys[0].view(-1, HEADS, DIM)[step.slots] = torch.nan  # a key read too early would show
         tiles = []
-        for lo, hi in zip(cuts, cuts[1:], strict=False):
+        for lo, hi in pairwise(cuts):
             tile = narrow(step, lo, hi)
             cache.append(0, tile, k[lo:hi], v[lo:hi])
             tiles.append(attend(cache, 0, tile, q[lo:hi], window=window))

@@ -134,6 +134,18 @@ def test_qwen_layer_types_rule() -> None:
     assert parse_config(off, PATH).windows == (None, None, None)
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("given", [{}, {"sliding_window": None}, {"sliding_window": 8}], ids=str)
+def test_windows_that_are_absent_or_null(family: str, given: dict[str, Any]) -> None:
+    """As transformers fills them in: absent is 4096, and Qwen's lowest 28 layers have none."""
+    values = {**QWEN2, "model_type": family, "head_dim": 16, "num_hidden_layers": 30, **given}
+    values |= {"architectures": None, "use_sliding_window": True}
+    values.pop("max_window_layers", None)
+    window = given.get("sliding_window", 4096)
+    full = 0 if family == "mistral" else 28
+    assert parse_config(values, PATH).windows == (None,) * full + (window,) * (30 - full)
+
+
 NAN = float("nan")
 HOSTILE: list[tuple[str, Any]] = [
     ("model_type", "mamba"),

@@ -49,7 +49,7 @@ def test_prefill_in_chunks_equals_prefill_at_once(
 
 @pytest.mark.parametrize(("lengths", "limit"), [([3, 21, 16], 5), ([8, 8], 8), ([1], 9), ([7, 0, 2], 3)])
 def test_chunks_cover_everything_in_order(lengths: list[int], limit: int) -> None:
-    chunks = module._chunks(lengths, limit)
+    chunks = module.chunks(lengths, limit)
     assert all(0 < sum(hi - lo for _, lo, hi in chunk) <= limit for chunk in chunks)
     rows = [(seq, i) for chunk in chunks for seq, lo, hi in chunk for i in range(lo, hi)]
     assert rows == [(seq, i) for seq, n in enumerate(lengths) for i in range(n)]
@@ -67,9 +67,7 @@ def test_streamed_text_is_the_text(model: Model) -> None:
 def test_seeds(model: Model) -> None:
     batch = prompts(5, 5)
     random = SamplingParams(max_tokens=12, temperature=1.5, seed=1, ignore_eos=True)
-    first, again = (
-        [c.token_ids for c in model.generate([batch[0], batch[0]], random)] for _ in range(2)
-    )
+    first, again = ([c.token_ids for c in model.generate([batch[0], batch[0]], random)] for _ in range(2))
     assert first == again
     assert first[0] != first[1], "sequences of a batch draw from streams of their own"
     other = SamplingParams(max_tokens=12, temperature=1.5, seed=2, ignore_eos=True)
@@ -85,6 +83,9 @@ def test_end_token_stops_and_is_not_part_of_the_completion(model: Model) -> None
         model.config.__class__(**{**vars(model.config), "eos_ids": (end,)}),
         model.tokenizer, model.decoder, model.group, model.dtype,
     )  # fmt: skip
+    shown: list[int] = []
+    ended.generate([prompt], SamplingParams(max_tokens=12), on_token=lambda s, t, text: shown.append(t))
+    assert shown == [*free.token_ids[:at], end]
     # The other sequence goes on after this one has ended.
     done, other = ended.generate([prompt, prompts(1, 11)[1]], SamplingParams(max_tokens=12))
     assert (done.token_ids, done.finish_reason) == (free.token_ids[:at], "stop")
@@ -124,6 +125,29 @@ def test_the_context_limits_a_completion(model: Model) -> None:
 def test_bad_prompts(model: Model, prompt: object, message: str) -> None:
     with pytest.raises(ValueError, match=rf"prompts\[1\]: .*{message}"):
         model.generate([[5], prompt], GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("The", "prompts: the text 'The', expected a list"),
+        ([5, 6], r"prompts\[0\]: 5, expected a text or token"),
+    ],
+    ids=["text", "ids"],
+)
+def test_one_prompt_is_not_a_batch(model: Model, prompts: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompts, GREEDY)
+
+
+def test_logits_take_the_whole_context_and_no_more(model: Model) -> None:
+    context = model.config.max_position
+    (whole,) = model.logits(prompts(context))
+    assert whole.shape == (context, model.config.vocab_size)
+    with pytest.raises(ValueError, match=f"{context + 1} tokens, the model's context is {context}"):
+        model.logits(prompts(context + 1))
+    with pytest.raises(ValueError, match=r"prompts\[0\]: no tokens"):
+        model.logits([[]])
 
 
 def test_no_prompts(model: Model) -> None:

@@ -15,15 +15,16 @@ from tests.models.builders import hf_model, save_hf
 from tests.models.hf_smollm2 import huggingface_model
 
 TEXT = (
-    "The lighthouse keeper wrote every evening in the same brown ledger. He noted the wind, the height of the "
-    "sea, the ships that passed, and the hour at which the lamp was lit. In forty years he had missed two "
-    "days: the one on which his daughter was born, and the one on which the great storm took the landing "
-    "stage and half of the boats in the harbour below. When the lamp was replaced by a machine that needed "
-    "nobody, he went on writing. The wind still blew, he said, whether or not a lamp was there to see it, "
-    "and somebody ought to keep an account. His grandson found the ledgers in 1987, forty-one of them, in a "
-    "tin chest under the stairs. He took them to the university, where a young climatologist read them "
-    "through in one winter. She had been looking for exactly this: a continuous record of 14,600 days, made "
-    "by one patient man, at one place, with the same three instruments and the same pencil."
+    "The lighthouse keeper wrote every evening in the same brown ledger. He noted the wind, the height of"
+    " the sea, the ships that passed, and the hour at which the lamp was lit. In forty years he had "
+    "missed two days: the one on which his daughter was born, and the one on which the great storm took "
+    "the landing stage and half of the boats in the harbour below. When the lamp was replaced by a "
+    "machine that needed nobody, he went on writing. The wind still blew, he said, whether or not a lamp "
+    "was there to see it, and somebody ought to keep an account. His grandson found the ledgers in 1987, "
+    "forty-one of them, in a tin chest under the stairs. He took them to the university, where a young "
+    "climatologist read them through in one winter. She had been looking for exactly this: a continuous "
+    "record of 14,600 days, made by one patient man, at one place, with the same three instruments and "
+    "the same pencil."
 )
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -44,7 +44,7 @@ SCALINGS = {
 @pytest.mark.parametrize("length", [5, 32, 33, 128, 200])
 @pytest.mark.parametrize("name", SCALINGS)
 def test_equals_transformers(name: str, length: int) -> None:
-    kind = name.split("-")[0]
+    kind = name.split("-", maxsplit=1)[0]
     params = SCALINGS[name]
     theirs = LlamaRotaryEmbedding(
         LlamaConfig(

@@ -30,6 +30,16 @@ def test_temperature(temperature: float) -> None:
     assert ((found - wanted).abs() < 5 * (wanted * (1 - wanted) / 4000).sqrt() + 1e-3).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    assert Sampler(SamplingParams(temperature=temperature), 1)(100 * LOGITS, [0]) == [1]
+
+
+@pytest.mark.parametrize("seed", [-1, (1 << 63) - 1])
+def test_seeds_at_the_ends(seed: int) -> None:
+    assert len(Sampler(SamplingParams(temperature=1.0, seed=seed), 3)(LOGITS.expand(3, -1), [0, 1, 2])) == 3
+
+
 def test_top_k() -> None:
     found = frequencies(SamplingParams(temperature=1.0, top_k=2))
     assert (found > 0).tolist() == [False, True, False, True, False]
@@ -62,6 +72,8 @@ def test_a_sequence_draws_the_same_in_any_batch() -> None:
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("stop", ("",)),
+        ("stop", "###"),
+        ("seed", 1 << 63),
     ],
 )
 def test_bad_parameters(field: str, value: object) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.parallel.ranks import HERE, ROOT
 
 from fastattn.collectives import exchange, prompts
 from fastattn.collectives.exact import Exact
@@ -19,6 +18,7 @@ from fastattn.parallel.linear import ColumnLinear
 from fastattn.parallel.vocab import VocabParallelEmbedding
 from fastattn.quant import packed
 from fastattn.spec import Epilogue, Link, Point, Rates, Stream, TPGroup
+from tests.parallel.ranks import HERE, ROOT
 
 TWO = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 ALONE = group.single()

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tests.parallel.ranks import HERE, Ranks
 
 LOOP = HERE / "loop.py"

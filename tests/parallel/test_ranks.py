@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 import pytest
+
 from tests.parallel.cases import CASES
 from tests.parallel.ranks import HERE, Ranks
 

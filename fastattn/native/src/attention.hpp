@@ -10,6 +10,7 @@ namespace FASTATTN_ISA {
 constexpr int64_t DECODE_ROWS = 8;     // at most so many rows (query heads x queries) take the decode path
 constexpr int64_t MIN_SPLIT = 256;     // keys
 constexpr int64_t ITEMS_A_THREAD = 4;  // enough to balance unequal items
+constexpr double SMALL_CALL = 4e5;     // multiply-adds that one thread does sooner than two can be started
 
 // How one sequence is cut into items: blocks of KV heads and of queries, ranges of keys.
 struct Cut {
@@ -26,6 +27,7 @@ struct Cut {
 };
 
 struct Plan {
+    int threads;
     int64_t block_rows;  // of a prefill item
     int64_t kv_block;    // KV heads of a decode item
     double target;       // cost of an item worth splitting beyond; 0: never split
@@ -61,9 +63,9 @@ FA_INLINE Cut cut_sequence(const AttentionArgs& a, const Sequence& s, const Plan
 
 // Chooses the largest blocks that still give every thread enough items.
 static Plan make_plan(const AttentionArgs& a, int threads) {
-    const int64_t group = a.heads / a.kv_heads, enough = threads * ITEMS_A_THREAD;
+    const int64_t group = a.heads / a.kv_heads;
     const bool heads_together = a.k_head <= 2 * a.head_dim && a.v_head <= 2 * a.v_head_dim;
-    Plan plan = {256, heads_together ? a.kv_heads : 1, 0.0, 0, 0};
+    Plan plan = {threads, 256, heads_together ? a.kv_heads : 1, 0.0, 0, 0};
     for (;;) {
         double cost = 0.0;
         plan.target = 0.0;
@@ -72,7 +74,9 @@ static Plan make_plan(const AttentionArgs& a, int threads) {
             const Cut c = cut_sequence(a, s, plan);
             cost += double(c.groups()) * item_cost(a, s, c);
         }
-        if (threads > 1) plan.target = cost / double(enough);
+        if (cost * double(a.head_dim + a.v_head_dim) < SMALL_CALL) plan.threads = 1;
+        const int64_t enough = plan.threads * ITEMS_A_THREAD;
+        if (plan.threads > 1) plan.target = cost / double(enough);
         int64_t items = 0;
         plan.max_prefill_rows = plan.max_decode_rows = 0;
         for (int64_t b = 0; b < a.batch; b++) {
@@ -81,7 +85,8 @@ static Plan make_plan(const AttentionArgs& a, int threads) {
             int64_t& most = c.decode ? plan.max_decode_rows : plan.max_prefill_rows;
             most = imax(most, group * c.kv_block * c.block);
         }
-        if (threads == 1 || items >= enough || (plan.kv_block == 1 && plan.block_rows <= 64)) return plan;
+        if (plan.threads == 1 || items >= enough || (plan.kv_block == 1 && plan.block_rows <= 64))
+            return plan;
         plan.kv_block = ceil_div(plan.kv_block, 2);
         plan.block_rows = imax(64, plan.block_rows / 2);
     }
@@ -169,11 +174,12 @@ static size_t thread_memory(const AttentionArgs& a, const Plan& plan) {
 }
 
 template <class Units, class T>
-static void run_attention(const AttentionArgs& a, int threads, const Plan& plan, const Cut* cuts, int64_t items,
+static void run_attention(const AttentionArgs& a, const Plan& plan, const Cut* cuts, int64_t items,
                           char* memory) {
     const Attention<Units, T> call = {a, cuts};
     const size_t each = thread_memory<Units, T>(a, plan);
-    parallel_for(items, threads, [&](int64_t i, int thread) { call.run(i, plan, memory + thread * each); });
+    parallel_for(items, plan.threads,
+                 [&](int64_t i, int thread) { call.run(i, plan, memory + thread * each); });
 }
 
 #if defined(__AVX512BF16__)
@@ -193,7 +199,7 @@ static size_t attention_workspace(const AttentionArgs& a, int threads) {
     Arena arena = {nullptr};
     arena.take<Cut>(a.batch);
     cut_all(a, plan, nullptr, arena);
-    return arena.used + thread_memory(a, plan) * threads;
+    return arena.used + thread_memory(a, plan) * plan.threads;
 }
 
 static void attention(const AttentionArgs& a, int threads, void* workspace) {
@@ -204,11 +210,11 @@ static void attention(const AttentionArgs& a, int threads, void* workspace) {
     char* memory = arena.base + arena.used;
     switch (a.dtype) {
         case DType::f32:
-            return run_attention<FloatUnits, float>(a, threads, plan, cuts, items, memory);
+            return run_attention<FloatUnits, float>(a, plan, cuts, items, memory);
         case DType::f16:
-            return run_attention<FloatUnits, f16>(a, threads, plan, cuts, items, memory);
+            return run_attention<FloatUnits, f16>(a, plan, cuts, items, memory);
         default:
-            return run_attention<UnitsOfBf16, bf16>(a, threads, plan, cuts, items, memory);
+            return run_attention<UnitsOfBf16, bf16>(a, plan, cuts, items, memory);
     }
 }
 

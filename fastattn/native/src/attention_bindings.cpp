@@ -31,7 +31,8 @@ void expect_dims(const Tensor& t, const char* name, int ndim) {
 Tensor rows(py::handle object, const char* name, int ndim) {
     const Tensor t = tensor(object, name);
     expect_dims(t, name, ndim);
-    if (t.stride[ndim - 1] != 1 && t.shape[ndim - 1] > 1) bad(std::string(name) + ": the last dimension is not contiguous");
+    if (t.stride[ndim - 1] != 1 && t.shape[ndim - 1] > 1)
+        bad(std::string(name) + ": the last dimension is not contiguous");
     return t;
 }
 
@@ -41,7 +42,8 @@ const T* vector(py::handle object, const char* name, DType dtype, int64_t n) {
     const std::optional<Tensor> t = maybe_tensor(object, name);
     if (!t) return nullptr;
     expect_dtype(*t, name, dtype);
-    if (t->ndim != 1 || t->shape[0] != n) bad(std::string(name) + ": shape " + shape_text(*t) + ", expected (" + to_string(n) + ",)");
+    if (t->ndim != 1 || t->shape[0] != n)
+        bad(std::string(name) + ": shape " + shape_text(*t) + ", expected (" + to_string(n) + ",)");
     if (n > 1 && t->stride[0] != 1) bad(std::string(name) + ": not contiguous");
     return static_cast<const T*>(t->data);
 }
@@ -54,21 +56,28 @@ void check_cumulative(const int32_t* cu, const char* name, int64_t batch, int64_
     if (!cu) return;
     if (cu[0] != 0) bad(at(name, 0, cu[0]) + ", expected 0");
     for (int64_t b = 0; b < batch; b++)
-        if (cu[b + 1] < cu[b]) bad(at(name, b + 1, cu[b + 1]) + ", less than the one before it, " + to_string(cu[b]));
-    if (cu[batch] > total) bad(at(name, batch, cu[batch]) + ", but only " + to_string(total) + " rows are there");
+        if (cu[b + 1] < cu[b])
+            bad(at(name, b + 1, cu[b + 1]) + ", less than the one before it, " + to_string(cu[b]));
+    if (cu[batch] > total)
+        bad(at(name, batch, cu[batch]) + ", but only " + to_string(total) + " rows are there");
 }
 
 // Lengths, cache rows and pages, read on the CPU before any kernel trusts them.
-void check_values(const AttentionArgs& a, int64_t q_total, int64_t k_total, int64_t cache_rows, int64_t max_pages) {
+void check_values(const AttentionArgs& a, int64_t q_total, int64_t k_total, int64_t cache_rows,
+                  int64_t max_pages) {
     check_cumulative(a.cu_q, "cu_seqlens_q", a.batch, q_total);
     check_cumulative(a.cu_k, "cu_seqlens_k", a.batch, k_total);
     for (int64_t b = 0; b < a.batch; b++) {
-        const int64_t stored = a.block_table ? max_pages * a.page_size : a.cu_k ? a.cu_k[b + 1] - a.cu_k[b] : a.k_len;
+        const int64_t stored = a.block_table ? max_pages * a.page_size
+                               : a.cu_k      ? a.cu_k[b + 1] - a.cu_k[b]
+                                             : a.k_len;
         const int64_t used = a.used_k ? a.used_k[b] : stored;
         if (used < 0 || used > stored)
-            bad(at("cache_seqlens", b, used) + ", expected 0 to " + to_string(stored) + ", the keys that its cache holds");
+            bad(at("cache_seqlens", b, used) + ", expected 0 to " + to_string(stored) +
+                ", the keys that its cache holds");
         if (a.leftpad && (a.leftpad[b] < 0 || a.leftpad[b] > used))
-            bad(at("cache_leftpad", b, a.leftpad[b]) + ", expected 0 to " + to_string(used) + ", the keys in use");
+            bad(at("cache_leftpad", b, a.leftpad[b]) + ", expected 0 to " + to_string(used) +
+                ", the keys in use");
         if (a.batch_idx && (a.batch_idx[b] < 0 || a.batch_idx[b] >= cache_rows))
             bad(at("cache_batch_idx", b, a.batch_idx[b]) + ", expected 0 to " + to_string(cache_rows - 1));
         if (!a.block_table) continue;
@@ -83,11 +92,11 @@ void check_values(const AttentionArgs& a, int64_t q_total, int64_t k_total, int6
 
 int64_t bound(const py::handle& side) { return side.is_none() ? -1 : side.cast<int64_t>(); }
 
-void attention(py::handle q_, py::handle k_, py::handle v_, py::handle out_, py::handle lse_, double scale, double softcap,
-               py::handle left, py::handle right, py::handle alibi_slopes, py::handle sinks, py::handle attn_mask,
-               py::handle cu_seqlens_q, py::handle cu_seqlens_k, py::handle block_table, py::handle seqused_k,
-               py::handle cache_batch_idx, py::handle cache_leftpad, py::handle q_pos0, py::handle k_pos0,
-               py::handle k_scale, py::handle v_scale, int threads) {
+void attention(py::handle q_, py::handle k_, py::handle v_, py::handle out_, py::handle lse_, double scale,
+               double softcap, py::handle left, py::handle right, py::handle alibi_slopes, py::handle sinks,
+               py::handle attn_mask, py::handle cu_seqlens_q, py::handle cu_seqlens_k, py::handle block_table,
+               py::handle seqused_k, py::handle cache_batch_idx, py::handle cache_leftpad, py::handle q_pos0,
+               py::handle k_pos0, py::handle k_scale, py::handle v_scale, int threads) {
     AttentionArgs a = {};
     const bool packed_q = !cu_seqlens_q.is_none(), paged = !block_table.is_none();
     const bool packed_k = !cu_seqlens_k.is_none() && !paged;
@@ -109,10 +118,13 @@ void attention(py::handle q_, py::handle k_, py::handle v_, py::handle out_, py:
     a.head_dim = q.shape[q_dims - 1];
     a.v_head_dim = v.shape[k_dims - 1];
     if (a.head_dim < 1 || a.v_head_dim < 1) bad("head_dim: expected at least 1");
-    if (a.kv_heads < 1 || a.heads % a.kv_heads) bad("k: " + to_string(a.kv_heads) + " heads, expected a divisor of q's " + to_string(a.heads));
-    if (k.shape[k_dims - 1] != a.head_dim) bad("k: shape " + shape_text(k) + ", but q's head_dim is " + to_string(a.head_dim));
+    if (a.kv_heads < 1 || a.heads % a.kv_heads)
+        bad("k: " + to_string(a.kv_heads) + " heads, expected a divisor of q's " + to_string(a.heads));
+    if (k.shape[k_dims - 1] != a.head_dim)
+        bad("k: shape " + shape_text(k) + ", but q's head_dim is " + to_string(a.head_dim));
     for (int i = 0; i < k_dims - 1; i++)
-        if (v.shape[i] != k.shape[i]) bad("v: shape " + shape_text(v) + " does not match k's " + shape_text(k));
+        if (v.shape[i] != k.shape[i])
+            bad("v: shape " + shape_text(v) + " does not match k's " + shape_text(k));
     for (int i = 0; i < q_dims; i++)
         if (out.shape[i] != (i == q_dims - 1 ? a.v_head_dim : q.shape[i]))
             bad("out: shape " + shape_text(out) + " does not match q's " + shape_text(q));
@@ -126,7 +138,8 @@ void attention(py::handle q_, py::handle k_, py::handle v_, py::handle out_, py:
     a.k_len = packed_k || paged ? 0 : k.shape[1];
     if (packed_q) {
         const Tensor cu = tensor(cu_seqlens_q, "cu_seqlens_q");
-        if (cu.ndim != 1 || cu.shape[0] < 1) bad("cu_seqlens_q: shape " + shape_text(cu) + ", expected (batch + 1,)");
+        if (cu.ndim != 1 || cu.shape[0] < 1)
+            bad("cu_seqlens_q: shape " + shape_text(cu) + ", expected (batch + 1,)");
         a.batch = cu.shape[0] - 1;
     } else {
         a.batch = q.shape[0];
@@ -146,8 +159,11 @@ void attention(py::handle q_, py::handle k_, py::handle v_, py::handle out_, py:
         const Tensor table = tensor(block_table, "block_table");
         expect_dims(table, "block_table", 2);
         expect_dtype(table, "block_table", DType::i32);
-        if (table.shape[0] != a.batch) bad("block_table: shape " + shape_text(table) + ", expected (" + to_string(a.batch) + ", max_pages)");
-        if (table.stride[1] != 1 && table.shape[1] > 1) bad("block_table: the last dimension is not contiguous");
+        if (table.shape[0] != a.batch)
+            bad("block_table: shape " + shape_text(table) + ", expected (" + to_string(a.batch) +
+                ", max_pages)");
+        if (table.stride[1] != 1 && table.shape[1] > 1)
+            bad("block_table: the last dimension is not contiguous");
         if (!a.used_k && a.batch) bad("block_table: needs cache_seqlens, the keys present of each sequence");
         a.block_table = table.as<const int32_t>();
         a.table_batch = table.stride[0];
@@ -159,7 +175,8 @@ void attention(py::handle q_, py::handle k_, py::handle v_, py::handle out_, py:
     if (const std::optional<Tensor> t = maybe_tensor(alibi_slopes, "alibi_slopes")) {
         expect_dtype(*t, "alibi_slopes", DType::f32);
         const int last = t->ndim - 1;
-        if (t->ndim < 1 || t->ndim > 2 || t->shape[last] != a.heads || (t->ndim == 2 && t->shape[0] != a.batch))
+        if (t->ndim < 1 || t->ndim > 2 || t->shape[last] != a.heads ||
+            (t->ndim == 2 && t->shape[0] != a.batch))
             bad("alibi_slopes: shape " + shape_text(*t) + ", expected (heads,) or (batch, heads)");
         if (a.heads > 1 && t->stride[last] != 1) bad("alibi_slopes: the last dimension is not contiguous");
         a.alibi = t->as<const float>();
@@ -167,20 +184,24 @@ void attention(py::handle q_, py::handle k_, py::handle v_, py::handle out_, py:
     }
     if (const std::optional<Tensor> t = maybe_tensor(attn_mask, "attn_mask")) {
         if (t->dtype != DType::boolean && t->dtype != DType::f32 && t->dtype != q.dtype)
-            bad(std::string("attn_mask: ") + dtype_name(t->dtype) + ", expected bool, float32 or q's " + dtype_name(q.dtype));
+            bad(std::string("attn_mask: ") + dtype_name(t->dtype) + ", expected bool, float32 or q's " +
+                dtype_name(q.dtype));
         if (packed_q || packed_k) bad("attn_mask: needs dense q and k");
         const int64_t columns = paged ? max_pages * a.page_size : a.k_len;
-        if (t->ndim != 4 || t->shape[0] != a.batch || t->shape[1] != a.heads || t->shape[2] != a.q_len || t->shape[3] != columns)
+        if (t->ndim != 4 || t->shape[0] != a.batch || t->shape[1] != a.heads || t->shape[2] != a.q_len ||
+            t->shape[3] != columns)
             bad("attn_mask: shape " + shape_text(*t) + ", expected (batch, heads, Sq, Sk)");
         a.mask = t->data;
         a.mask_dtype = t->dtype;
-        a.mask_batch = t->stride[0], a.mask_head = t->stride[1], a.mask_q = t->stride[2], a.mask_k = t->stride[3];
+        a.mask_batch = t->stride[0], a.mask_head = t->stride[1], a.mask_q = t->stride[2],
+        a.mask_k = t->stride[3];
     }
     if (const std::optional<Tensor> t = maybe_tensor(lse_, "lse")) {
         expect_dtype(*t, "lse", DType::f32);
         expect_dims(*t, "lse", packed_q ? 2 : 3);
         const int last = t->ndim - 1;
-        if (t->shape[last] != q.shape[qs] || t->shape[last - 1] != a.heads || (!packed_q && t->shape[0] != a.batch))
+        if (t->shape[last] != q.shape[qs] || t->shape[last - 1] != a.heads ||
+            (!packed_q && t->shape[0] != a.batch))
             bad("lse: shape " + shape_text(*t) + ", expected ([batch,] heads, queries)");
         if (t->shape[last] > 1 && t->stride[last] != 1) bad("lse: the last dimension is not contiguous");
         a.lse = t->as<float>();
@@ -205,12 +226,15 @@ void attention(py::handle q_, py::handle k_, py::handle v_, py::handle out_, py:
 
 void bind_attention(py::module_& m) {
     using py::arg;
-    m.def("attention", attention, arg("q"), arg("k"), arg("v"), arg("out"), arg("lse"), arg("scale"), arg("softcap"),
-          arg("left"), arg("right"), arg("alibi_slopes"), arg("sinks"), arg("attn_mask"), arg("cu_seqlens_q"),
-          arg("cu_seqlens_k"), arg("block_table"), arg("seqused_k"), arg("cache_batch_idx"), arg("cache_leftpad"),
-          arg("q_pos0"), arg("k_pos0"), arg("k_scale"), arg("v_scale"), arg("threads"),
-          "softmax(q k^T) v into `out` (and `lse` unless None); the fields of spec.AttentionArgs, window sides None "
-          "for unbounded. Raises ValueError naming the argument before anything out of bounds would be read.");
+    m.def(
+        "attention", attention, arg("q"), arg("k"), arg("v"), arg("out"), arg("lse"), arg("scale"),
+        arg("softcap"), arg("left"), arg("right"), arg("alibi_slopes"), arg("sinks"), arg("attn_mask"),
+        arg("cu_seqlens_q"), arg("cu_seqlens_k"), arg("block_table"), arg("seqused_k"),
+        arg("cache_batch_idx"), arg("cache_leftpad"), arg("q_pos0"), arg("k_pos0"), arg("k_scale"),
+        arg("v_scale"), arg("threads"),
+        "softmax(q k^T) v into `out` (and `lse` unless None); the fields of spec.AttentionArgs, window sides "
+        "None "
+        "for unbounded. Raises ValueError naming the argument before anything out of bounds would be read.");
 }
 
 }  // namespace fastattn

@@ -12,8 +12,8 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int DECODE_KEYS = 64;                         // of a step, at most
-constexpr int64_t STEP_BYTES = 128 << 10;               // of a step's keys and values, unless fewer than W keys
+constexpr int DECODE_KEYS = 64;            // of a step, at most
+constexpr int64_t STEP_BYTES = 128 << 10;  // of a step's keys and values, unless fewer than W keys
 constexpr int ACCUMULATORS = REGISTERS == 32 ? 16 : 8;  // vectors of the products below
 constexpr int MAX_BLOCK = ACCUMULATORS / 4;             // rows that go over a key or value together
 
@@ -54,8 +54,8 @@ struct Values<FloatUnits> {
 
     // acc[r][v] += sum over keys j of p[r][j] * columns of rows[j]; `each` runs once a key.
     template <int R, int V, class T, class Each>
-    FA_INLINE void add(const float* p, const T* const* rows, int64_t c, int64_t n, int64_t columns, vf (&acc)[R][V],
-                       const Each& each) {
+    FA_INLINE void add(const float* p, const T* const* rows, int64_t c, int64_t n, int64_t columns,
+                       vf (&acc)[R][V], const Each& each) {
         for (int64_t j = 0; j < n; j++) {
             each();
             vf x[V];
@@ -88,8 +88,8 @@ struct Values<Bf16Units> {
     }
 
     template <int R, int V, class Each>
-    FA_INLINE void add(const bf16* p, const bf16* const* rows, int64_t c, int64_t n, int64_t columns, vf (&acc)[R][V],
-                       const Each& each) {
+    FA_INLINE void add(const bf16* p, const bf16* const* rows, int64_t c, int64_t n, int64_t columns,
+                       vf (&acc)[R][V], const Each& each) {
         for (int64_t j = 0; j < n; j += 2) {
             each();
             each();
@@ -98,14 +98,15 @@ struct Values<Bf16Units> {
             for (int v = 0; v < V / 2; v++) {
                 const int64_t here = V > 2 ? 2 * W : columns;
                 const __m512i even = Bf16Units::load_row(rows[j] + c + v * 2 * W, here);
-                const __m512i odd =
-                    j + 1 < n ? Bf16Units::load_row(rows[j + 1] + c + v * 2 * W, here) : _mm512_setzero_si512();
+                const __m512i odd = j + 1 < n ? Bf16Units::load_row(rows[j + 1] + c + v * 2 * W, here)
+                                              : _mm512_setzero_si512();
                 x[2 * v] = _mm512_unpacklo_epi16(even, odd);
                 x[2 * v + 1] = _mm512_unpackhi_epi16(even, odd);
             }
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                const __m512i weight = Bf16Units::spread(reinterpret_cast<const uint32_t*>(p + r * DECODE_KEYS + j));
+                const __m512i weight =
+                    Bf16Units::spread(reinterpret_cast<const uint32_t*>(p + r * DECODE_KEYS + j));
 #pragma GCC unroll 8
                 for (int v = 0; v < V; v++) acc[r][v] = Bf16Units::dot(weight, x[v], acc[r][v]);
             }
@@ -147,7 +148,8 @@ struct Decode {
 
     void run(const Sequence& s, const Item& item) {
         start(s, item);
-        const int64_t group = a.heads / a.kv_heads, kv_first = item.first_head / group, kv_count = item.heads / group;
+        const int64_t group = a.heads / a.kv_heads, kv_first = item.first_head / group,
+                      kv_count = item.heads / group;
         const int64_t n = group * item.count;  // rows of one KV head
         const int64_t k_bytes = ((kv_count - 1) * a.k_head + a.head_dim) * int64_t(sizeof(T));
         const int64_t v_bytes = ((kv_count - 1) * a.v_head + a.v_head_dim) * int64_t(sizeof(T));
@@ -209,8 +211,8 @@ private:
         for (int64_t r = r0; r < r0 + n; r++) {
             const KeyRange range = visible(a, s, item.query(r));
             alpha[r] = softmax_row(a, s, rule, item.head(r), item.query(r), key, 0, round_up(count, W),
-                                   imax(range.lo - key, 0), imin(range.hi - key, count), scores + r * DECODE_KEYS,
-                                   probabilities + r * DECODE_KEYS, state[r]);
+                                   imax(range.lo - key, 0), imin(range.hi - key, count),
+                                   scores + r * DECODE_KEYS, probabilities + r * DECODE_KEYS, state[r]);
         }
     }
 
@@ -252,7 +254,8 @@ private:
         float sums[ACCUMULATORS];
 #pragma GCC unroll 4
         for (int i = 0; i < ACCUMULATORS; i += W) store(sums + i, transpose_sum(acc + i));
-        for (int row = 0; row < R; row++) memcpy(scores + (r + row) * DECODE_KEYS + j, sums + row * K, K * sizeof(float));
+        for (int row = 0; row < R; row++)
+            memcpy(scores + (r + row) * DECODE_KEYS + j, sums + row * K, K * sizeof(float));
     }
 
     template <int R, int K>
@@ -300,8 +303,8 @@ private:
         for (int row = 0; row < R; row++)
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++) acc[row][v] = zero();
-        Values<Units>::template add<R, V>(probabilities + r * DECODE_KEYS, v_rows, offset + c, count, a.v_head_dim - c,
-                                          acc, [&] { ahead.step(1); });
+        Values<Units>::template add<R, V>(probabilities + r * DECODE_KEYS, v_rows, offset + c, count,
+                                          a.v_head_dim - c, acc, [&] { ahead.step(1); });
 #pragma GCC unroll 8
         for (int row = 0; row < R; row++)
 #pragma GCC unroll 8

@@ -10,11 +10,11 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int ROWS = REGISTERS == 32 ? 6 : W == 8 ? 6 : 4;   // of a tile of C
-constexpr int VECTORS = REGISTERS == 32 ? 4 : 2;             // columns of a tile of C, in vectors
+constexpr int ROWS = REGISTERS == 32 ? 6 : W == 8 ? 6 : 4;  // of a tile of C
+constexpr int VECTORS = REGISTERS == 32 ? 4 : 2;            // columns of a tile of C, in vectors
 constexpr int PANEL = VECTORS * W;
-constexpr int KEYS = 128;                                    // of a packed block of keys and values
-constexpr int64_t CHAIN = 32;                                // units summed one after another
+constexpr int KEYS = 128;      // of a packed block of keys and values
+constexpr int64_t CHAIN = 32;  // units summed one after another
 static_assert(KEYS % PANEL == 0 && KEYS % 16 == 0, "a block is whole panels");
 
 // Computes in float, from float, f16 or bf16 tensors.
@@ -61,8 +61,9 @@ FA_INLINE void store_p(bf16* p, vf v) { _mm256_storeu_si256((__m256i*)p, (__m256
 // C (ROWS x NV vectors, row stride LDC) = A B, or with ACCUMULATE C = alpha * C + A B, alpha one a row.
 // Sums of CHAIN units are taken on their own: one long chain of additions would round worse.
 template <class Units, int A_ROW, int A_K, int LDC, bool ACCUMULATE, int NV>
-static __attribute__((noinline)) void tile_product(const typename Units::Unit* a, const typename Units::Unit* b,
-                                                   float* c, int64_t depth, const float* alpha) {
+static __attribute__((noinline)) void tile_product(const typename Units::Unit* a,
+                                                   const typename Units::Unit* b, float* c, int64_t depth,
+                                                   const float* alpha) {
     for (int64_t first = 0; first < depth; first += CHAIN) {
         vf acc[ROWS][NV];
 #pragma GCC unroll 8
@@ -97,12 +98,14 @@ static __attribute__((noinline)) void tile_product(const typename Units::Unit* a
 }
 
 template <class Units, int A_ROW, int A_K, int LDC, bool ACCUMULATE>
-FA_INLINE void tile_product(int vectors, const typename Units::Unit* a, const typename Units::Unit* b, float* c,
-                            int64_t depth, const float* alpha) {
+FA_INLINE void tile_product(int vectors, const typename Units::Unit* a, const typename Units::Unit* b,
+                            float* c, int64_t depth, const float* alpha) {
     static_assert(VECTORS == 2 || VECTORS == 4, "the cases below");
-    if (vectors == VECTORS) return tile_product<Units, A_ROW, A_K, LDC, ACCUMULATE, VECTORS>(a, b, c, depth, alpha);
+    if (vectors == VECTORS)
+        return tile_product<Units, A_ROW, A_K, LDC, ACCUMULATE, VECTORS>(a, b, c, depth, alpha);
     if (VECTORS == 4 && vectors >= 2) {
-        if (vectors == 3) return tile_product<Units, A_ROW, A_K, LDC, ACCUMULATE, VECTORS - 1>(a, b, c, depth, alpha);
+        if (vectors == 3)
+            return tile_product<Units, A_ROW, A_K, LDC, ACCUMULATE, VECTORS - 1>(a, b, c, depth, alpha);
         return tile_product<Units, A_ROW, A_K, LDC, ACCUMULATE, 2>(a, b, c, depth, alpha);
     }
     return tile_product<Units, A_ROW, A_K, LDC, ACCUMULATE, 1>(a, b, c, depth, alpha);

@@ -30,7 +30,8 @@ struct Packer<FloatUnits> {
             const int64_t count = imin(W, n - j);
             for (int64_t d = 0; d < head_dim; d += W) {
                 vf block[W];
-                for (int i = 0; i < W; i++) block[i] = i < count ? load_up_to(rows[j + i] + d, head_dim - d) : zero();
+                for (int i = 0; i < W; i++)
+                    block[i] = i < count ? load_up_to(rows[j + i] + d, head_dim - d) : zero();
                 transpose(block);
                 const int64_t depth = imin(W, head_dim - d);
                 for (int64_t i = 0; i < depth; i++) store(panel + (d + i) * PANEL, block[i]);
@@ -71,8 +72,9 @@ struct Packer<Bf16Units> {
                 const __mmask32 inside = first32(head_dim - 2 * d);
                 vf block[W];
                 for (int i = 0; i < W; i++)
-                    block[i].v = _mm512_castsi512_ps(
-                        i < count ? _mm512_maskz_loadu_epi16(inside, rows[j + i] + 2 * d) : _mm512_setzero_si512());
+                    block[i].v =
+                        _mm512_castsi512_ps(i < count ? _mm512_maskz_loadu_epi16(inside, rows[j + i] + 2 * d)
+                                                      : _mm512_setzero_si512());
                 transpose(block);
                 const int64_t rest = imin(W, depth - d);
                 for (int64_t i = 0; i < rest; i++) store((float*)(panel + (d + i) * PANEL), block[i]);

@@ -14,11 +14,11 @@ struct Prefill {
     using P = typename Units::Probability;
 
     const AttentionArgs& a;
-    int64_t depth;        // units of a query or key
-    int64_t panels;       // of a value
+    int64_t depth;   // units of a query or key
+    int64_t panels;  // of a value
     Unit *q, *k, *v;
     float *out, *scores;
-    P* probabilities;     // the scores' own memory when both are floats
+    P* probabilities;  // the scores' own memory when both are floats
     float* alpha;
     RowState* state;
     const T** rows;
@@ -69,7 +69,8 @@ private:
     }
 
     // ROWS rows against keys [key0, key0 + count), which are packed.
-    void tile(const Sequence& s, const Item& item, const ScoreRule& rule, int64_t t, int64_t key0, int64_t count) {
+    void tile(const Sequence& s, const Item& item, const ScoreRule& rule, int64_t t, int64_t key0,
+              int64_t count) {
         const int64_t first = t * ROWS, n = imin(ROWS, item.rows() - first);
         KeyRange seen[ROWS];
         int64_t lo = count, hi = 0;
@@ -87,13 +88,14 @@ private:
         for (int64_t c = c0; c < c1;) {
             const int64_t end = imin((c / PANEL + 1) * PANEL, c1);
             tile_product<Units, 1, ROWS, KEYS, false>(int((end - c) / W), qt,
-                                                      k + c / PANEL * depth * PANEL + c % PANEL, scores + c, depth,
-                                                      nullptr);
+                                                      k + c / PANEL * depth * PANEL + c % PANEL, scores + c,
+                                                      depth, nullptr);
             c = end;
         }
         for (int64_t r = 0; r < n; r++)
-            alpha[r] = softmax_row(a, s, rule, item.head(first + r), item.query(first + r), key0, c0, c1, seen[r].lo,
-                                   seen[r].hi, scores + r * KEYS, probabilities + r * KEYS, state[first + r]);
+            alpha[r] =
+                softmax_row(a, s, rule, item.head(first + r), item.query(first + r), key0, c0, c1, seen[r].lo,
+                            seen[r].hi, scores + r * KEYS, probabilities + r * KEYS, state[first + r]);
         const Unit* p = reinterpret_cast<const Unit*>(probabilities) + c0 / Units::STEP;
         for (int64_t panel = 0; panel < panels; panel++) {
             const int64_t columns = imin(PANEL, a.v_head_dim - panel * PANEL);

@@ -52,7 +52,8 @@ FA_INLINE void write_scaled(const float* from, float factor, int64_t n, T* to) {
 }
 
 // Takes the sink in, writes lse, and returns the factor that turns the accumulated row into the output.
-FA_INLINE float finish_state(const AttentionArgs& a, const Sequence& s, int64_t head, int64_t i, RowState state) {
+FA_INLINE float finish_state(const AttentionArgs& a, const Sequence& s, int64_t head, int64_t i,
+                             RowState state) {
     float alpha = 1.0f;
     if (a.sinks && a.sinks[head] > -INF) {
         const float sink = a.sinks[head], now = sink > state.max ? sink : state.max;
@@ -60,7 +61,8 @@ FA_INLINE float finish_state(const AttentionArgs& a, const Sequence& s, int64_t 
         state = {now, state.sum * alpha + __builtin_expf(sink - now)};
     }
     const bool empty = state.max == -INF;
-    if (a.lse) a.lse[s.lse_offset + head * a.lse_head + i] = empty ? -INF : state.max + __builtin_logf(state.sum);
+    if (a.lse)
+        a.lse[s.lse_offset + head * a.lse_head + i] = empty ? -INF : state.max + __builtin_logf(state.sum);
     if (empty) return 0.0f;
     return alpha * (a.v_scale ? a.v_scale[head / (a.heads / a.kv_heads)] : 1.0f) / state.sum;
 }
@@ -78,8 +80,8 @@ static void write_rows(const AttentionArgs& a, const Sequence& s, const Item& it
 }
 
 // Keeps the rows of an item that covers a part of the keys: `rows` row-major rows of `stride` floats.
-FA_INLINE void keep_rows(const Item& item, const Accumulator& acc, int64_t v_head_dim, int64_t stride, float* out,
-                         RowState* state) {
+FA_INLINE void keep_rows(const Item& item, const Accumulator& acc, int64_t v_head_dim, int64_t stride,
+                         float* out, RowState* state) {
     for (int64_t r = 0; r < item.rows(); r++) {
         for (int64_t c = 0; c < v_head_dim; c += PANEL)
             write_scaled(acc.piece(r, c / PANEL), 1.0f, imin(PANEL, v_head_dim - c), out + r * stride + c);
@@ -91,7 +93,8 @@ FA_INLINE void keep_rows(const Item& item, const Accumulator& acc, int64_t v_hea
 FA_INLINE void merge_parts(int64_t rows, int64_t parts, int64_t stride, float* out, RowState* state) {
     for (int64_t r = 0; r < rows; r++) {
         float most = -INF;
-        for (int64_t p = 0; p < parts; p++) most = state[p * rows + r].max > most ? state[p * rows + r].max : most;
+        for (int64_t p = 0; p < parts; p++)
+            most = state[p * rows + r].max > most ? state[p * rows + r].max : most;
         float sum = 0.0f;
         float* to = out + r * stride;
         for (int64_t p = 0; p < parts; p++) {
@@ -100,7 +103,8 @@ FA_INLINE void merge_parts(int64_t rows, int64_t parts, int64_t stride, float* o
             sum += part.sum * weight;
             const float* from = out + (p * rows + r) * stride;
             const vf w = set1(weight);
-            for (int64_t c = 0; c < stride; c += W) store(to + c, p ? fma(load(from + c), w, load(to + c)) : load(to + c) * w);
+            for (int64_t c = 0; c < stride; c += W)
+                store(to + c, p ? fma(load(from + c), w, load(to + c)) : load(to + c) * w);
         }
         state[r] = {most, sum};
     }

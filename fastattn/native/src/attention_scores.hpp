@@ -58,8 +58,8 @@ FA_INLINE vf mask_values(const AttentionArgs& a, int64_t offset, int n) {
 }
 
 // Replaces the dot products of keys [key, key + n) at x by scores: scale, softcap, ALiBi, mask.
-static void apply_rule(const AttentionArgs& a, const Sequence& s, const ScoreRule& rule, int64_t head, int64_t i,
-                       int64_t key, int64_t n, float* x) {
+static void apply_rule(const AttentionArgs& a, const Sequence& s, const ScoreRule& rule, int64_t head,
+                       int64_t i, int64_t key, int64_t n, float* x) {
     const float slope = a.alibi ? a.alibi[s.index * a.alibi_batch + head] : 0.0f;
     const float inverse_cap = rule.softcap > 0.0f ? 1.0f / rule.softcap : 0.0f;
     const int64_t mask_row = s.index * a.mask_batch + head * a.mask_head + i * a.mask_q;
@@ -88,9 +88,9 @@ FA_INLINE void store_p(float* p, vf v) { store(p, v); }
 // c0 and c1 are multiples of W; key0 is the key of column 0. Returns the factor by which everything
 // accumulated for this row before must be multiplied.
 template <class P>
-FA_INLINE float softmax_row(const AttentionArgs& a, const Sequence& s, const ScoreRule& rule, int64_t head, int64_t i,
-                            int64_t key0, int64_t c0, int64_t c1, int64_t lo, int64_t hi, float* x, P* p,
-                            RowState& state) {
+FA_INLINE float softmax_row(const AttentionArgs& a, const Sequence& s, const ScoreRule& rule, int64_t head,
+                            int64_t i, int64_t key0, int64_t c0, int64_t c1, int64_t lo, int64_t hi, float* x,
+                            P* p, RowState& state) {
     if (lo > hi) lo = hi = c0;
     if (!rule.plain) apply_rule(a, s, rule, head, i, key0 + lo, hi - lo, x + lo);
     for (int64_t c = c0; c < lo; c++) x[c] = -INF;

@@ -13,15 +13,15 @@ FA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FA_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct Sequence {
-    int64_t index;       // in the batch
+    int64_t index;  // in the batch
     int64_t q_len, k_len;
-    int64_t q_offset;    // elements from args.q to this sequence's first query, head 0
+    int64_t q_offset;  // elements from args.q to this sequence's first query, head 0
     int64_t out_offset;
     int64_t lse_offset;
-    int64_t first_key;   // of the sequence in its cache row or pages
+    int64_t first_key;           // of the sequence in its cache row or pages
     int64_t k_offset, v_offset;  // of the cache row or packed range; unused with pages
     const int32_t* pages;
-    int64_t shift;       // position of query 0 minus position of key 0
+    int64_t shift;  // position of query 0 minus position of key 0
 };
 
 struct KeyRange {
@@ -65,8 +65,8 @@ FA_INLINE KeyRange visible(const AttentionArgs& a, const Sequence& s, int64_t fi
 
 // Addresses of the rows of keys [lo, hi) of one head: rows[j - lo].
 template <class T>
-static void row_pointers(const T* base, int64_t offset, int64_t batch_stride, int64_t seq_stride, const Sequence& s,
-                         int64_t page_size, int64_t lo, int64_t hi, const T** rows) {
+static void row_pointers(const T* base, int64_t offset, int64_t batch_stride, int64_t seq_stride,
+                         const Sequence& s, int64_t page_size, int64_t lo, int64_t hi, const T** rows) {
     int64_t t = s.first_key + lo;
     const int64_t end = s.first_key + hi;
     if (!s.pages) {
@@ -84,14 +84,14 @@ static void row_pointers(const T* base, int64_t offset, int64_t batch_stride, in
 template <class T>
 FA_INLINE void key_rows(const AttentionArgs& a, const Sequence& s, int64_t head, int64_t lo, int64_t hi,
                         const T** rows) {
-    row_pointers(static_cast<const T*>(a.k) + head * a.k_head, s.k_offset, a.k_batch, a.k_seq, s, a.page_size, lo, hi,
-                 rows);
+    row_pointers(static_cast<const T*>(a.k) + head * a.k_head, s.k_offset, a.k_batch, a.k_seq, s, a.page_size,
+                 lo, hi, rows);
 }
 template <class T>
 FA_INLINE void value_rows(const AttentionArgs& a, const Sequence& s, int64_t head, int64_t lo, int64_t hi,
                           const T** rows) {
-    row_pointers(static_cast<const T*>(a.v) + head * a.v_head, s.v_offset, a.v_batch, a.v_seq, s, a.page_size, lo, hi,
-                 rows);
+    row_pointers(static_cast<const T*>(a.v) + head * a.v_head, s.v_offset, a.v_batch, a.v_seq, s, a.page_size,
+                 lo, hi, rows);
 }
 
 }  // namespace FASTATTN_ISA

@@ -28,7 +28,8 @@ struct Names {
 };
 Names names;
 
-constexpr const char* DTYPE_NAMES[8] = {"float32", "float16", "bfloat16", "bool", "uint8", "int8", "int32", "int64"};
+constexpr const char* DTYPE_NAMES[8] = {"float32", "float16", "bfloat16", "bool",
+                                        "uint8",   "int8",    "int32",    "int64"};
 
 void lock_region() { region.lock(); }
 void unlock_region() { region.unlock(); }
@@ -67,7 +68,9 @@ const char* dtype_name(DType dtype) { return DTYPE_NAMES[int(dtype)]; }
 Tensor tensor(py::handle object, const char* name) {
     Tensor t;
     PyObject* p = object.ptr();
-    const auto bad = [name](const std::string& why) { return py::value_error(std::string(name) + ": " + why); };
+    const auto bad = [name](const std::string& why) {
+        return py::value_error(std::string(name) + ": " + why);
+    };
     py::object dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(p, names.dtype));
     py::object is_cpu = py::reinterpret_steal<py::object>(PyObject_GetAttr(p, names.is_cpu));
     py::object shape = py::reinterpret_steal<py::object>(PyObject_GetAttr(p, names.shape));
@@ -138,7 +141,8 @@ PYBIND11_MODULE(_kernels, m) {
         py::dict info;
         info["compiler"] = FASTATTN_COMPILER;
         info["flags"] = FASTATTN_FLAGS;
-        info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
+        info["pybind11"] =
+            PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
         return info;
     });
     bind_attention(m);

@@ -106,7 +106,8 @@ FA_INLINE void transpose(vf* a) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i += 4) {  // 4 x 4 within each 128-bit half
         const __m256 x0 = _mm256_unpacklo_ps(a[i].v, a[i + 1].v), x1 = _mm256_unpackhi_ps(a[i].v, a[i + 1].v);
-        const __m256 y0 = _mm256_unpacklo_ps(a[i + 2].v, a[i + 3].v), y1 = _mm256_unpackhi_ps(a[i + 2].v, a[i + 3].v);
+        const __m256 y0 = _mm256_unpacklo_ps(a[i + 2].v, a[i + 3].v),
+                     y1 = _mm256_unpackhi_ps(a[i + 2].v, a[i + 3].v);
         t[i] = _mm256_shuffle_ps(x0, y0, 0x44);
         t[i + 1] = _mm256_shuffle_ps(x0, y0, 0xee);
         t[i + 2] = _mm256_shuffle_ps(x1, y1, 0x44);

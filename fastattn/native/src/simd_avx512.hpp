@@ -106,7 +106,8 @@ FA_INLINE void transpose(vf* a) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i += 4) {  // 4 x 4 within each 128-bit quarter
         const __m512 x0 = _mm512_unpacklo_ps(a[i].v, a[i + 1].v), x1 = _mm512_unpackhi_ps(a[i].v, a[i + 1].v);
-        const __m512 y0 = _mm512_unpacklo_ps(a[i + 2].v, a[i + 3].v), y1 = _mm512_unpackhi_ps(a[i + 2].v, a[i + 3].v);
+        const __m512 y0 = _mm512_unpacklo_ps(a[i + 2].v, a[i + 3].v),
+                     y1 = _mm512_unpackhi_ps(a[i + 2].v, a[i + 3].v);
         t[i] = _mm512_shuffle_ps(x0, y0, 0x44);
         t[i + 1] = _mm512_shuffle_ps(x0, y0, 0xee);
         t[i + 2] = _mm512_shuffle_ps(x1, y1, 0x44);
@@ -114,7 +115,8 @@ FA_INLINE void transpose(vf* a) {
     }
 #pragma GCC unroll 16
     for (int i = 0; i < 4; i++) {  // 4 x 4 of quarters
-        const __m512 x0 = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x44), x1 = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xee);
+        const __m512 x0 = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x44),
+                     x1 = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xee);
         const __m512 y0 = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x44);
         const __m512 y1 = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xee);
         a[i].v = _mm512_shuffle_f32x4(x0, y0, 0x88);

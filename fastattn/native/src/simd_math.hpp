@@ -39,8 +39,8 @@ FA_INLINE vf tanh(vf x) {
     const vf a = abs(x);
     const vf e = exp(a * set1(-2.0f));
     const vf far = copysign((set1(1.0f) - e) / (set1(1.0f) + e), x);
-    static constexpr float c[] = {-0.333332819422f, 0.133314422036f, -0.0537397155531f,
-                                  0.0206390887954f, -0.00570498872745f};
+    static constexpr float c[] = {-0.333332819422f, 0.133314422036f, -0.0537397155531f, 0.0206390887954f,
+                                  -0.00570498872745f};
     const vf z = x * x;
     const vf near = fma(polynomial(z, c) * z, x, x);
     return select(lt(a, set1(0.625f)), near, far);

@@ -27,7 +27,9 @@ FA_INLINE vf load(const float* p) {
     return r;
 }
 FA_INLINE void store(float* p, vf a) { memcpy(p, &a.v, 16); }
-FA_INLINE vf load(const bf16* p) { return {nf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}}; }
+FA_INLINE vf load(const bf16* p) {
+    return {nf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+}
 FA_INLINE vf load(const f16* p) {
     const ni h = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
     const ni sign = (h & 0x8000) << 16, body = (h & 0x7fff) << 13;
@@ -70,7 +72,8 @@ FA_INLINE vf copysign(vf magnitude, vf sign) {
     return {(nf)(((ni)magnitude.v & 0x7fffffff) | ((ni)sign.v & (int32_t)0x80000000))};
 }
 FA_INLINE vf sqrt(vf a) {
-    return {nf{__builtin_sqrtf(a.v[0]), __builtin_sqrtf(a.v[1]), __builtin_sqrtf(a.v[2]), __builtin_sqrtf(a.v[3])}};
+    return {nf{__builtin_sqrtf(a.v[0]), __builtin_sqrtf(a.v[1]), __builtin_sqrtf(a.v[2]),
+               __builtin_sqrtf(a.v[3])}};
 }
 // Nearest integer for |a| < 2^22.
 FA_INLINE vf round(vf a) {

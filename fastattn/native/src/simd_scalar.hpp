@@ -49,7 +49,8 @@ inline __attribute__((always_inline)) f16 from_float<f16>(float x) {
     if (u >= (143u << 23)) {
         h = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
     } else if (u < (113u << 23)) {
-        h = float_bits(bits_float(u) + 0.5f) - float_bits(0.5f);  // the addition rounds to a multiple of 2^-24
+        h = float_bits(bits_float(u) + 0.5f) -
+            float_bits(0.5f);  // the addition rounds to a multiple of 2^-24
     } else {
         h = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
     }
