@@ -1,1 +1,1 @@
-"""One adapter a file; each exposes ``BACKEND``, and imports its toolkit only when asked whether it is usable."""
+"""One adapter a file: each exposes ``BACKEND``, and imports its toolkit only when asked if it is usable."""
