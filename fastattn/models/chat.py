@@ -8,6 +8,9 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -34,6 +37,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
+class _Generation(Extension):
+    """transformers' tag around the words of the assistant, for training: here its body is all it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - as in Jinja's own class
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTemplate:
     """One template, compiled. It sees the messages and the special tokens, and no Python."""
 
@@ -41,7 +54,7 @@ class ChatTemplate:
         self.path = path
         if len(source) > _SOURCE_LIMIT:
             raise CheckpointError(path, f"has {len(source)} characters, too long", "chat_template")
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _now
@@ -58,8 +71,13 @@ class ChatTemplate:
         pieces: list[str] = []
         length = 0
         try:
+            # Templates tell "no tools" from "tools is not defined", and transformers defines it.
             for piece in self._template.generate(
-                messages=checked, add_generation_prompt=add_generation_prompt, **special
+                messages=checked,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **special,
             ):
                 pieces.append(piece)
                 length += len(piece)

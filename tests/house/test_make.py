@@ -29,9 +29,7 @@ def test_this_machine_has_them() -> None:
     ("given", "expected"),
     [
         pytest.param({"python": "no-such-python"}, "'no-such-python' was not found", id="python"),
-        pytest.param(
-            {"CXX": "no-such-compiler -O2"}, "compiler 'no-such-compiler -O2' was not found", id="g++"
-        ),
+        pytest.param({"CXX": "no-such-c++ -O2"}, "compiler 'no-such-c++ -O2' was not found", id="g++"),
         pytest.param({"gigabytes": 10**8}, "100000000 GB are needed", id="disk"),
     ],
 )

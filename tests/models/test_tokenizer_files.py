@@ -85,6 +85,8 @@ def test_template_environment() -> None:
     assert chat("{{ messages | tojson }}") == '[{"role": "user", "content": "<é>"}]'
     assert chat("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
     assert chat("{{ strftime_now('%Y') }}").isdigit()
+    assert chat("{% if tools is not none or documents is not none %}tools{% endif %}") == ""
+    assert chat("a{% generation %}{{ messages[0].content }}{% endgeneration %}b") == "a<é>b"
     assert chat("{% if true %}\n  {% if true %}\nx\n{% endif %}{% endif %}") == "x\n"  # trimmed blocks
     assert chat("{{ bos_token }}{{ eos_token }}{{ missing }}") == "<|endoftext|><|im_end|>"
 
