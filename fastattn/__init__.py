@@ -1,5 +1,9 @@
 """fastattn: LLM attention and tensor-parallel inference on the hardware that FlashAttention left behind."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .attention import attention
 from .dispatch import use_backend
 from .flash_attn import (
@@ -13,14 +17,19 @@ from .flash_attn import (
 )
 from .spec import CacheFull, CheckpointError, SyncError, UnsupportedError
 
+if TYPE_CHECKING:
+    from .models.load import load
+
 __version__ = "0.1.0"
 
 
-def load(path, **options):  # type: ignore[no-untyped-def]
-    """Loads a model for `Model.generate`; see `fastattn.models.load.load`, which is imported on first use."""
-    from .models.load import load as load_model
+def __getattr__(name: str) -> Any:
+    """`load` brings tokenizers, safetensors and more, which model code that only calls ops does not need."""
+    if name == "load":
+        from .models.load import load
 
-    return load_model(path, **options)
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
