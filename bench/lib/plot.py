@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -19,46 +18,64 @@ def figure(panels: int) -> tuple[Any, Any]:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    drawing, axes = pyplot.subplots(1, panels, figsize=(6 * panels, 4.5), layout="constrained", squeeze=False)
+    drawing, axes = pyplot.subplots(1, panels, figsize=(6 * panels, 7), layout="constrained", squeeze=False)
     return drawing, axes[0]
 
 
 def draw(ax: Any, curves: dict[str, Curve], x_label: str, y_label: str) -> None:
-    """One line a curve, on logarithmic x."""
+    """One line a curve over logarithmic x, the legend below."""
     for name, curve in sorted(curves.items()):
         xs = sorted(curve)
-        style = "--" if "limit" in name else "o-"
-        ax.plot(xs, [curve[x] for x in xs], style, label=name)
+        ax.plot(xs, [curve[x] for x in xs], "--" if name.startswith("limit") else "o-", label=name)
     ax.set_xscale("log", base=2)
     ticks = sorted({x for curve in curves.values() for x in curve})
     ax.set_xticks(ticks, [str(x) for x in ticks])
+    ax.minorticks_off()
     ax.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
 
 
 def by(records: Sequence[Record], metric: str, variable: str) -> dict[str, Curve]:
-    """Curves of ``metric`` over the ``variable=N`` of the cases; a peer's values are a curve of their own."""
+    """Curves of ``metric`` over the ``variable=N`` of the cases; a peer's values are a curve of their own.
+
+    Labels leave out what all cases have in common.
+    """
+    chosen = [r for r in records if r.metric == metric and f"{variable}=" in r.case]
+    words = [r.case.split() for r in chosen]
+    common = set(words[0]).intersection(*words[1:]) if words else set()
     curves: dict[str, Curve] = defaultdict(dict)
-    for r in records:
-        found = re.search(rf"\b{variable}=(\d+) ?", r.case)
-        if r.metric != metric or found is None:
-            continue
-        rest = r.case.replace(found.group(0), "").strip()
-        x = int(found.group(1))
-        curves[f"fastattn: {rest}"][x] = r.ours
+    for r in chosen:
+        parts = dict(word.split("=") for word in r.case.split() if "=" in word)
+        x = int(parts[variable])
+        rest = " ".join(w for w in r.case.split() if w not in common and not w.startswith(f"{variable}="))
+        curves[f"fastattn {rest}"][x] = r.ours
         if r.peer_value is not None:
-            curves[f"{r.peer}: {rest}"][x] = r.peer_value
+            curves[f"{r.peer} {rest}"][x] = r.peer_value
         if r.limit_value is not None:
-            curves[f"limit: {rest}"][x] = r.limit_value
+            curves[f"limit: {r.limit} {rest}"][x] = r.limit_value
     return dict(curves)
 
 
+def varied(records: Sequence[Record], variables: Sequence[str]) -> str:
+    """The first of ``variables`` that has several values in the cases; else the first."""
+    for variable in variables:
+        values = {w for r in records for w in r.case.split() if w.startswith(f"{variable}=")}
+        if len(values) > 1:
+            return variable
+    return variables[0]
+
+
 def llm(records: Sequence[Record], path: str) -> None:
-    """Throughput over the batch size, and TTFT over the input length."""
+    """Throughput over the batch size and TTFT over the input length, or over the one that varies."""
     drawing, (left, right) = figure(2)
-    draw(left, by(records, "throughput", "batch"), "batch size", "tokens/s")
-    draw(right, by(records, "TTFT", "input"), "input tokens", "TTFT (ms)")
+    for ax, metric, unit, first, second in (
+        (left, "throughput", "tokens/s", "batch", "input"),
+        (right, "TTFT", "TTFT (ms)", "input", "batch"),
+    ):
+        variable = varied(records, (first, second))
+        label = {"batch": "batch size", "input": "input tokens"}[variable]
+        draw(ax, by(records, metric, variable), label, unit)
     drawing.savefig(path, dpi=130)
 
 

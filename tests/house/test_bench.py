@@ -13,7 +13,7 @@ import pytest
 
 import attention as bench_attention
 import llm as bench_llm
-from lib import args, env, limits, memory, records, table, text, timing
+from lib import args, env, limits, memory, plot, records, table, text, timing
 
 from .markdown import ROOT
 
@@ -130,6 +130,22 @@ def test_attention_rivals_compute_the_same() -> None:
         torch.testing.assert_close(bench_attention.enable_gqa(q, k, v, causal=False), expected)
 
 
+def test_curves_leave_out_what_is_common() -> None:
+    shared = {"bench": "llm", "spread": 0.0, "claim": "measured", "env": {}}
+    made = [
+        records.Record.of(
+            {**shared, "case": f"smollm2 fp32 batch={b} tp={tp}"}, "throughput", "tokens/s", 10.0 * b,
+            ("rival", 5.0 * b, 2.0), ("memory", 40.0 * b),
+        )
+        for b in (1, 4) for tp in (1, 2)
+    ]  # fmt: skip
+    assert plot.varied(made, ("input", "batch")) == "batch"
+    curves = plot.by(made, "throughput", "batch")
+    assert curves["fastattn tp=2"] == {1: 10.0, 4: 40.0}
+    assert curves["rival tp=1"] == {1: 5.0, 4: 20.0}
+    assert curves["limit: memory tp=1"] == {1: 40.0, 4: 160.0}
+
+
 def run_program(program: str, *line: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "bench" / program), *line]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
@@ -138,7 +154,9 @@ def run_program(program: str, *line: str) -> subprocess.CompletedProcess[str]:
 def test_attention_program(tmp_path: Path) -> None:
     out = tmp_path / "attention.json"
     shape = "--heads 4 --kv_heads 2 --head_dim 32 --decode_len 4096 --prefill_len 64"
-    run_program("attention.py", *shape.split(), "--data_type=fp32", "--seconds=0.01", "--json", str(out))
+    files = ("--json", str(out), "--plot", str(tmp_path / "attention.png"))
+    run_program("attention.py", *shape.split(), "--data_type=fp32", "--seconds=0.01", *files)
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads(out.read_text())
     assert {r["peer"] for r in written} == {"sdpa enable_gqa", "sdpa folded"}
     assert all(set(r) == FIELDS and r["ours"] > 0 and r["claim"] == "measured" for r in written)
