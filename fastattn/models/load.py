@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def load(
     return Model(checkpoint.config, checkpoint.tokenizer(), decoder, g, chosen)
 
 
-def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
+def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint[Any]) -> torch.dtype:
     """The dtype asked for, or the checkpoint's."""
     if dtype == "auto":
         return checkpoint.config.dtype
@@ -81,7 +82,7 @@ def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype
 class _Loader:
     """Reads one rank's pieces by name."""
 
-    def __init__(self, checkpoint: Checkpoint, group: TPGroup, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint[Any], group: TPGroup, dtype: torch.dtype) -> None:
         self.checkpoint, self.config, self.group, self.dtype = checkpoint, checkpoint.config, group, dtype
         # Groups of quantized weights stay whole; a model too small for that is cut anywhere.
         align = _GROUP if self.config.intermediate_size >= _GROUP * group.world else 1
