@@ -12,6 +12,7 @@ from .spec import AttentionArgs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Window = Sequence[int | None] | None
+_WIDEST = 1 << 40  # past any position: a wider window sees no more, and sums with it must not overflow
 
 
 def attention(
@@ -230,7 +231,7 @@ def _window(window: Window) -> tuple[int | None, int | None]:
             raise ValueError(
                 f"window: {tuple(window)}, each side is a number >= 0, or None or -1 for unbounded"
             )
-    left, right = (None if side is None or side == -1 else int(side) for side in window)
+    left, right = (None if side is None or side == -1 else min(int(side), _WIDEST) for side in window)
     return left, right
 
 

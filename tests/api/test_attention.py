@@ -141,6 +141,13 @@ def test_rows_past_the_last_sequence_are_zero(backend: str) -> None:
     torch.testing.assert_close(out[:2], expected[0])
 
 
+@pytest.mark.parametrize("window", [(2**63 - 1, 2**63 - 1), (None, 2**62)], ids=["both", "right"])
+def test_window_past_any_position_is_no_window(backend: str, window: tuple[int | None, int]) -> None:
+    q, k = torch.randn(1, 40, 4, 16), torch.randn(1, 50, 2, 16)
+    wide = fastattn.attention(q, k, k, window=window, backend=backend)
+    torch.testing.assert_close(wide, fastattn.attention(q, k, k, backend=backend))
+
+
 def test_broadcast_mask_equals_the_full_one(backend: str) -> None:
     q, k = torch.randn(2, 6, 4, 24), torch.randn(2, 11, 2, 24)
     mask = torch.rand(2, 1, 6, 11) > 0.4

@@ -90,7 +90,12 @@ void check_values(const AttentionArgs& a, int64_t q_total, int64_t k_total, int6
     }
 }
 
-int64_t bound(const py::handle& side) { return side.is_none() ? -1 : side.cast<int64_t>(); }
+// A side of the window; -1: unbounded. Cut far beyond any position, so that no sum with it overflows.
+int64_t bound(const py::handle& side) {
+    constexpr int64_t widest = int64_t(1) << 40;
+    const int64_t value = side.is_none() ? -1 : side.cast<int64_t>();
+    return value < widest ? value : widest;
+}
 
 void attention(py::handle q_, py::handle k_, py::handle v_, py::handle out_, py::handle lse_, double scale,
                double softcap, py::handle left, py::handle right, py::handle alibi_slopes, py::handle sinks,
@@ -233,8 +238,8 @@ void bind_attention(py::module_& m) {
         arg("cache_batch_idx"), arg("cache_leftpad"), arg("q_pos0"), arg("k_pos0"), arg("k_scale"),
         arg("v_scale"), arg("threads"),
         "softmax(q k^T) v into `out` (and `lse` unless None); the fields of spec.AttentionArgs, window sides "
-        "None "
-        "for unbounded. Raises ValueError naming the argument before anything out of bounds would be read.");
+        "None for unbounded. Raises ValueError naming the argument before anything out of bounds would be "
+        "read.");
 }
 
 }  // namespace fastattn

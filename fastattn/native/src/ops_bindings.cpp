@@ -97,8 +97,8 @@ void split_rows(const Tensor& t, const char* name, Rows& rows, int64_t* outer, i
     rows = {t.data, t.dtype, t.ndim == 3 ? t.stride[0] : 0, t.ndim >= 2 ? t.stride[t.ndim - 2] : 0};
 }
 
-void rms_norm(py::object x_, py::object weight_, py::object residual_, py::object out_, py::object total_, float eps,
-              int threads) {
+void rms_norm(py::object x_, py::object weight_, py::object residual_, py::object out_, py::object total_,
+              float eps, int threads) {
     const Tensor x = tensor(x_, "x"), weight = tensor(weight_, "weight"), out = tensor(out_, "out");
     RmsNormArgs a = {};
     expect_float(x, "x");
@@ -108,7 +108,8 @@ void rms_norm(py::object x_, py::object weight_, py::object residual_, py::objec
     expect_shape(weight, "weight", {a.width});
     expect_dtype(weight, "weight", {x.dtype, DType::f32});
     expect_contiguous(weight, "weight");
-    if (out.dtype != x.dtype || elements(out) != elements(x)) throw bad("out", "another size or dtype", "x's");
+    if (out.dtype != x.dtype || elements(out) != elements(x))
+        throw bad("out", "another size or dtype", "x's");
     expect_contiguous(out, "out");
     a.weight = weight.data;
     a.weight_dtype = weight.dtype;
@@ -158,7 +159,8 @@ RotaryArgs heads_of(const Tensor& x, const char* name) {
 }
 
 void add_angles(RotaryArgs& a, py::object cos_, py::object sin_, py::object positions_, bool interleaved) {
-    const Tensor cos = tensor(cos_, "cos"), sin = tensor(sin_, "sin"), positions = tensor(positions_, "positions");
+    const Tensor cos = tensor(cos_, "cos"), sin = tensor(sin_, "sin"),
+                 positions = tensor(positions_, "positions");
     expect_dims(cos, "cos", 2);
     expect_shape(sin, "sin", {cos.shape[0], cos.shape[1]});
     for (const auto& [t, name] : {std::pair{&cos, "cos"}, std::pair{&sin, "sin"}}) {
@@ -177,8 +179,8 @@ void add_angles(RotaryArgs& a, py::object cos_, py::object sin_, py::object posi
     a.interleaved = interleaved;
 }
 
-void rotary(py::object x_, py::object cos, py::object sin, py::object positions, bool interleaved, py::object out_,
-            int threads) {
+void rotary(py::object x_, py::object cos, py::object sin, py::object positions, bool interleaved,
+            py::object out_, int threads) {
     const Tensor x = tensor(x_, "x"), out = tensor(out_, "out");
     RotaryArgs a = heads_of(x, "x");
     add_angles(a, cos, sin, positions, interleaved);
@@ -187,6 +189,7 @@ void rotary(py::object x_, py::object cos, py::object sin, py::object positions,
     expect_contiguous(out, "out");
     a.out = out.data;
     a.out_dtype = out.dtype;
+    if (!elements(x)) return;  // memory that may be null
     threads = threads_for(elements(x), CHEAP, threads);
     Running running(threads);
     kernels().ops.rotary(a, threads);
@@ -219,13 +222,13 @@ void append_kv(py::object k_cache_, py::object v_cache_, py::object k_, py::obje
     if (!cos.is_none()) add_angles(keys, cos, sin, positions, interleaved);
     threads = threads_for(elements(k) + elements(v), CHEAP, threads);
     Running running(threads);
-    kernels().ops.rotary(keys, threads);
-    kernels().ops.rotary(values, threads);
+    if (keys.dim) kernels().ops.rotary(keys, threads);  // memory without elements may be null
+    if (values.dim) kernels().ops.rotary(values, threads);
 }
 
 // ------------------------------------------------------------------------------------------- linear
-WeightArgs weight_of(const char* format, py::object codes_, py::object scales_, py::object mins_, py::object g_idx_,
-                     int64_t in, int64_t group_size, int64_t group_offset) {
+WeightArgs weight_of(const char* format, py::object codes_, py::object scales_, py::object mins_,
+                     py::object g_idx_, int64_t in, int64_t group_size, int64_t group_offset) {
     const string kind = format;
     const Tensor codes = tensor(codes_, kind == "dense" ? "weight" : "codes");
     WeightArgs w = {};
@@ -275,10 +278,12 @@ WeightArgs weight_of(const char* format, py::object codes_, py::object scales_, 
                 throw bad("g_idx", "value " + to_string(w.g_idx[i]), "0 to " + to_string(w.groups - 1));
         expect_shape(scales, "scales", {w.out, w.groups});
     } else {
-        if (group_size < 16 || group_size % 16) throw bad("group_size", to_string(group_size), "a multiple of 16");
+        if (group_size < 16 || group_size % 16)
+            throw bad("group_size", to_string(group_size), "a multiple of 16");
         if (group_offset < 0 || group_offset >= group_size)
             throw bad("group_offset", to_string(group_offset), "0 to " + to_string(group_size - 1));
-        expect_shape(scales, "scales", {w.out, in ? (in + group_offset + group_size - 1) / group_size : w.groups});
+        expect_shape(scales, "scales",
+                     {w.out, in ? (in + group_offset + group_size - 1) / group_size : w.groups});
     }
     if (!mins_.is_none()) {
         const Tensor mins = tensor(mins_, "mins");
@@ -293,8 +298,9 @@ WeightArgs weight_of(const char* format, py::object codes_, py::object scales_, 
     return w;
 }
 
-void linear(py::object x_, py::object out_, const char* format, py::object codes, py::object scales, py::object mins,
-            py::object g_idx, int64_t group_size, int64_t group_offset, py::object bias_, int threads) {
+void linear(py::object x_, py::object out_, const char* format, py::object codes, py::object scales,
+            py::object mins, py::object g_idx, int64_t group_size, int64_t group_offset, py::object bias_,
+            int threads) {
     const Tensor x = tensor(x_, "x"), out = tensor(out_, "out");
     expect_dims(x, "x", 2);
     expect_float(x, "x");
@@ -358,8 +364,14 @@ void mx(bool pack, py::object x_, py::object codes_, py::object scales_, const E
     }
     expect_shape(codes, "codes", {rows, (n * e[0] + 7) / 8});
     expect_shape(scales, "scales", {rows, (n + block - 1) / block});
-    const MxArgs a = {e[0], e[2], e[1], e[3], e[4], e[5], carry_above, rows, n, block,
-                      x.data, x.dtype, codes.as<uint8_t>(), scales.as<uint8_t>()};
+    MxArgs a = {};
+    a.bits = e[0], a.exponent_bits = e[1], a.mantissa_bits = e[2];
+    a.bias = e[3], a.emax = e[4], a.max_code = e[5];
+    a.carry_above = carry_above;
+    a.rows = rows, a.n = n, a.block = block;
+    a.x = x.data, a.dtype = x.dtype;
+    a.codes = codes.as<uint8_t>(), a.scales = scales.as<uint8_t>();
+    if (!elements(x)) return;  // memory that may be null
     threads = threads_for(rows * n, COSTLY, threads);
     void* scratch = workspace(kernels().ops.mx_workspace(a, threads));
     Running running(threads);
@@ -375,8 +387,9 @@ void bind_ops(py::module_& m) {
     m.def("append_kv", append_kv);
     m.def("linear", linear);
     m.def("dequantize", dequantize);
-    m.def("mx_pack", [](py::object x, py::object codes, py::object scales, const Element& e, int64_t block,
-                        int carry_above, int threads) { mx(true, x, codes, scales, e, block, carry_above, threads); });
+    m.def("mx_pack",
+          [](py::object x, py::object codes, py::object scales, const Element& e, int64_t block,
+             int carry_above, int threads) { mx(true, x, codes, scales, e, block, carry_above, threads); });
     m.def("mx_unpack", [](py::object x, py::object codes, py::object scales, const Element& e, int64_t block,
                           int threads) { mx(false, x, codes, scales, e, block, 0, threads); });
 }

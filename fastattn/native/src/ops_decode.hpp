@@ -46,8 +46,8 @@ void fill_index(const WeightArgs& w, int32_t* index) {
     for (int64_t i = 0; i < n; i++) {
         const int64_t column = i * step;
         const int64_t group = column >= w.in ? 0
-                              : w.g_idx     ? w.g_idx[column]
-                                            : (column + w.group_offset) / w.group_size;
+                              : w.g_idx      ? w.g_idx[column]
+                                             : (column + w.group_offset) / w.group_size;
         index[i] = banked(group);
     }
 }

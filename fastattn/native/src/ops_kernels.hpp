@@ -9,8 +9,9 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-static constexpr OpsTable ops_table = {rms_norm,   swiglu,       rotary,  linear_workspace, linear,
-                                       dequantize_workspace, dequantize, mx_workspace, mx_pack, mx_unpack};
+static constexpr OpsTable ops_table = {
+    rms_norm,   swiglu,       rotary,  linear_workspace, linear, dequantize_workspace,
+    dequantize, mx_workspace, mx_pack, mx_unpack};
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

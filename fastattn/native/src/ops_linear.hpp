@@ -36,7 +36,8 @@ struct Dots {
     }
 
     // y[r * M + m] = row r of W times row m of x
-    static void run(const Row* rows, const int32_t* index, int64_t in, const float* x, int64_t x_stride, float* y) {
+    static void run(const Row* rows, const int32_t* index, int64_t in, const float* x, int64_t x_stride,
+                    float* y) {
         Dots d;
         for (int r = 0; r < R; r++)
             for (int m = 0; m < M; m++)
@@ -48,7 +49,7 @@ struct Dots {
             add(d, codes, rows, index, c, x, x_stride);
         }
         if (in % CHUNK) {
-            uint8_t buffer[R][Format::BYTES];
+            alignas(64) uint8_t buffer[R][Format::BYTES];
             for (int r = 0; r < R; r++) codes[r] = chunk_codes<Format>(rows[r], full, in, buffer[r]);
             add(d, codes, rows, index, full, x, x_stride);
         }
@@ -119,7 +120,8 @@ struct LinearRows {
         Dots<Format, M, R>::run(rows, index, a.w.in, in.x + m * in.stride, in.stride, y);
         for (int r = 0; r < R; r++) {
             const float b = a.bias ? scalar_of(a.bias, a.bias_dtype, o + r) : 0.0f;
-            for (int i = 0; i < M; i++) set_scalar(a.out, a.dtype, (m + i) * a.w.out + o + r, y[r * M + i] + b);
+            for (int i = 0; i < M; i++)
+                set_scalar(a.out, a.dtype, (m + i) * a.w.out + o + r, y[r * M + i] + b);
         }
     }
     // `n` <= MAX_IN_FLIGHT rows of W from o, M rows of x from m.
@@ -191,7 +193,7 @@ static void dequantize_row(const Row& row, const int32_t* index, int64_t in, T* 
         for (int k = 0; k < PARTS; k++) store(out + c * CHUNK + k * W, w[k]);
     }
     if (const int rest = int(in % CHUNK)) {
-        uint8_t buffer[Format::BYTES];
+        alignas(64) uint8_t buffer[Format::BYTES];
         T values[CHUNK];
         Format::decode(chunk_codes<Format>(row, full, in, buffer), row, index, full, w);
         for (int k = 0; k < PARTS; k++) store(values + k * W, w[k]);

@@ -18,7 +18,8 @@ struct none {};
 // One row; X: x, out and total; V: weight; R: residual.
 template <class X, class V, class R>
 struct RmsNorm {
-    static void row(const X* x, const R* residual, const V* weight, X* out, X* total, int64_t width, float eps) {
+    static void row(const X* x, const R* residual, const V* weight, X* out, X* total, int64_t width,
+                    float eps) {
         vf sum[4] = {zero(), zero(), zero(), zero()};
         int64_t i = 0;
         for (; i + 4 * W <= width; i += 4 * W)
@@ -79,9 +80,10 @@ static void rms_norm_rows(const RmsNormArgs& a, int threads) {
     parallel_ranges(a.outer * a.inner, 1, threads, [&](int64_t lo, int64_t hi, int) {
         for (int64_t i = lo; i < hi; i++) {
             const int64_t o = i / a.inner, n = i % a.inner;
+            X* total = a.total ? static_cast<X*>(a.total) + i * a.width : nullptr;
             RmsNorm<X, V, R>::row(row_of<X>(a.x, o, n), row_of<R>(a.residual, o, n),
                                   static_cast<const V*>(a.weight), static_cast<X*>(a.out) + i * a.width,
-                                  static_cast<X*>(a.total) + i * a.width, a.width, a.eps);
+                                  total, a.width, a.eps);
         }
     });
 }

@@ -19,8 +19,8 @@ struct RmsNormArgs {
     Rows x, residual;    // residual.data null: none
     const void* weight;  // of x's dtype or float32
     DType weight_dtype;
-    void* out;           // of x's dtype, contiguous
-    void* total;         // x + residual, of x's dtype, contiguous
+    void* out;    // of x's dtype, contiguous
+    void* total;  // x + residual, of x's dtype, contiguous
     int64_t outer, inner, width;
     float eps;
 };
@@ -75,12 +75,13 @@ struct LinearArgs {
 
 struct DequantizeArgs {
     WeightArgs w;
-    void* out;  // (w.out, w.in), contiguous
+    void* out;    // (w.out, w.in), contiguous
     DType dtype;  // float32 or bfloat16
 };
 
 struct MxArgs {
-    int bits, mantissa_bits, exponent_bits, bias, emax, max_code;  // of the element format; INT8: exponent_bits 0
+    int bits, mantissa_bits, exponent_bits;  // of the element format; INT8: exponent_bits 0
+    int bias, emax, max_code;
     int32_t carry_above;  // the scale's exponent grows by 1 when amax's mantissa bits exceed this
     int64_t rows, n, block;
     const void* x;  // packing: (rows, n) contiguous; unpacking: the result

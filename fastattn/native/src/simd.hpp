@@ -4,15 +4,18 @@
 // this lives in namespace fastattn::<name>, so that the copies never meet at link time. Kernels include
 // nothing from the standard C++ library (its templates would be merged across instruction sets).
 //
-//   load(p) store(p, v)             W elements of float, f16 or bf16 <-> float lanes, stores round to nearest
-//   even load_n(p, n) store_n(p, v, n)   the first n < W elements; other lanes load as 0, memory past n is
-//   not touched load_i8(p) load_u8(p)           W integers to float lanes load_nibbles(p, lo, hi)         W
-//   bytes: low nibbles to lo, high nibbles to hi, as 0..15 zero() set1(x) fma(a,b,c)=a*b+c fnma(a,b,c)=c-a*b
-//   min max abs sqrt + - * / lt(a,b) le(a,b) lane_lt(n)      masks `vm`; select(m, a, b) = m ? a : b
-//   reduce_add reduce_max transpose_sum(W vectors -> lane i = sum of vector i)
-//   transpose(W vectors)            in place
-//   exp2 exp tanh sigmoid           about 1 ulp over the whole range, NaN and infinities as libm
-//   to_float(x) from_float<T>(x)    scalars
+//   load(p) store(p, v)              W elements of float, f16 or bf16 <-> float lanes; to nearest even
+//   load_n(p, n) store_n(p, v, n)    the first n < W elements: others load as 0, memory past n untouched
+//   load_i8(p)                       W integers to float lanes
+//   load_nibbles(p, lo, hi)          W bytes: low nibbles to lo, high nibbles to hi, as 0..15
+//   zero() set1(x) + - * / min max abs copysign round ldexp
+//   fma(a, b, c) fnma(a, b, c)       a * b + c, c - a * b
+//   lt(a, b)                         a mask `vm`; select(m, a, b) = m ? a : b
+//   reduce_add reduce_max            over the lanes of a vector
+//   transpose_sum(W vectors)         lane i: the sum of vector i
+//   transpose(W vectors)             in place
+//   exp2 exp tanh sigmoid            about 1 ulp over the whole range, NaN and infinities as libm
+//   to_float(x) from_float<T>(x)     scalars
 #pragma once
 
 #include <string.h>

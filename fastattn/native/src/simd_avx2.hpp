@@ -43,9 +43,6 @@ FA_INLINE void store(bf16* p, vf a) {
 FA_INLINE vf load_i8(const int8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
 }
-FA_INLINE vf load_u8(const uint8_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
-}
 FA_INLINE void load_nibbles(const uint8_t* p, vf& lo, vf& hi) {
     const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
     lo.v = _mm256_cvtepi32_ps(_mm256_and_si256(b, _mm256_set1_epi32(15)));
@@ -59,11 +56,9 @@ FA_INLINE vf operator/(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
 FA_INLINE vf fma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 FA_INLINE vf fnma(vf a, vf b, vf c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 FA_INLINE vm lt(vf a, vf b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
-FA_INLINE vm le(vf a, vf b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
-FA_INLINE __m256i lane_lt_bits(int n) {
+FA_INLINE __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-FA_INLINE vm lane_lt(int n) { return {_mm256_castsi256_ps(lane_lt_bits(n))}; }
 FA_INLINE vf select(vm m, vf a, vf b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
 FA_INLINE vf min(vf a, vf b) { return {_mm256_min_ps(a.v, b.v)}; }  // b if either is NaN
 FA_INLINE vf max(vf a, vf b) { return {_mm256_max_ps(a.v, b.v)}; }  // b if either is NaN
@@ -71,7 +66,6 @@ FA_INLINE vf abs(vf a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; 
 FA_INLINE vf copysign(vf magnitude, vf sign) {
     return {_mm256_or_ps(abs(magnitude).v, _mm256_and_ps(_mm256_set1_ps(-0.0f), sign.v))};
 }
-FA_INLINE vf sqrt(vf a) { return {_mm256_sqrt_ps(a.v)}; }
 FA_INLINE vf round(vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // a * 2^n for integral n in [-252, 254], in two steps so that neither factor leaves the normal range.
 FA_INLINE vf ldexp(vf a, vf n) {
@@ -120,8 +114,8 @@ FA_INLINE void transpose(vf* a) {
     }
 }
 
-FA_INLINE vf load_n(const float* p, int n) { return {_mm256_maskload_ps(p, lane_lt_bits(n))}; }
-FA_INLINE void store_n(float* p, vf a, int n) { _mm256_maskstore_ps(p, lane_lt_bits(n), a.v); }
+FA_INLINE vf load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
+FA_INLINE void store_n(float* p, vf a, int n) { _mm256_maskstore_ps(p, first(n), a.v); }
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

@@ -54,9 +54,6 @@ FA_INLINE void store_n(bf16* p, vf a, int n) { _mm256_mask_storeu_epi16(p, first
 FA_INLINE vf load_i8(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
-FA_INLINE vf load_u8(const uint8_t* p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))};
-}
 FA_INLINE void load_nibbles(const uint8_t* p, vf& lo, vf& hi) {
     const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
     lo.v = _mm512_cvtepi32_ps(_mm512_and_si512(b, _mm512_set1_epi32(15)));
@@ -70,8 +67,6 @@ FA_INLINE vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
 FA_INLINE vf fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FA_INLINE vf fnma(vf a, vf b, vf c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 FA_INLINE vm lt(vf a, vf b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
-FA_INLINE vm le(vf a, vf b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
-FA_INLINE vm lane_lt(int n) { return {n <= 0 ? (__mmask16)0 : n >= W ? (__mmask16)0xffff : first(n)}; }
 FA_INLINE vf select(vm m, vf a, vf b) { return {_mm512_mask_blend_ps(m.v, b.v, a.v)}; }
 FA_INLINE vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }  // b if either is NaN
 FA_INLINE vf max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }  // b if either is NaN
@@ -80,7 +75,6 @@ FA_INLINE vf copysign(vf magnitude, vf sign) {
     const __m512 s = _mm512_set1_ps(-0.0f);
     return {_mm512_or_ps(_mm512_andnot_ps(s, magnitude.v), _mm512_and_ps(s, sign.v))};
 }
-FA_INLINE vf sqrt(vf a) { return {_mm512_sqrt_ps(a.v)}; }
 FA_INLINE vf round(vf a) {
     return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

@@ -37,7 +37,6 @@ FA_INLINE uint32x4_t widen_u8(const uint8_t* p) {
     memcpy(&four, p, 4);
     return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
 }
-FA_INLINE vf load_u8(const uint8_t* p) { return {vcvtq_f32_u32(widen_u8(p))}; }
 FA_INLINE vf load_i8(const int8_t* p) {
     uint32_t four;
     memcpy(&four, p, 4);
@@ -56,11 +55,6 @@ FA_INLINE vf operator/(vf a, vf b) { return {vdivq_f32(a.v, b.v)}; }
 FA_INLINE vf fma(vf a, vf b, vf c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 FA_INLINE vf fnma(vf a, vf b, vf c) { return {vfmsq_f32(c.v, a.v, b.v)}; }
 FA_INLINE vm lt(vf a, vf b) { return {vcltq_f32(a.v, b.v)}; }
-FA_INLINE vm le(vf a, vf b) { return {vcleq_f32(a.v, b.v)}; }
-FA_INLINE vm lane_lt(int n) {
-    const int32x4_t lane = {0, 1, 2, 3};
-    return {vcltq_s32(lane, vdupq_n_s32(n))};
-}
 FA_INLINE vf select(vm m, vf a, vf b) { return {vbslq_f32(m.v, a.v, b.v)}; }
 FA_INLINE vf min(vf a, vf b) { return select(lt(a, b), a, b); }  // b if either is NaN
 FA_INLINE vf max(vf a, vf b) { return select(lt(b, a), a, b); }  // b if either is NaN
@@ -68,7 +62,6 @@ FA_INLINE vf abs(vf a) { return {vabsq_f32(a.v)}; }
 FA_INLINE vf copysign(vf magnitude, vf sign) {
     return {vbslq_f32(vdupq_n_u32(0x80000000u), sign.v, magnitude.v)};
 }
-FA_INLINE vf sqrt(vf a) { return {vsqrtq_f32(a.v)}; }
 FA_INLINE vf round(vf a) { return {vrndnq_f32(a.v)}; }
 // a * 2^n for integral n in [-252, 254], in two steps so that neither factor leaves the normal range.
 FA_INLINE vf ldexp(vf a, vf n) {

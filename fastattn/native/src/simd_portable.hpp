@@ -45,7 +45,6 @@ FA_INLINE void store(T* p, vf a) {
     for (int i = 0; i < 4; i++) p[i] = from_float<T>(a.v[i]);
 }
 FA_INLINE vf load_i8(const int8_t* p) { return {nf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}}; }
-FA_INLINE vf load_u8(const uint8_t* p) { return {nf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}}; }
 FA_INLINE void load_nibbles(const uint8_t* p, vf& lo, vf& hi) {
     const ni b = {p[0], p[1], p[2], p[3]};
     lo.v = __builtin_convertvector(b & 15, nf);
@@ -59,21 +58,12 @@ FA_INLINE vf operator/(vf a, vf b) { return {a.v / b.v}; }
 FA_INLINE vf fma(vf a, vf b, vf c) { return {a.v * b.v + c.v}; }
 FA_INLINE vf fnma(vf a, vf b, vf c) { return {c.v - a.v * b.v}; }
 FA_INLINE vm lt(vf a, vf b) { return {(ni)(a.v < b.v)}; }
-FA_INLINE vm le(vf a, vf b) { return {(ni)(a.v <= b.v)}; }
-FA_INLINE vm lane_lt(int n) {
-    const ni lane = {0, 1, 2, 3};
-    return {(ni)(lane < n)};
-}
 FA_INLINE vf select(vm m, vf a, vf b) { return {(nf)((m.v & (ni)a.v) | (~m.v & (ni)b.v))}; }
 FA_INLINE vf min(vf a, vf b) { return select(lt(a, b), a, b); }  // b if either is NaN
 FA_INLINE vf max(vf a, vf b) { return select(lt(b, a), a, b); }  // b if either is NaN
 FA_INLINE vf abs(vf a) { return {(nf)((ni)a.v & 0x7fffffff)}; }
 FA_INLINE vf copysign(vf magnitude, vf sign) {
     return {(nf)(((ni)magnitude.v & 0x7fffffff) | ((ni)sign.v & (int32_t)0x80000000))};
-}
-FA_INLINE vf sqrt(vf a) {
-    return {nf{__builtin_sqrtf(a.v[0]), __builtin_sqrtf(a.v[1]), __builtin_sqrtf(a.v[2]),
-               __builtin_sqrtf(a.v[3])}};
 }
 // Nearest integer for |a| < 2^22.
 FA_INLINE vf round(vf a) {
