@@ -148,10 +148,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "fastattn.native._kernels",
-            sources=[
-                str(SOURCES / f)
-                for f in ("host.cpp", "isa.cpp", "attention_bindings.cpp", "ops_bindings.cpp")
-            ],
+            sources=[str(f) for f in sorted(SOURCES.glob("*.cpp")) if f.name != "kernels.cpp"],
             depends=["setup.py", *map(str, sorted(SOURCES.glob("*")))],
             cxx_std=17,
         )

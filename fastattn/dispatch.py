@@ -108,9 +108,14 @@ def resolve(op: str, signature: Any, backend: str = "") -> tuple[str, Op]:
     raise UnsupportedError(f"{op}: {asked}, and cannot run this call:\n" + "\n".join(lines) + hint)
 
 
+def named() -> str:
+    """The backend that `use_backend` or FASTATTN_BACKEND asks for; "" when neither does."""
+    return _forced.get() or settings.backend
+
+
 def run(op: str, args: OpArgs, backend: str = "") -> Any:
     """Runs the call on the backend that `resolve` picks."""
-    name = backend or _forced.get() or settings.backend
+    name = backend or named()
     key = (op, args.signature(), name)
     found = _resolved.get(key)
     if found is None:

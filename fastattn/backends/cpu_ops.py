@@ -91,21 +91,24 @@ def linear(a: LinearArgs) -> Tensor:
     w, x = a.weight, a.x
     if w.x_perm is not None:
         x = x.index_select(1, w.x_perm)
-    if x.shape[0] >= _gemm_rows(w, x.dtype):
+    if x.shape[0] >= few_rows(w, x.dtype):
         return _gemm(x, w)
     out = x.new_empty((x.shape[0], w.shape[0]))
     bias = None if w.bias is None else w.bias.contiguous()
-    kernels.linear(_last_contiguous(x), out, *_weight(w), bias, torch.get_num_threads())
+    kernels.linear(_last_contiguous(x), out, *native_weight(w), bias, torch.get_num_threads())
     return out
 
 
-def _gemm_rows(w: PackedWeight, dtype: torch.dtype) -> int:
+def few_rows(w: PackedWeight, dtype: torch.dtype) -> int:
+    """From so many rows of x on, a GEMM is faster than the kernel that reads W once."""
     if w.format == "dense" and w.tensors["weight"].dtype == dtype and dtype in DENSE_ROWS:
         return DENSE_ROWS[dtype]
     return TILED_ROWS[dtype]
 
 
-def _weight(w: PackedWeight) -> tuple[str, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]:
+def native_weight(
+    w: PackedWeight,
+) -> tuple[str, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]:
     """The weight as the bindings take it."""
     t = w.tensors
     if w.format == "dense":
@@ -129,7 +132,7 @@ def _gemm(x: Tensor, w: PackedWeight) -> Tensor:
     for lo in range(0, outs, step):
         hi = min(lo + step, outs)
         tile = buffer[: hi - lo]
-        kernels.dequantize(tile, *_weight(packed.slice_out(w, lo, hi)), threads)
+        kernels.dequantize(tile, *native_weight(packed.slice_out(w, lo, hi)), threads)
         out[:, lo:hi] = F.linear(rows, tile, None if bias is None else bias[lo:hi])
     return out
 

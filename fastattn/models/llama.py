@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from .. import dispatch
+from ..collectives.exact import Exact
 from ..memory.attend import attend, narrow
 from ..ops import rms_norm, rotary, swiglu
 from ..parallel.linear import ColumnLinear, RowLinear
@@ -21,6 +24,9 @@ from ..parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 from ..spec import Epilogue, KvCache, KvStep, PackedWeight, Point, Stream, SyncPolicy, TPGroup
 from .config import ModelConfig
 from .rope import RopeTables
+
+if TYPE_CHECKING:
+    from ..backends.cpu_decoder import NativeDecoder, NativeStep
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Forward:
     step: KvStep
     cos: Tensor
     sin: Tensor
+    native: NativeStep | None = None  # runs whole half-blocks
 
 
 class AttentionHalf:
@@ -89,6 +96,8 @@ class AttentionHalf:
 
     def partial(self, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
         """This rank's partial result of rows [lo, hi)."""
+        if self.forward.native and hi - lo == self.rows:
+            return self.forward.native.attention(self.layer, self.hidden, out)
         return _into(out, self.weights.o(self.gemm_input(lo, hi)))
 
     def _project(self, hidden: Tensor, step: KvStep) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,8 +115,8 @@ class AttentionHalf:
 class MlpHalf:
     """`Produce` of an MLP half-block: norm'd input -> gate, up -> SwiGLU -> down."""
 
-    def __init__(self, weights: Mlp, hidden: Tensor) -> None:
-        self.weights, self.hidden = weights, hidden
+    def __init__(self, weights: Mlp, layer: int, hidden: Tensor, native: NativeStep | None = None) -> None:
+        self.weights, self.layer, self.hidden, self.native = weights, layer, hidden, native
         self.rows = hidden.shape[0]
         self.row_parallel: PackedWeight = weights.down.weight
 
@@ -117,6 +126,8 @@ class MlpHalf:
 
     def partial(self, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
         """This rank's partial result of rows [lo, hi)."""
+        if self.native and hi - lo == self.rows:
+            return self.native.mlp(self.layer, self.hidden, out)
         return _into(out, self.weights.down(self.gemm_input(lo, hi)))
 
 
@@ -136,22 +147,50 @@ class Decoder:
         self.config, self.embedding, self.blocks = config, embedding, tuple(blocks)
         self.norm, self.head, self.group, self.policy = norm, head, group, policy
         self.rope = RopeTables(config.rope, config.max_position)
+        #: Whether half-blocks may run as single native calls; the result is the same.
+        self.fused = True
 
     def forward(self, ids: Tensor, step: KvStep, cache: KvCache) -> Tensor:
         """Normalised hidden states (total, hidden) of packed token ids (total,); appends to the cache."""
         cos, sin = self.rope.upto(step.max_used)
-        shared = Forward(self.config, cache, step, cos, sin)
         phase: Literal["prefill", "decode"] = "prefill" if step.max_new > 1 else "decode"
         x = self.embedding(ids)
+        native = None
+        if self.fused and self._native:
+            native = self._native.step(x.shape[0], cache, step, cos, sin)
+            if native and self._sums_alone(self.policy, phase):
+                return native.forward(x)
+        shared = Forward(self.config, cache, step, cos, sin, native)
         stream = Stream(residual=x, hidden=self.blocks[0][0].norm(x)[0])
         for layer, (attention, mlp) in enumerate(self.blocks):
             make = AttentionHalf(attention, layer, _ready(stream), shared)
             stream = self._sync(Point(layer, "attn", phase), make, stream, attention.o.bias, mlp.norm)
             last = layer + 1 == len(self.blocks)
             following = self.norm if last else self.blocks[layer + 1][0].norm
-            half = MlpHalf(mlp, _ready(stream))
+            half = MlpHalf(mlp, layer, _ready(stream), native)
             stream = self._sync(Point(layer, "mlp", phase), half, stream, mlp.down.bias, following)
         return _ready(stream)
+
+    @cached_property
+    def _native(self) -> NativeDecoder | None:
+        if dispatch.unavailable("cpu"):
+            return None
+        from ..backends.cpu_decoder import NativeDecoder, reasons_against  # load the native kernels
+
+        return None if reasons_against(self) else NativeDecoder(self)
+
+    @cache  # noqa: B019 - a decoder lives as long as its process
+    def _sums_alone(self, policy: Callable[[Point], SyncPolicy], phase: Literal["prefill", "decode"]) -> bool:
+        """Whether every sync point only adds this rank's own partial result to the residual."""
+        if self.group.world > 1:
+            return False
+        for layer, (attention, mlp) in enumerate(self.blocks):
+            points = [Point(layer, "attn", phase), Point(layer, "mlp", phase)]
+            if not all(isinstance(policy(p), Exact) for p in points):
+                return False
+            if attention.o.bias is not None or mlp.down.bias is not None:
+                return False
+        return True
 
     def _sync(
         self,

@@ -62,9 +62,10 @@ void check_cumulative(const int32_t* cu, const char* name, int64_t batch, int64_
         bad(at(name, batch, cu[batch]) + ", but only " + to_string(total) + " rows are there");
 }
 
-// Lengths, cache rows and pages, read on the CPU before any kernel trusts them.
-void check_values(const AttentionArgs& a, int64_t q_total, int64_t k_total, int64_t cache_rows,
-                  int64_t max_pages) {
+}  // namespace
+
+void check_lengths(const AttentionArgs& a, int64_t q_total, int64_t k_total, int64_t cache_rows,
+                   int64_t max_pages) {
     check_cumulative(a.cu_q, "cu_seqlens_q", a.batch, q_total);
     check_cumulative(a.cu_k, "cu_seqlens_k", a.batch, k_total);
     for (int64_t b = 0; b < a.batch; b++) {
@@ -89,6 +90,8 @@ void check_values(const AttentionArgs& a, int64_t q_total, int64_t k_total, int6
         }
     }
 }
+
+namespace {
 
 // A side of the window; -1: unbounded. Cut far beyond any position, so that no sum with it overflows.
 int64_t bound(const py::handle& side) {
@@ -217,7 +220,7 @@ void attention(py::handle q_, py::handle k_, py::handle v_, py::handle out_, py:
     a.softcap = float(softcap);
     a.left = bound(left);
     a.right = bound(right);
-    check_values(a, packed_q ? q.shape[0] : 0, packed_k ? k.shape[0] : 0, k.shape[0], max_pages);
+    check_lengths(a, packed_q ? q.shape[0] : 0, packed_k ? k.shape[0] : 0, k.shape[0], max_pages);
     if (a.batch == 0 || a.heads == 0) return;
 
     threads = usable_threads(threads);

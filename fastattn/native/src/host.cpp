@@ -103,6 +103,11 @@ const KernelTable& kernels() { return *active.load(); }
 
 int usable_threads(int asked) { return asked < 1 || forked ? 1 : asked; }
 
+int threads_for(int64_t values, int64_t grain, int threads) {
+    const int64_t useful = values / grain;
+    return usable_threads(useful < threads ? int(useful) : threads);
+}
+
 void* workspace(size_t bytes) {
     if (buffer.size < bytes) {
         std::free(buffer.data);
@@ -147,4 +152,5 @@ PYBIND11_MODULE(_kernels, m) {
     });
     bind_attention(m);
     bind_ops(m);
+    bind_decoder(m);
 }

@@ -43,6 +43,11 @@ const KernelTable& kernels();
 // OpenMP pool of the parent does not exist.
 int usable_threads(int asked);
 
+// Threads for `values` values of which each thread should get at least `grain`: a parallel region costs a few
+// microseconds.
+int threads_for(int64_t values, int64_t grain, int threads);
+constexpr int64_t CHEAP = 1 << 15, COSTLY = 1 << 13;
+
 // A buffer of at least `bytes`, aligned to 64 bytes, owned by the calling thread and reused by its later
 // calls. Raises std::bad_alloc (MemoryError in Python).
 void* workspace(size_t bytes);
@@ -58,7 +63,13 @@ private:
     std::unique_lock<std::mutex> lock_;
 };
 
+// Lengths, cache rows and pages, read on the CPU before any kernel trusts them; ValueError names the argument.
+// q_total, k_total: rows of packed input; cache_rows: of k, or pages; max_pages: columns of block_table.
+void check_lengths(const AttentionArgs& a, int64_t q_total, int64_t k_total, int64_t cache_rows,
+                   int64_t max_pages);
+
 void bind_attention(py::module_& m);
 void bind_ops(py::module_& m);
+void bind_decoder(py::module_& m);
 
 }  // namespace fastattn

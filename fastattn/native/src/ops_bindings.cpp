@@ -1,10 +1,9 @@
 // Python functions of the small ops and of linear: every shape, dtype and index is checked here.
-#include "host.hpp"
+#include "checks.hpp"
 
 #include <pybind11/stl.h>
 
 #include <array>
-#include <initializer_list>
 #include <utility>
 
 namespace fastattn {
@@ -13,80 +12,6 @@ namespace {
 
 using std::string;
 using std::to_string;
-
-py::value_error bad(const char* name, const string& was, const string& expected) {
-    return py::value_error(string(name) + ": " + was + ", expected " + expected);
-}
-
-string shape_text(const int64_t* shape, int ndim) {
-    string s = "(";
-    for (int i = 0; i < ndim; i++) s += (i ? ", " : "") + to_string(shape[i]);
-    return s + (ndim == 1 ? ",)" : ")");
-}
-
-void expect_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
-    bool same = t.ndim == int(shape.size());
-    for (int i = 0; same && i < t.ndim; i++) same = t.shape[i] == shape.begin()[i];
-    if (!same)
-        throw bad(name, "shape " + shape_text(t.shape, t.ndim), shape_text(shape.begin(), int(shape.size())));
-}
-
-void expect_dtype(const Tensor& t, const char* name, std::initializer_list<DType> dtypes) {
-    string names;
-    for (const DType d : dtypes) {
-        if (t.dtype == d) return;
-        names += (names.empty() ? "" : " or ") + string(dtype_name(d));
-    }
-    throw bad(name, dtype_name(t.dtype), names);
-}
-
-void expect_float(const Tensor& t, const char* name) {
-    expect_dtype(t, name, {DType::f32, DType::f16, DType::bf16});
-}
-
-void expect_dims(const Tensor& t, const char* name, int ndim) {
-    if (t.ndim != ndim) throw bad(name, to_string(t.ndim) + " dimensions", to_string(ndim));
-}
-
-// The last dimension must be contiguous: kernels read it as an array.
-void expect_rows(const Tensor& t, const char* name) {
-    if (t.ndim && t.shape[t.ndim - 1] > 1 && t.stride[t.ndim - 1] != 1)
-        throw bad(name, "last stride " + to_string(t.stride[t.ndim - 1]), "1");
-}
-
-void expect_contiguous(const Tensor& t, const char* name) {
-    int64_t stride = 1;
-    for (int i = t.ndim - 1; i >= 0; i--) {
-        if (t.shape[i] == 0) return;
-        if (t.shape[i] != 1 && t.stride[i] != stride) throw bad(name, "strided", "contiguous memory");
-        stride *= t.shape[i];
-    }
-}
-
-int64_t elements(const Tensor& t) {
-    int64_t n = 1;
-    for (int i = 0; i < t.ndim; i++) n *= t.shape[i];
-    return n;
-}
-
-// A parallel region costs a few microseconds, so each thread gets at least `grain` values.
-int threads_for(int64_t values, int64_t grain, int threads) {
-    const int64_t useful = values / grain;
-    return usable_threads(useful < threads ? int(useful) : threads);
-}
-constexpr int64_t CHEAP = 1 << 15, COSTLY = 1 << 13;
-
-void check_indices(const Tensor& t, const char* name, int64_t n, int64_t lowest, int64_t size) {
-    expect_shape(t, name, {n});
-    expect_dtype(t, name, {DType::i64});
-    expect_contiguous(t, name);
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t v = t.as<int64_t>()[i];
-        if (v < lowest || v >= size)
-            throw bad(name, "value " + to_string(v) + " at " + to_string(i),
-                      lowest < 0 ? "below " + to_string(size) : "0 to " + to_string(size - 1));
-    }
-}
 
 // (outer, inner, width) of a tensor of 1 to 3 dimensions.
 void split_rows(const Tensor& t, const char* name, Rows& rows, int64_t* outer, int64_t* inner) {
@@ -227,6 +152,8 @@ void append_kv(py::object k_cache_, py::object v_cache_, py::object k_, py::obje
 }
 
 // ------------------------------------------------------------------------------------------- linear
+}  // namespace
+
 WeightArgs weight_of(const char* format, py::object codes_, py::object scales_, py::object mins_,
                      py::object g_idx_, int64_t in, int64_t group_size, int64_t group_offset) {
     const string kind = format;
@@ -298,8 +225,20 @@ WeightArgs weight_of(const char* format, py::object codes_, py::object scales_, 
     return w;
 }
 
+void add_bias(LinearArgs& a, py::object bias_) {
+    if (bias_.is_none()) return;
+    const Tensor bias = tensor(bias_, "bias");
+    expect_shape(bias, "bias", {a.w.out});
+    expect_float(bias, "bias");
+    expect_contiguous(bias, "bias");
+    a.bias = bias.data;
+    a.bias_dtype = bias.dtype;
+}
+
+namespace {
+
 void linear(py::object x_, py::object out_, const char* format, py::object codes, py::object scales,
-            py::object mins, py::object g_idx, int64_t group_size, int64_t group_offset, py::object bias_,
+            py::object mins, py::object g_idx, int64_t group_size, int64_t group_offset, py::object bias,
             int threads) {
     const Tensor x = tensor(x_, "x"), out = tensor(out_, "out");
     expect_dims(x, "x", 2);
@@ -315,14 +254,7 @@ void linear(py::object x_, py::object out_, const char* format, py::object codes
     a.x_stride = x.stride[0];
     a.out = out.data;
     a.dtype = x.dtype;
-    if (!bias_.is_none()) {
-        const Tensor bias = tensor(bias_, "bias");
-        expect_shape(bias, "bias", {a.w.out});
-        expect_float(bias, "bias");
-        expect_contiguous(bias, "bias");
-        a.bias = bias.data;
-        a.bias_dtype = bias.dtype;
-    }
+    add_bias(a, bias);
     threads = threads_for(a.w.out * a.w.in, CHEAP, threads);
     void* scratch = workspace(kernels().ops.linear_workspace(a, threads));
     Running running(threads);

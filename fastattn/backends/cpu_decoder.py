@@ -1,0 +1,119 @@
+"""A decoder's half-blocks, or all its layers, as one native call.
+
+Between two sync points there is nothing for Python to decide, yet a decoded token of a small model makes
+some 300 op calls, which together cost more than its arithmetic. `kernels.Decoder` keeps the checked
+weights and runs the same kernels on the same arguments: bit for bit the result of the ops one by one
+(models/llama.py), which serve every other case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..memory.paged import PagedKvCache
+from ..native import kernels
+from ..spec import KvCache, KvStep, PackedWeight
+from .cpu_ops import FLOATS, few_rows, native_weight
+
+if TYPE_CHECKING:
+    from ..models.llama import Attention, Decoder, Mlp, RmsNorm
+
+
+class NativeDecoder:
+    """The weights of ``decoder`` as the kernels take them. `reasons_against` says whether it can be made."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        config, (first, _) = decoder.config, decoder.blocks[0]
+        self.dtype = decoder.embedding.dtype
+        self.max_rows = min(few_rows(w, self.dtype) for w in _weights(decoder)) - 1
+        self._decoder = kernels.Decoder(
+            str(self.dtype).removeprefix("torch."), config.hidden_size, first.heads, first.kv_heads,
+            config.head_dim, config.rope.interleaved, config.head_dim**-0.5, _norm(decoder.norm),
+        )  # fmt: skip
+        for attention, mlp in decoder.blocks:
+            self._decoder.add_block(
+                norm=_norm(attention.norm),
+                qkv=[_matrix(w) for w in attention.qkv.weights],
+                q_norm=_norm(attention.q_norm),
+                k_norm=_norm(attention.k_norm),
+                o=_matrix(attention.o.weight),
+                left=-1 if attention.window is None else attention.window - 1,
+                mlp_norm=_norm(mlp.norm),
+                gate_up=[_matrix(w) for w in mlp.gate_up.weights],
+                down=_matrix(mlp.down.weight),
+            )
+
+    def step(self, rows: int, cache: KvCache, step: KvStep, cos: Tensor, sin: Tensor) -> NativeStep | None:
+        """One forward of ``rows`` packed rows; None where the ops have to run one by one."""
+        if not 0 < rows <= self.max_rows or dispatch.named() not in ("", "cpu"):
+            return None
+        if not isinstance(cache, PagedKvCache) or cache.keys.dtype != self.dtype:
+            return None
+        if cache.keys.device.type != "cpu":
+            return None
+        native = kernels.DecoderStep(
+            self._decoder, cache.keys, cache.values, step.block_table, step.seqused, step.cu_seqlens,
+            step.positions, step.slots, cos, sin,
+        )  # fmt: skip
+        return NativeStep(native)
+
+
+class NativeStep:
+    """One forward: half-block by half-block where ranks sum between them, or all of it."""
+
+    def __init__(self, native: Any) -> None:
+        self._native = native
+
+    def attention(self, layer: int, hidden: Tensor, out: Tensor | None) -> Tensor:
+        """Normalised ``hidden`` (rows, hidden) to this rank's partial result; appends to the cache."""
+        return _run(self._native.attention, hidden, out, layer)
+
+    def mlp(self, layer: int, hidden: Tensor, out: Tensor | None) -> Tensor:
+        """Normalised ``hidden`` (rows, hidden) to this rank's partial result."""
+        return _run(self._native.mlp, hidden, out, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embedded tokens (rows, hidden) to normalised hidden states; every sum is this rank's own."""
+        return _run(self._native.forward, x, None)
+
+
+def reasons_against(decoder: Decoder) -> list[str]:
+    """Why the ops of ``decoder`` have to run one by one; empty when `NativeDecoder` can be made."""
+    reasons = []
+    weights = _weights(decoder)
+    if any(t.device.type != "cpu" for w in weights for t in w.tensors.values()):
+        reasons.append("weights are not on the CPU")
+    if decoder.embedding.dtype not in FLOATS:
+        reasons.append(f"dtype {decoder.embedding.dtype}")
+    if any(w.x_perm is not None for w in weights):
+        reasons.append("x_perm: columns in another order than the input's")
+    if len({(a.heads, a.kv_heads) for a, _ in decoder.blocks}) != 1:
+        reasons.append("layers with different numbers of heads")
+    return reasons
+
+
+def _run(call: Callable[..., None], x: Tensor, out: Tensor | None, *layer: int) -> Tensor:
+    x = x.contiguous()
+    result = torch.empty_like(x) if out is None or not out.is_contiguous() else out
+    call(*layer, x, result, torch.get_num_threads())
+    dispatch.calls["cpu", "decoder"] += 1
+    return result if out is None or result is out else out.copy_(result)
+
+
+def _weights(decoder: Decoder) -> list[PackedWeight]:
+    pairs: list[tuple[Attention, Mlp]] = list(decoder.blocks)
+    return [w for a, m in pairs for w in (*a.qkv.weights, a.o.weight, *m.gate_up.weights, m.down.weight)]
+
+
+def _norm(norm: RmsNorm | None) -> tuple[Tensor, float] | None:
+    return None if norm is None else (norm.weight.contiguous(), norm.eps)
+
+
+def _matrix(w: PackedWeight) -> tuple[Any, ...]:
+    bias = None if w.bias is None else w.bias.contiguous()
+    return (*native_weight(w), w.shape[1], bias)

@@ -1,0 +1,118 @@
+// A Llama-family decoder over a paged KV cache as plain pointers, and the calls that run it: from one sync
+// point to the next, or through all layers when no other rank shares the sums.
+//
+// Every kernel is the one that its own op runs, on the same arguments and in the same order: results equal
+// those of the ops one by one, bit for bit.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "isa.hpp"
+
+namespace fastattn {
+
+struct NormWeight {
+    const void* weight = nullptr;  // null: no norm
+    DType dtype = DType::f32;
+    float eps = 0.0f;
+};
+
+// Matrices that read the same input, their outputs side by side: q, k, v or gate, up, as one or as several.
+struct ColumnWeights {
+    std::vector<LinearArgs> parts;
+    int64_t width = 0;
+};
+
+struct AttentionWeights {
+    NormWeight norm, q_norm, k_norm;
+    ColumnWeights qkv;
+    LinearArgs o;
+    int64_t left;  // keys visible before a query; negative: all
+};
+
+struct MlpWeights {
+    NormWeight norm;
+    ColumnWeights gate_up;
+    LinearArgs down;
+};
+
+struct DecoderArgs {
+    DType dtype;  // of activations and of the cache
+    int64_t hidden, heads, kv_heads, head_dim;
+    bool interleaved;
+    float scale;  // of scores
+    std::vector<AttentionWeights> attention;
+    std::vector<MlpWeights> mlp;
+    NormWeight norm;  // after the last layer
+
+    int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
+};
+
+// One layer's keys or values are pages (page, slot, head, head_dim) whose last dimension is contiguous.
+struct CacheSide {
+    char* data;
+    int64_t layer_bytes;
+    int64_t page_stride, slot_stride, head_stride;  // in elements
+};
+
+// What one forward of packed rows is about; `spec.KvStep` with its cache and rotary tables.
+struct StepArgs {
+    int64_t rows, batch, page_size;
+    const int32_t* cu_seqlens;
+    const int32_t* seqused;
+    const int32_t* block_table;
+    int64_t table_stride;
+    const int64_t* positions;
+    const int64_t* slots;
+    const float* cos;
+    const float* sin;
+    int64_t cos_stride, sin_stride, half;
+    CacheSide keys, values;
+};
+
+class DecoderRun {
+public:
+    DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const KernelTable& kernels, int threads);
+
+    // Bytes that `use` needs, aligned to 64.
+    size_t workspace() const { return scratch_offset_ + scratch_bytes_; }
+    void use(void* memory) { memory_ = static_cast<char*>(memory); }
+
+    // Normalised input (rows, hidden) to this rank's partial result (rows, hidden), both contiguous.
+    void attention_half(size_t layer, const void* hidden, void* out) const;
+    void mlp_half(size_t layer, const void* hidden, void* out) const;
+    // Embedded tokens (rows, hidden) to normalised hidden states; needs a row-parallel GEMM without bias.
+    void forward(const void* x, void* out) const;
+
+private:
+    struct Buffer {
+        size_t offset, bytes;
+    };
+    Buffer take(int64_t width);
+    void need_scratch(size_t bytes);
+    void need_scratch(const LinearArgs& matrix);
+    char* at(const Buffer& b) const { return memory_ + b.offset; }
+    char* element(void* base, int64_t index) const;
+
+    LinearArgs on_rows(LinearArgs matrix, const void* x, void* out) const;
+    void linear(const LinearArgs& matrix, const void* x, void* out) const;
+    void columns(const ColumnWeights& w, const void* x, void* out) const;
+    const void* normed_heads(const NormWeight& norm, void* x, int64_t heads, const Buffer& out,
+                             int64_t* row_stride) const;
+    void norm(const NormWeight& w, const void* x, const void* residual, void* out, void* total) const;
+    RotaryArgs heads_of(const void* x, int64_t row_stride, int64_t heads) const;
+    void into_cache(RotaryArgs& a, const CacheSide& side, size_t layer) const;
+    AttentionArgs attention_args(size_t layer, const void* q, void* out) const;
+
+    const DecoderArgs& d_;
+    const StepArgs& s_;
+    const KernelTable& kernels_;
+    int threads_;
+    size_t item_;  // bytes of an activation
+    char* memory_ = nullptr;
+    size_t scratch_offset_ = 0, scratch_bytes_ = 0;
+    Buffer hidden_, partial_, streams_[2], qkv_, part_, q_norm_, k_norm_, q_, mixed_, gate_up_, gated_;
+};
+
+}  // namespace fastattn
