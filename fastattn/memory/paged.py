@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,24 +129,31 @@ class PagedKvCache:
         return known.pages if known else []
 
     def _step(self, seqs: Sequence[int], lengths: Sequence[int], new: Sequence[int]) -> KvStep:
-        device = self.keys.device
+        # numpy: a step's tensors are small, and torch's calls cost several times as much each.
         used = [have + n for have, n in zip(lengths, new, strict=True)]
-        width = max((len(self._pages(s)) for s in seqs), default=0)
-        table = [self._pages(s) + [0] * (width - len(self._pages(s))) for s in seqs]
-        block_table = torch.tensor(table, dtype=torch.int32).view(len(seqs), width)
-        positions = torch.cat(
-            [torch.arange(lo, hi) for lo, hi in zip(lengths, used, strict=True)] or [torch.arange(0)]
-        )
-        rows = torch.repeat_interleave(torch.tensor(new, dtype=torch.int64))
-        pages = block_table[rows, positions // self.page_size].long()
+        table = [self._pages(s) for s in seqs]
+        block_table = np.zeros((len(seqs), max(map(len, table), default=0)), np.int32)
+        for row, known in zip(block_table, table, strict=True):
+            row[: len(known)] = known
+        positions = _joined([np.arange(lo, hi) for lo, hi in zip(lengths, used, strict=True)])
+        page, slot = np.divmod(positions, self.page_size)
+        pages = block_table[np.repeat(np.arange(len(seqs)), new), page].astype(np.int64)
+
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(self.keys.device)
+
         return KvStep(
             seqs=tuple(seqs),
             new=tuple(new),
-            cu_seqlens=torch.tensor([0, *accumulate(new)], dtype=torch.int32, device=device),
-            positions=positions.to(device),
-            slots=(pages * self.page_size + positions % self.page_size).to(device),
-            seqused=torch.tensor(used, dtype=torch.int32, device=device),
-            block_table=block_table.to(device),
+            cu_seqlens=tensor(np.array([0, *accumulate(new)], np.int32)),
+            positions=tensor(positions),
+            slots=tensor(pages * self.page_size + slot),
+            seqused=tensor(np.array(used, np.int32)),
+            block_table=tensor(block_table),
             max_new=max(new, default=0),
             max_used=max(used, default=0),
         )
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.arange(0)
