@@ -31,12 +31,12 @@ class NativeDecoder:
         config, (first, _) = decoder.config, decoder.blocks[0]
         self.dtype = decoder.embedding.dtype
         self.max_rows = min(few_rows(w, self.dtype) for w in _weights(decoder)) - 1
-        self._decoder = kernels.Decoder(
+        self.weights = kernels.Decoder(
             str(self.dtype).removeprefix("torch."), config.hidden_size, first.heads, first.kv_heads,
             config.head_dim, config.rope.interleaved, config.head_dim**-0.5, _norm(decoder.norm),
         )  # fmt: skip
         for attention, mlp in decoder.blocks:
-            self._decoder.add_block(
+            self.weights.add_block(
                 norm=_norm(attention.norm),
                 qkv=[_matrix(w) for w in attention.qkv.weights],
                 q_norm=_norm(attention.q_norm),
@@ -57,7 +57,7 @@ class NativeDecoder:
         if cache.keys.device.type != "cpu":
             return None
         native = kernels.DecoderStep(
-            self._decoder, cache.keys, cache.values, step.block_table, step.seqused, step.cu_seqlens,
+            self.weights, cache.keys, cache.values, step.block_table, step.seqused, step.cu_seqlens,
             step.positions, step.slots, cos, sin,
         )  # fmt: skip
         return NativeStep(native)

@@ -1,0 +1,217 @@
+"""A decoding step as native calls equals the ops one by one, bit for bit; and when it is not taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn import dispatch
+from fastattn.backends.cpu_decoder import NativeDecoder, reasons_against
+from fastattn.collectives.exact import Exact, ExactWork
+from fastattn.memory.paged import PagedKvCache
+from fastattn.models.generate import Model
+from fastattn.models.llama import Decoder
+from fastattn.native import kernels
+from fastattn.parallel.linear import ColumnLinear
+from fastattn.quant.packed import dense, dequantize, slice_out
+from fastattn.spec import Epilogue, Point, Produce, Stream, TPGroup
+from tests.models.builders import hf_model, save_gguf, save_hf
+from tests.models.test_parity import CONFIGS
+
+SEQUENCES = (0, 1, 2)
+
+
+def decode(model: Model, *, fused: bool) -> list[Tensor]:
+    """Hidden states of a ragged prefill, then of steps of 3, 2 and 1 sequences, and what the cache holds."""
+    decoder, config = model.decoder, model.config
+    decoder.fused = fused
+    heads = decoder.blocks[0][0].kv_heads
+    cache = PagedKvCache(config.num_layers, 24, 4, heads, config.head_dim, dtype=model.dtype)
+    for side in (cache.keys, cache.values):
+        side.zero_()
+    generator = torch.Generator().manual_seed(1)
+    results = []
+    for lengths in ((2, 1, 2), (1, 1, 1), (1, 0, 1), (1,), *(((1, 1),) * 20)):
+        step = cache.reserve(SEQUENCES[: len(lengths)], lengths)
+        ids = torch.randint(0, config.vocab_size, (sum(lengths),), generator=generator)
+        results.append(decoder.forward(ids, step, cache))
+    return [*results, cache.keys, cache.values]
+
+
+def assert_equal_both_ways(model: Model, calls_a_step: int) -> None:
+    wanted = decode(model, fused=False)
+    before = dispatch.calls["cpu", "decoder"]
+    found = decode(model, fused=True)
+    assert dispatch.calls["cpu", "decoder"] - before == calls_a_step * (len(found) - 2)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture(params=["fp32", "bf16", "fp16"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=kernels.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = kernels.isa()
+    kernels.set_isa(request.param)
+    yield request.param
+    kernels.set_isa(before)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family(name: str, dtype: str, tmp_path: Path) -> None:
+    family, overrides = CONFIGS[name]
+    theirs = hf_model(family, seed=1, **overrides)
+    model = fastattn.load(save_hf(theirs, tmp_path), dtype=dtype)
+    # Biases after the sums belong to the sync points, so such a model goes half-block by half-block.
+    halves = 2 * model.config.num_layers
+    assert_equal_both_ways(model, halves if overrides.get("mlp_bias") else 1)
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_1", "Q8_0", "Q5_1", "BF16"])
+def test_quantized_weights(quant: str, dtype: str, isa: str, tmp_path: Path) -> None:
+    theirs = hf_model("llama", hidden_size=256, intermediate_size=512)
+    save_gguf(theirs, tmp_path / "model.gguf", quant)
+    assert_equal_both_ways(fastattn.load(tmp_path / "model.gguf", dtype=dtype), 1)
+
+
+def test_matrices_of_different_formats_side_by_side(dtype: str, tmp_path: Path) -> None:
+    save_gguf(hf_model("llama", hidden_size=256, intermediate_size=512), tmp_path / "model.gguf", "Q8_0")
+    model = fastattn.load(tmp_path / "model.gguf", dtype=dtype)
+    blocks = []
+    for attention, mlp in model.decoder.blocks:
+        (qkv,), (gate_up,) = attention.qkv.weights, mlp.gate_up.weights
+        rows = qkv.shape[0]
+        v = dense(dequantize(slice_out(qkv, rows - 128, rows)))
+        up = dense(dequantize(slice_out(gate_up, 512, 1024)).bfloat16())
+        mixed = ColumnLinear(slice_out(qkv, 0, rows - 128), v), ColumnLinear(slice_out(gate_up, 0, 512), up)
+        assert all(len(linear.weights) == 2 for linear in mixed)
+        blocks.append((replace(attention, qkv=mixed[0]), replace(mlp, gate_up=mixed[1])))
+    model.decoder.blocks = tuple(blocks)
+    assert_equal_both_ways(model, 1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return fastattn.load(save_hf(hf_model("qwen3", seed=7), tmp_path_factory.mktemp("model")))
+
+
+class Halves:
+    """The policy `exact` under another name: only its sync points are known to the decoder."""
+
+    def __init__(self, tiles: int = 1) -> None:
+        self.tiles, self.exact = tiles, Exact()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.exact, name)
+
+    def start(self, p: Point, make: Produce, s: Stream, e: Epilogue, g: TPGroup) -> ExactWork:
+        return self.exact.start(p, _Tiled(make, self.tiles), s, e, g)
+
+
+class _Tiled:
+    """A half-block whose partial result is asked for in tiles."""
+
+    def __init__(self, make: Produce, tiles: int) -> None:
+        self.make, self.tiles, self.rows, self.row_parallel = make, tiles, make.rows, make.row_parallel
+
+    def partial(self, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
+        whole = torch.empty_like(self.make.hidden)  # type: ignore[attr-defined]
+        ends = [lo + (hi - lo) * i // self.tiles for i in range(self.tiles + 1)]
+        for first, last in pairwise(ends):
+            if first < last:
+                self.make.partial(first, last, whole[first:last])
+        return whole
+
+    def gemm_input(self, lo: int, hi: int) -> Tensor:
+        return self.make.gemm_input(lo, hi)
+
+
+def test_other_policies_get_half_blocks(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Halves()
+    monkeypatch.setattr(model.decoder, "policy", lambda point: policy)
+    assert_equal_both_ways(model, 2 * model.config.num_layers)
+
+
+def test_tiles_of_a_half_block_run_op_by_op(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = decode(model, fused=False)
+    policy = Halves(tiles=2)
+    monkeypatch.setattr(model.decoder, "policy", lambda point: policy)
+    for a, b in zip(decode(model, fused=True), wanted, strict=True):
+        assert (a - b).abs().max() < 1e-5
+
+
+def test_a_named_backend_is_obeyed(model: Model) -> None:
+    before = dispatch.calls["cpu", "decoder"]
+    with fastattn.use_backend("reference"):
+        wanted = decode(model, fused=True)
+    assert dispatch.calls["cpu", "decoder"] == before
+    with fastattn.use_backend("cpu"):
+        found = decode(model, fused=True)
+    assert dispatch.calls["cpu", "decoder"] == before + len(found) - 2
+    assert (found[0] - wanted[0]).abs().max() < 1e-4
+
+
+def test_many_rows_run_op_by_op(model: Model) -> None:
+    before = dispatch.calls["cpu", "decoder"]
+    model.decoder.fused = True
+    model.logits([list(range(3, 200))])
+    assert dispatch.calls["cpu", "decoder"] == before
+
+
+def test_reasons(model: Model) -> None:
+    assert reasons_against(model.decoder) == []
+    (attention, mlp), *rest = model.decoder.blocks
+    (qkv,) = attention.qkv.weights
+    permuted = replace(attention, qkv=ColumnLinear(qkv._replace(x_perm=torch.arange(qkv.shape[1]))))
+    other = Decoder(
+        model.config, model.decoder.embedding, [(permuted, mlp), *rest], model.decoder.norm,
+        model.decoder.head, model.decoder.group, model.decoder.policy,
+    )  # fmt: skip
+    assert reasons_against(other) == ["x_perm: columns in another order than the input's"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (1, torch.zeros(2, 4, 4, 2, 23), r"keys: shape \(2, 4, 4, 2, 23\), expected \(2, 4, 4, 2, 24\)"),
+        (1, torch.zeros(2, 4, 4, 2, 24, dtype=torch.bfloat16), "keys: bfloat16, expected float32"),
+        (2, torch.zeros(2, 5, 4, 2, 24), "values: shape"),
+        (3, torch.full((1, 1), 4, dtype=torch.int32), r"block_table\[0, 0\] is 4, expected 0 to 3"),
+        (3, torch.zeros(2, 1, dtype=torch.int32), "block_table: shape"),
+        (4, torch.tensor([5], dtype=torch.int32), r"cache_seqlens\[0\] is 5, expected 0 to 4"),
+        (5, torch.tensor([0, 2], dtype=torch.int32), r"cu_seqlens_q\[1\] is 2, but only 1 rows"),
+        (5, torch.tensor([0, 0], dtype=torch.int32), "cu_seqlens: last value 0, expected 1"),
+        (5, torch.tensor([0, 1]), "cu_seqlens: int64, expected int32"),
+        (6, torch.tensor([16]), "positions: value 16 at 0, expected 0 to 15"),
+        (7, torch.tensor([16]), "slots: value 16 at 0, expected below 16"),
+        (8, torch.zeros(16, 13), "sin: shape|cos: 13 angles"),
+    ],
+)
+def test_a_step_is_checked_before_it_runs(model: Model, field: int, value: Tensor, message: str) -> None:
+    native = NativeDecoder(model.decoder)
+    arguments = [
+        native.weights, torch.zeros(2, 4, 4, 2, 24), torch.zeros(2, 4, 4, 2, 24),
+        torch.zeros(1, 1, dtype=torch.int32), torch.tensor([1], dtype=torch.int32),
+        torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0]), torch.tensor([0]), torch.zeros(16, 12),
+        torch.zeros(16, 12),
+    ]  # fmt: skip
+    step = kernels.DecoderStep(*arguments)
+    for rows in (torch.zeros(2, 64), torch.zeros(1, 63), torch.zeros(1, 64, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="hidden: "):
+            step.forward(rows, torch.zeros(1, 64), 1)
+    with pytest.raises(ValueError, match="layer: 2, expected below 2"):
+        step.mlp(2, torch.zeros(1, 64), torch.zeros(1, 64), 1)
+    arguments[field] = value
+    with pytest.raises(ValueError, match=message):
+        kernels.DecoderStep(*arguments)
