@@ -16,6 +16,7 @@ from .settings import settings
 from .spec import (
     AppendKvArgs,
     AttentionArgs,
+    EmbeddingArgs,
     LinearArgs,
     MxPackArgs,
     MxUnpackArgs,
@@ -249,6 +250,37 @@ _define(
     " int group_offset, Tensor? g_idx, Tensor? x_perm, Tensor? bias, str act, str backend) -> Tensor",
     _linear,
     lambda x, tensors, names, fmt, out, *rest: x.new_empty((x.shape[0], out)),
+)
+
+
+def embedding(
+    ids: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.float32, *, backend: str | None = None
+) -> Tensor:
+    """Rows ``ids`` (N,) of a packed weight (out, in) as (N, in) of ``dtype``.
+
+    Raises ValueError for an id outside ``0..out - 1``; on an accelerator only with FASTATTN_STRICT.
+    """
+    refuse_grad(**weight.tensors)
+    if ids.ndim != 1 or ids.dtype != torch.int64:
+        raise ValueError(f"ids: {ids.dtype} {tuple(ids.shape)}, expected int64 (N,)")
+    w = weight
+    return _ops.embedding(
+        ids, list(w.tensors.values()), ",".join(w.tensors), w.format, *w.shape, w.group_size, w.group_offset,
+        w.g_idx, w.x_perm, dtype, backend or "",
+    )  # fmt: skip
+
+
+def _embedding(ids, tensors, names, fmt, out, inn, group_size, group_offset, g_idx, x_perm, dtype, backend):  # type: ignore[no-untyped-def]
+    named = dict(zip(names.split(","), tensors, strict=True))
+    weight = PackedWeight(fmt, (out, inn), named, group_size, group_offset, g_idx, x_perm)
+    return dispatch.run("embedding", EmbeddingArgs(ids, weight, dtype), backend)
+
+
+_define(
+    "embedding(Tensor ids, Tensor[] tensors, str names, str format, int out, int inn, int group_size,"
+    " int group_offset, Tensor? g_idx, Tensor? x_perm, ScalarType dtype, str backend) -> Tensor",
+    _embedding,
+    lambda ids, tensors, names, fmt, out, inn, *rest: ids.new_empty((ids.shape[0], inn), dtype=rest[-2]),
 )
 
 

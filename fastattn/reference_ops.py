@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .spec import (
     AppendKvArgs,
+    EmbeddingArgs,
     LinearArgs,
     MxPackArgs,
     MxUnpackArgs,
@@ -107,6 +108,11 @@ def linear(a: LinearArgs) -> Tensor:
     """``x @ W^T + bias`` in float64."""
     y = a.x.double() @ matrix(a.weight).T
     return y if a.weight.bias is None else y + a.weight.bias.double()
+
+
+def embedding(a: EmbeddingArgs) -> Tensor:
+    """Rows ``ids`` of W in float64."""
+    return matrix(a.weight)[a.ids]
 
 
 # ------------------------------------------------------------------------------------------------- MX
@@ -238,6 +244,7 @@ OPS: dict[str, Op] = {
     "rms_norm": Op(_rms_norm, frozenset({"residual"})),
     "swiglu": Op(_rounded(swiglu)),
     "linear": Op(_rounded(linear), frozenset({"g_idx", "x_perm", "bias", "group_offset", "act"})),
+    "embedding": Op(lambda a: embedding(a).to(a.dtype), frozenset({"g_idx", "x_perm"})),
     "mx_pack": Op(mx_pack, frozenset({"even", "ceil"})),
     "mx_unpack": Op(lambda a: mx_unpack(a).to(a.dtype)),
 }

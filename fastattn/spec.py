@@ -270,6 +270,23 @@ class LinearArgs(NamedTuple):
         return OpSignature(self.x.device, self.x.dtype, dtypes, dims, self.features())
 
 
+class EmbeddingArgs(NamedTuple):
+    """Rows ``ids`` (N,) of ``dequantize(weight)``, (N, in) in ``dtype``: reads those rows only."""
+
+    ids: Tensor  # int64 (N,), each in [0, out)
+    weight: PackedWeight
+    dtype: torch.dtype
+
+    def features(self) -> frozenset[str]:
+        return frozenset(f for f in ("g_idx", "x_perm") if getattr(self.weight, f) is not None)
+
+    def signature(self) -> OpSignature:
+        w = self.weight
+        dtypes = tuple(t.dtype for t in w.tensors.values())
+        dims = (w.format, *w.shape, w.group_size)
+        return OpSignature(self.ids.device, self.dtype, dtypes, dims, self.features())
+
+
 class MxPackArgs(NamedTuple):
     """Quantizes ``x`` (..., n) in blocks along the last dimension to an MX format (OCP MX v1.0)."""
 

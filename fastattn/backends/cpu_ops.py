@@ -16,6 +16,7 @@ from ..native import kernels
 from ..quant import mx, packed
 from ..spec import (
     AppendKvArgs,
+    EmbeddingArgs,
     LinearArgs,
     MxPackArgs,
     MxUnpackArgs,
@@ -132,8 +133,15 @@ def _gemm(x: Tensor, w: PackedWeight) -> Tensor:
     for lo in range(0, outs, step):
         hi = min(lo + step, outs)
         tile = buffer[: hi - lo]
-        kernels.dequantize(tile, *native_weight(packed.slice_out(w, lo, hi)), threads)
+        kernels.dequantize(tile, *native_weight(packed.slice_out(w, lo, hi)), None, threads)
         out[:, lo:hi] = F.linear(rows, tile, None if bias is None else bias[lo:hi])
+    return out
+
+
+def embedding(a: EmbeddingArgs) -> Tensor:
+    """Rows ``ids`` of W (N, in)."""
+    out = a.ids.new_empty((a.ids.shape[0], a.weight.shape[1]), dtype=a.dtype)
+    kernels.dequantize(out, *native_weight(a.weight), a.ids.contiguous(), torch.get_num_threads())
     return out
 
 
@@ -206,6 +214,7 @@ OPS: dict[str, Op] = {
     "rms_norm": Op(rms_norm, frozenset({"residual"}), _norm_reasons),
     "swiglu": Op(swiglu, reasons=_float_reasons),
     "linear": Op(linear, frozenset({"g_idx", "x_perm", "bias", "group_offset", "act"}), _float_reasons),
+    "embedding": Op(embedding, frozenset({"g_idx"}), _float_reasons),
     "mx_pack": Op(mx_pack, frozenset({"even", "ceil"}), _float_reasons),
     "mx_unpack": Op(mx_unpack, reasons=_float_reasons),
 }

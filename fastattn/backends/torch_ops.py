@@ -14,6 +14,7 @@ from ..quant import mx, packed
 from ..settings import settings
 from ..spec import (
     AppendKvArgs,
+    EmbeddingArgs,
     LinearArgs,
     MxPackArgs,
     MxUnpackArgs,
@@ -133,6 +134,12 @@ def _dequantized_linear(x: Tensor, w: PackedWeight) -> Tensor:
     return F.linear(x, packed.dequantize(w, x.dtype), bias)
 
 
+def embedding(a: EmbeddingArgs) -> Tensor:
+    """Rows ``ids`` of W (N, in)."""
+    check_indices(a.ids, "ids", a.weight.shape[0])
+    return packed.rows(a.weight, a.ids, a.dtype)
+
+
 # -------------------------------------------------------------------------------------------------- MX
 def mx_pack(a: MxPackArgs) -> tuple[Tensor, Tensor]:
     """(codes, scales) of x (..., n): uint8 (..., ceil(n * bits / 8)) and uint8 (..., ceil(n / block))."""
@@ -220,6 +227,7 @@ OPS: dict[str, Op] = {
     "rms_norm": Op(rms_norm, frozenset({"residual"})),
     "swiglu": Op(swiglu),
     "linear": Op(linear, frozenset({"g_idx", "x_perm", "bias", "group_offset", "act"})),
+    "embedding": Op(embedding, frozenset({"g_idx", "x_perm"})),
     "mx_pack": Op(mx_pack, frozenset({"even", "ceil"})),
     "mx_unpack": Op(mx_unpack),
 }

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..collectives.exchange import all_reduce, gather_last
-from ..ops import linear
-from ..quant.packed import rows
+from ..ops import embedding, linear
 from ..settings import settings
 from ..spec import PackedWeight, TPGroup
 
@@ -36,15 +35,16 @@ class VocabParallelEmbedding:
         FASTATTN_STRICT is set.
         """
         if ids.numel() and (ids.device.type == "cpu" or settings.strict):
-            low, high = (int(v) for v in ids.aminmax())
+            listed = ids.tolist()
+            low, high = min(listed), max(listed)
             if low < 0 or high >= self.vocab_size:
                 bad = low if low < 0 else high
                 raise ValueError(f"ids: {bad} is outside the vocabulary of {self.vocab_size} tokens")
         if self.group.world == 1:
-            return rows(self.weight, ids, self.dtype)
+            return embedding(ids, self.weight, self.dtype)
         local = ids - self.lo
         foreign = (local < 0) | (local >= self.hi - self.lo)
-        out = rows(self.weight, local.masked_fill(foreign, 0), self.dtype)
+        out = embedding(local.masked_fill(foreign, 0), self.weight, self.dtype)
         out = out.masked_fill(foreign[:, None], 0)
         all_reduce(self.group, out, "embedding").wait()
         return out

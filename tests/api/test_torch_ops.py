@@ -75,6 +75,8 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "linear-dense": (f.linear, (x, *dense, None, "", "")),
         "linear-int4": (f.linear, (x, *linear, torch.randn(24), "", "")),
         "linear-int4-sdpa": (f.linear, (x, *linear, None, "", "sdpa")),
+        "embedding": (f.embedding, (torch.tensor([3, 0, 23]), *linear, torch.bfloat16, "")),
+        "embedding-sdpa": (f.embedding, (torch.tensor([3]), *dense, torch.float32, "sdpa")),
         "mx-pack": (f.mx_pack, (x, "e2m1", 32, "floor", "")),
         "mx-pack-6-bits": (f.mx_pack, (x[:, :50], "e3m2", 32, "even", "")),
         "mx-unpack": (f.mx_unpack, (codes, scales, "e2m1", 32, 64, torch.bfloat16, "")),

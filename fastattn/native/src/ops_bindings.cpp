@@ -262,14 +262,21 @@ void linear(py::object x_, py::object out_, const char* format, py::object codes
 }
 
 void dequantize(py::object out_, const char* format, py::object codes, py::object scales, py::object mins,
-                py::object g_idx, int64_t group_size, int64_t group_offset, int threads) {
+                py::object g_idx, int64_t group_size, int64_t group_offset, py::object rows_, int threads) {
     const Tensor out = tensor(out_, "out");
     expect_dims(out, "out", 2);
-    expect_dtype(out, "out", {DType::f32, DType::bf16});
+    expect_float(out, "out");
     expect_contiguous(out, "out");
     DequantizeArgs a = {};
     a.w = weight_of(format, codes, scales, mins, g_idx, out.shape[1], group_size, group_offset);
-    expect_shape(out, "out", {a.w.out, a.w.in});
+    a.n = a.w.out;
+    if (!rows_.is_none()) {
+        const Tensor rows = tensor(rows_, "ids");
+        a.n = rows.ndim == 1 ? rows.shape[0] : 0;
+        check_indices(rows, "ids", a.n, 0, a.w.out);
+        a.rows = rows.as<int64_t>();
+    }
+    expect_shape(out, "out", {a.n, a.w.in});
     a.out = out.data;
     a.dtype = out.dtype;
     threads = threads_for(elements(out), CHEAP, threads);

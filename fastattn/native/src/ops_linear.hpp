@@ -210,13 +210,15 @@ struct RunDequantize {
     void run() const {
         int32_t* index = reinterpret_cast<int32_t*>(workspace);
         if (dequantize_index(a)) fill_index(a.w, index);
-        parallel_ranges(a.w.out, 1, threads, [&](int64_t lo, int64_t hi, int thread) {
+        parallel_ranges(a.n, 1, threads, [&](int64_t lo, int64_t hi, int thread) {
             char* scales = workspace + dequantize_index(a) + size_t(thread) * dequantize_scales(a);
-            for (int64_t o = lo; o < hi; o++) {
-                const Row row = open_row(a.w, o, reinterpret_cast<float*>(scales));
-                const int64_t at = o * a.w.in;
+            for (int64_t i = lo; i < hi; i++) {
+                const Row row = open_row(a.w, a.rows ? a.rows[i] : i, reinterpret_cast<float*>(scales));
+                const int64_t at = i * a.w.in;
                 if (a.dtype == DType::f32)
                     dequantize_row<Format>(row, index, a.w.in, static_cast<float*>(a.out) + at);
+                else if (a.dtype == DType::f16)
+                    dequantize_row<Format>(row, index, a.w.in, static_cast<f16*>(a.out) + at);
                 else
                     dequantize_row<Format>(row, index, a.w.in, static_cast<bf16*>(a.out) + at);
             }

@@ -75,8 +75,10 @@ struct LinearArgs {
 
 struct DequantizeArgs {
     WeightArgs w;
-    void* out;    // (w.out, w.in), contiguous
-    DType dtype;  // float32 or bfloat16
+    const int64_t* rows;  // of w, n of them; null: the first n
+    int64_t n;
+    void* out;  // (n, w.in), contiguous
+    DType dtype;
 };
 
 struct MxArgs {
