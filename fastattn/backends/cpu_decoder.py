@@ -29,11 +29,12 @@ class NativeDecoder:
 
     def __init__(self, decoder: Decoder) -> None:
         config, (first, _) = decoder.config, decoder.blocks[0]
-        self.dtype = decoder.embedding.dtype
+        self.dtype, self.hidden = decoder.embedding.dtype, config.hidden_size
         self.max_rows = min(few_rows(w, self.dtype) for w in _weights(decoder)) - 1
         self.weights = kernels.Decoder(
             str(self.dtype).removeprefix("torch."), config.hidden_size, first.heads, first.kv_heads,
-            config.head_dim, config.rope.interleaved, config.head_dim**-0.5, _norm(decoder.norm),
+            config.head_dim, config.rope.interleaved, config.head_dim**-0.5,
+            _matrix(decoder.embedding.weight), _norm(decoder.norm),
         )  # fmt: skip
         for attention, mlp in decoder.blocks:
             self.weights.add_block(
@@ -60,14 +61,14 @@ class NativeDecoder:
             self.weights, cache.keys, cache.values, step.block_table, step.seqused, step.cu_seqlens,
             step.positions, step.slots, cos, sin,
         )  # fmt: skip
-        return NativeStep(native)
+        return NativeStep(native, self.hidden, self.dtype)
 
 
 class NativeStep:
     """One forward: half-block by half-block where ranks sum between them, or all of it."""
 
-    def __init__(self, native: Any) -> None:
-        self._native = native
+    def __init__(self, native: Any, hidden: int, dtype: torch.dtype) -> None:
+        self._native, self._hidden, self._dtype = native, hidden, dtype
 
     def attention(self, layer: int, hidden: Tensor, out: Tensor | None) -> Tensor:
         """Normalised ``hidden`` (rows, hidden) to this rank's partial result; appends to the cache."""
@@ -77,9 +78,10 @@ class NativeStep:
         """Normalised ``hidden`` (rows, hidden) to this rank's partial result."""
         return _run(self._native.mlp, hidden, out, layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Embedded tokens (rows, hidden) to normalised hidden states; every sum is this rank's own."""
-        return _run(self._native.forward, x, None)
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (rows,) to normalised hidden states (rows, hidden); every sum is this rank's own."""
+        out = torch.empty((ids.shape[0], self._hidden), dtype=self._dtype)
+        return _run(self._native.forward, ids, out)
 
 
 def reasons_against(decoder: Decoder) -> list[str]:

@@ -154,12 +154,12 @@ class Decoder:
         """Normalised hidden states (total, hidden) of packed token ids (total,); appends to the cache."""
         cos, sin = self.rope.upto(step.max_used)
         phase: Literal["prefill", "decode"] = "prefill" if step.max_new > 1 else "decode"
-        x = self.embedding(ids)
         native = None
         if self.fused and self._native:
-            native = self._native.step(x.shape[0], cache, step, cos, sin)
+            native = self._native.step(ids.shape[0], cache, step, cos, sin)
             if native and self._sums_alone(self.policy, phase):
-                return native.forward(x)
+                return native.forward(ids)
+        x = self.embedding(ids)
         shared = Forward(self.config, cache, step, cos, sin, native)
         stream = Stream(residual=x, hidden=self.blocks[0][0].norm(x)[0])
         for layer, (attention, mlp) in enumerate(self.blocks):

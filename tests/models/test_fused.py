@@ -207,11 +207,20 @@ def test_a_step_is_checked_before_it_runs(model: Model, field: int, value: Tenso
         torch.zeros(16, 12),
     ]  # fmt: skip
     step = kernels.DecoderStep(*arguments)
-    for rows in (torch.zeros(2, 64), torch.zeros(1, 63), torch.zeros(1, 64, dtype=torch.bfloat16)):
-        with pytest.raises(ValueError, match="hidden: "):
-            step.forward(rows, torch.zeros(1, 64), 1)
+    right = torch.zeros(1, 64)
+    for wrong in (torch.zeros(2, 64), torch.zeros(1, 63), torch.zeros(1, 64, dtype=torch.bfloat16)):
+        for half in (step.attention, step.mlp):
+            with pytest.raises(ValueError, match="hidden: "):
+                half(0, wrong, right, 1)
+            with pytest.raises(ValueError, match="out: "):
+                half(0, right, wrong, 1)
+        with pytest.raises(ValueError, match="out: "):
+            step.forward(torch.tensor([3]), wrong, 1)
+    for ids in ([320], [-1], [1, 2]):
+        with pytest.raises(ValueError, match="ids: "):
+            step.forward(torch.tensor(ids), right, 1)
     with pytest.raises(ValueError, match="layer: 2, expected below 2"):
-        step.mlp(2, torch.zeros(1, 64), torch.zeros(1, 64), 1)
+        step.mlp(2, right, right, 1)
     arguments[field] = value
     with pytest.raises(ValueError, match=message):
         kernels.DecoderStep(*arguments)

@@ -39,6 +39,8 @@ DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const K
         left = d_.attention[i].left;
         need_scratch(kernels_.attention_workspace(attention_args(i, nullptr, nullptr), threads_));
     }
+    need_scratch(kernels_.ops.dequantize_workspace(embed(nullptr, nullptr), threads_));
+    embedded_ = take(d_.hidden);
     hidden_ = take(d_.hidden);
     partial_ = take(d_.hidden);
     streams_[0] = take(d_.hidden);
@@ -105,11 +107,13 @@ void DecoderRun::mlp_half(size_t layer, const void* hidden, void* out) const {
     linear(w.down, at(gated_), out);
 }
 
-void DecoderRun::forward(const void* x, void* out) const {
+void DecoderRun::forward(const int64_t* ids, void* out) const {
     const size_t layers = d_.attention.size();
-    const void* stream = x;
+    const void* stream = at(embedded_);
     int next = 0;
-    norm(d_.attention[0].norm, x, nullptr, at(hidden_), nullptr);
+    kernels_.ops.dequantize(embed(ids, at(embedded_)), threads_for(s_.rows * d_.hidden, CHEAP, threads_),
+                            memory_ + scratch_offset_);
+    norm(d_.attention[0].norm, stream, nullptr, at(hidden_), nullptr);
     const auto add = [&](const NormWeight& following, void* normed) {
         char* total = at(streams_[next]);
         norm(following, at(partial_), stream, normed, total);
@@ -126,6 +130,10 @@ void DecoderRun::forward(const void* x, void* out) const {
 }
 
 // ------------------------------------------------------------------------------------------------ pieces
+DequantizeArgs DecoderRun::embed(const int64_t* ids, void* out) const {
+    return {d_.embedding, ids, s_.rows, out, d_.dtype};
+}
+
 LinearArgs DecoderRun::on_rows(LinearArgs matrix, const void* x, void* out) const {
     matrix.x = x;
     matrix.out = out;

@@ -41,7 +41,8 @@ struct DecoderArgs {
     DType dtype;  // of activations and of the cache
     int64_t hidden, heads, kv_heads, head_dim;
     bool interleaved;
-    float scale;  // of scores
+    float scale;           // of scores
+    WeightArgs embedding;  // (vocabulary, hidden)
     std::vector<AttentionWeights> attention;
     std::vector<MlpWeights> mlp;
     NormWeight norm;  // after the last layer
@@ -82,8 +83,8 @@ public:
     // Normalised input (rows, hidden) to this rank's partial result (rows, hidden), both contiguous.
     void attention_half(size_t layer, const void* hidden, void* out) const;
     void mlp_half(size_t layer, const void* hidden, void* out) const;
-    // Embedded tokens (rows, hidden) to normalised hidden states; needs a row-parallel GEMM without bias.
-    void forward(const void* x, void* out) const;
+    // Token ids (rows,) to normalised hidden states (rows, hidden), where no other rank shares the sums.
+    void forward(const int64_t* ids, void* out) const;
 
 private:
     struct Buffer {
@@ -92,6 +93,7 @@ private:
     Buffer take(int64_t width);
     void need_scratch(size_t bytes);
     void need_scratch(const LinearArgs& matrix);
+    DequantizeArgs embed(const int64_t* ids, void* out) const;
     char* at(const Buffer& b) const { return memory_ + b.offset; }
     char* element(void* base, int64_t index) const;
 
@@ -112,7 +114,7 @@ private:
     size_t item_;  // bytes of an activation
     char* memory_ = nullptr;
     size_t scratch_offset_ = 0, scratch_bytes_ = 0;
-    Buffer hidden_, partial_, streams_[2], qkv_, part_, q_norm_, k_norm_, q_, mixed_, gate_up_, gated_;
+    Buffer embedded_, hidden_, partial_, streams_[2], qkv_, part_, q_norm_, k_norm_, q_, mixed_, gate_up_, gated_;
 };
 
 }  // namespace fastattn

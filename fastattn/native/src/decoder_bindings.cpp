@@ -30,7 +30,7 @@ DType float_named(const string& name) {
 class Decoder {
 public:
     Decoder(const string& dtype, int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head_dim,
-            bool interleaved, float scale, const Norm& norm) {
+            bool interleaved, float scale, const Matrix& embedding, const Norm& norm) {
         if (hidden < 1 || head_dim < 1) throw bad("hidden, head_dim", "zero", "at least 1");
         if (kv_heads < 1 || heads < 1 || heads % kv_heads)
             throw bad("kv_heads", to_string(kv_heads), "a divisor of " + to_string(heads) + " heads");
@@ -39,6 +39,7 @@ public:
         args_.heads = heads, args_.kv_heads = kv_heads, args_.head_dim = head_dim;
         args_.interleaved = interleaved;
         args_.scale = scale;
+        args_.embedding = matrix_of(embedding, hidden, "embedding").w;
         args_.norm = norm_of(norm, hidden, "norm");
         if (!args_.norm.weight) throw bad("norm", "None", "a weight");
     }
@@ -172,16 +173,16 @@ public:
     }
 
     void attention(size_t layer, py::object hidden, py::object out, int threads) const {
-        run(layer, hidden, out, threads, [layer](const DecoderRun& r, const void* x, void* y) {
-            r.attention_half(layer, x, y);
-        });
+        half(&DecoderRun::attention_half, layer, hidden, out, threads);
     }
     void mlp(size_t layer, py::object hidden, py::object out, int threads) const {
-        run(layer, hidden, out, threads,
-            [layer](const DecoderRun& r, const void* x, void* y) { r.mlp_half(layer, x, y); });
+        half(&DecoderRun::mlp_half, layer, hidden, out, threads);
     }
-    void forward(py::object x, py::object out, int threads) const {
-        run(0, x, out, threads, [](const DecoderRun& r, const void* x, void* y) { r.forward(x, y); });
+    void forward(py::object ids_, py::object out_, int threads) const {
+        const Tensor ids = tensor(ids_, "ids"), out = tensor(out_, "out");
+        check_indices(ids, "ids", args_.rows, 0, decoder_->args().embedding.out);
+        rows(out, "out");
+        run(threads, [&](const DecoderRun& r) { r.forward(ids.as<int64_t>(), out.data); });
     }
 
 private:
@@ -202,20 +203,24 @@ private:
         return t.data;
     }
 
-    template <class Body>
-    void run(size_t layer, py::object hidden_, py::object out_, int threads, const Body& body) const {
-        const DecoderArgs& d = decoder_->args();
-        if (layer >= d.attention.size())
-            throw bad("layer", to_string(layer), "below " + to_string(d.attention.size()));
+    void half(void (DecoderRun::*body)(size_t, const void*, void*) const, size_t layer, py::object hidden_,
+              py::object out_, int threads) const {
+        const size_t layers = decoder_->args().attention.size();
+        if (layer >= layers) throw bad("layer", to_string(layer), "below " + to_string(layers));
         const Tensor hidden = tensor(hidden_, "hidden"), out = tensor(out_, "out");
         const void* x = rows(hidden, "hidden");
         rows(out, "out");
+        run(threads, [&](const DecoderRun& r) { (r.*body)(layer, x, out.data); });
+    }
+
+    template <class Body>
+    void run(int threads, const Body& body) const {
         if (!args_.rows) return;
         threads = usable_threads(threads);
-        DecoderRun r(d, args_, kernels(), threads);
+        DecoderRun r(decoder_->args(), args_, kernels(), threads);
         r.use(workspace(r.workspace()));
         Running running(threads);
-        body(r, x, out.data);
+        body(r);
     }
 
     std::shared_ptr<const Decoder> decoder_;
@@ -229,9 +234,10 @@ void bind_decoder(py::module_& m) {
     using py::arg;
     py::class_<Decoder, std::shared_ptr<Decoder>>(m, "Decoder",
                                                   "Weights of a Llama-family decoder, checked once.")
-        .def(py::init<const string&, int64_t, int64_t, int64_t, int64_t, bool, float, const Norm&>(),
+        .def(py::init<const string&, int64_t, int64_t, int64_t, int64_t, bool, float, const Matrix&,
+                      const Norm&>(),
              arg("dtype"), arg("hidden"), arg("heads"), arg("kv_heads"), arg("head_dim"), arg("interleaved"),
-             arg("scale"), arg("norm"))
+             arg("scale"), arg("embedding"), arg("norm"))
         .def("add_block", &Decoder::add_block, arg("norm"), arg("qkv"), arg("q_norm"), arg("k_norm"),
              arg("o"), arg("left"), arg("mlp_norm"), arg("gate_up"), arg("down"));
     py::class_<DecoderStep>(m, "DecoderStep", "One forward of packed rows over a paged KV cache.")
@@ -241,7 +247,7 @@ void bind_decoder(py::module_& m) {
              arg("cu_seqlens"), arg("positions"), arg("slots"), arg("cos"), arg("sin"))
         .def("attention", &DecoderStep::attention, arg("layer"), arg("hidden"), arg("out"), arg("threads"))
         .def("mlp", &DecoderStep::mlp, arg("layer"), arg("hidden"), arg("out"), arg("threads"))
-        .def("forward", &DecoderStep::forward, arg("x"), arg("out"), arg("threads"));
+        .def("forward", &DecoderStep::forward, arg("ids"), arg("out"), arg("threads"));
 }
 
 }  // namespace fastattn
