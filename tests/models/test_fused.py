@@ -14,9 +14,9 @@ from torch import Tensor
 
 import fastattn
 from fastattn import dispatch
-from fastattn.backends.cpu_decoder import NativeDecoder, reasons_against
 from fastattn.collectives.exact import Exact, ExactWork
 from fastattn.memory.paged import PagedKvCache
+from fastattn.models.fused import FusedDecoder, reasons_against
 from fastattn.models.generate import Model
 from fastattn.models.llama import Decoder
 from fastattn.native import kernels
@@ -199,7 +199,7 @@ def test_reasons(model: Model) -> None:
     ],
 )
 def test_a_step_is_checked_before_it_runs(model: Model, field: int, value: Tensor, message: str) -> None:
-    native = NativeDecoder(model.decoder)
+    native = FusedDecoder(model.decoder)
     arguments = [
         native.weights, torch.zeros(2, 4, 4, 2, 24), torch.zeros(2, 4, 4, 2, 24),
         torch.zeros(1, 1, dtype=torch.int32), torch.tensor([1], dtype=torch.int32),

@@ -1,9 +1,9 @@
-"""A decoder's half-blocks, or all its layers, as one native call.
+"""A decoder's half-blocks, or all its layers, as one native call on the CPU.
 
 Between two sync points there is nothing for Python to decide, yet a decoded token of a small model makes
 some 300 op calls, which together cost more than its arithmetic. `kernels.Decoder` keeps the checked
 weights and runs the same kernels on the same arguments: bit for bit the result of the ops one by one
-(models/llama.py), which serve every other case.
+(llama.py), which serve every other case.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..backends.cpu_ops import FLOATS, few_rows, native_weight
 from ..memory.paged import PagedKvCache
 from ..native import kernels
 from ..spec import KvCache, KvStep, PackedWeight
-from .cpu_ops import FLOATS, few_rows, native_weight
 
 if TYPE_CHECKING:
-    from ..models.llama import Attention, Decoder, Mlp, RmsNorm
+    from .llama import Attention, Decoder, Mlp, RmsNorm
 
 
-class NativeDecoder:
-    """The weights of ``decoder`` as the kernels take them. `reasons_against` says whether it can be made."""
+class FusedDecoder:
+    """The weights of ``decoder`` as the native kernels take them; needs `reasons_against` to be empty."""
 
     def __init__(self, decoder: Decoder) -> None:
         config, (first, _) = decoder.config, decoder.blocks[0]
@@ -49,7 +49,7 @@ class NativeDecoder:
                 down=_matrix(mlp.down.weight),
             )
 
-    def step(self, rows: int, cache: KvCache, step: KvStep, cos: Tensor, sin: Tensor) -> NativeStep | None:
+    def step(self, rows: int, cache: KvCache, step: KvStep, cos: Tensor, sin: Tensor) -> FusedStep | None:
         """One forward of ``rows`` packed rows; None where the ops have to run one by one."""
         if not 0 < rows <= self.max_rows or dispatch.named() not in ("", "cpu"):
             return None
@@ -61,10 +61,10 @@ class NativeDecoder:
             self.weights, cache.keys, cache.values, step.block_table, step.seqused, step.cu_seqlens,
             step.positions, step.slots, cos, sin,
         )  # fmt: skip
-        return NativeStep(native, self.hidden, self.dtype)
+        return FusedStep(native, self.hidden, self.dtype)
 
 
-class NativeStep:
+class FusedStep:
     """One forward: half-block by half-block where ranks sum between them, or all of it."""
 
     def __init__(self, native: Any, hidden: int, dtype: torch.dtype) -> None:
@@ -85,9 +85,9 @@ class NativeStep:
 
 
 def reasons_against(decoder: Decoder) -> list[str]:
-    """Why the ops of ``decoder`` have to run one by one; empty when `NativeDecoder` can be made."""
+    """Why the ops of ``decoder`` have to run one by one; empty when `FusedDecoder` can be made."""
     reasons = []
-    weights = _weights(decoder)
+    weights = [decoder.embedding.weight, *_weights(decoder)]
     if any(t.device.type != "cpu" for w in weights for t in w.tensors.values()):
         reasons.append("weights are not on the CPU")
     if decoder.embedding.dtype not in FLOATS:
