@@ -62,6 +62,9 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (also fp32, bf16, fp16)"
     )
+    p.add_argument(
+        "--act", default="", help="int8: let quantized layers quantize their input, faster; default: never"
+    )
     p.add_argument("--backend", help="use this backend for every op, or refuse (see fastattn info)")
     p.add_argument("--threads", type=int, help="per rank; default: this machine's cores over its ranks")
     p.add_argument("--split", type=_shares, help="shares of the work of the ranks, such as 2,1")
@@ -117,7 +120,7 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
     progress = first and not args.json and sys.stderr.isatty()
     with use_backend(args.backend) if args.backend else nullcontext():
         begin = time.perf_counter()
-        model = load(args.model, dtype=args.dtype, group=group, progress=progress)
+        model = load(args.model, dtype=args.dtype, act=args.act, group=group, progress=progress)
         load_s = time.perf_counter() - begin
         prompts = _prompts(args, model.tokenizer) if first else []
         stream = first and not args.json and len(prompts) == 1
@@ -125,8 +128,9 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
     if not first:
         return
     if args.json:
-        facts = {"model": args.model, "dtype": str(model.dtype).removeprefix("torch."), "ranks": group.world}
-        facts |= {"threads": threads.num, "load_s": load_s, "completions": [asdict(c) for c in done]}
+        facts = {"model": args.model, "dtype": str(model.dtype).removeprefix("torch."), "act": args.act}
+        facts |= {"ranks": group.world, "threads": threads.num, "load_s": load_s}
+        facts |= {"completions": [asdict(c) for c in done]}
         print(json.dumps(facts), flush=True)
     elif stream:
         print(flush=True)

@@ -225,13 +225,21 @@ _define(
 
 
 # --------------------------------------------------------------------------------------------- linear
+def check_act(act: str) -> None:
+    """Raises ValueError unless ``act`` is one of `linear`'s."""
+    if act not in ("", "int8"):
+        raise ValueError(f"act: {act!r}, expected '' or 'int8'")
+
+
 def linear(x: Tensor, weight: PackedWeight, *, act: str = "", backend: str | None = None) -> Tensor:
-    """``x`` (N, in) times a packed weight (out, in), plus its bias; returns (N, out) in x's dtype."""
+    """``x`` (N, in) times a packed weight (out, in), plus its bias; returns (N, out) in x's dtype.
+
+    ``act="int8"`` allows a backend to quantize ``x`` to 8-bit integers; without it none ever does.
+    """
     refuse_grad(x=x, bias=weight.bias, **weight.tensors)
     if x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x: {tuple(x.shape)}, expected (N, {weight.shape[1]})")
-    if act not in ("", "int8"):
-        raise ValueError(f"act: {act!r}, expected '' or 'int8'")
+    check_act(act)
     w = weight
     return _ops.linear(
         x, list(w.tensors.values()), ",".join(w.tensors), w.format, *w.shape, w.group_size, w.group_offset,

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..collectives.exact import Exact
 from ..collectives.exchange import agree
+from ..ops import check_act
 from ..parallel.group import single
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..parallel.shard import (
@@ -40,6 +41,7 @@ def load(
     path: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
+    act: str = "",
     group: TPGroup | None = None,
     progress: bool = False,
 ) -> Model:
@@ -49,17 +51,21 @@ def load(
         path: of the model.
         dtype: of activations, KV cache and dense weights: "float32", "bfloat16", "float16" (or "fp32",
             "bf16", "fp16"), or "auto": what the checkpoint names. Quantized weights stay quantized.
+        act: "int8" lets linear layers on quantized weights quantize their input to 8-bit integers, which is
+            faster and changes results a little (docs/models.md). By default activations are never quantized.
         group: the ranks that share the model (`parallel.group.init`); None: this process alone.
         progress: show a bar.
 
     Raises CheckpointError, ValueError, and `SyncError` when the ranks loaded different things.
     """
+    check_act(act)
     g = group or single()
     checkpoint = open_checkpoint(path)
     chosen = parse_dtype(dtype, checkpoint)
     agree(g, "the model", checkpoint.fingerprint().encode())
     agree(g, "the dtype", str(chosen).encode())
-    loader = _Loader(checkpoint, g, chosen)
+    agree(g, "act", act.encode())
+    loader = _Loader(checkpoint, g, chosen, act)
     with tqdm(total=2 * checkpoint.config.num_layers, desc="load", unit="half", disable=not progress) as bar:
         decoder = loader.decoder(bar)
     return Model(checkpoint.config, checkpoint.tokenizer(), decoder, g, chosen)
@@ -82,8 +88,9 @@ def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint[Any]) -> torch.
 class _Loader:
     """Reads one rank's pieces by name."""
 
-    def __init__(self, checkpoint: Checkpoint[Any], group: TPGroup, dtype: torch.dtype) -> None:
-        self.checkpoint, self.config, self.group, self.dtype = checkpoint, checkpoint.config, group, dtype
+    def __init__(self, checkpoint: Checkpoint[Any], group: TPGroup, dtype: torch.dtype, act: str) -> None:
+        self.checkpoint, self.config, self.group = checkpoint, checkpoint.config, group
+        self.dtype, self.act = dtype, act
         # Groups of quantized weights stay whole; a model too small for that is cut anywhere.
         align = _GROUP if self.config.intermediate_size >= _GROUP * group.world else 1
         self.shards = plan(self.config, group.world, group.weights, align=align)
@@ -101,7 +108,7 @@ class _Loader:
             VocabParallelEmbedding(embedding, spans, self.group, self.dtype),
             blocks,
             self.norm("model.norm"),
-            VocabParallelHead(head, spans, self.group),
+            VocabParallelHead(head, spans, self.group, self.act),
             self.group,
             lambda point: exact,
         )
@@ -122,8 +129,9 @@ class _Loader:
                 self.matrix(at + "q_proj", q_rows(m, c), c.qkv_bias),
                 self.matrix(at + "k_proj", kv_rows(m, c), c.qkv_bias),
                 self.matrix(at + "v_proj", kv_rows(m, c), c.qkv_bias),
+                act=self.act,
             ),
-            o=RowLinear(self.matrix(at + "o_proj", o_columns(m, c), c.o_bias)),
+            o=RowLinear(self.matrix(at + "o_proj", o_columns(m, c), c.o_bias), self.act),
             heads=len(m.q_heads),
             kv_heads=len(m.kv_heads),
             window=window,
@@ -138,8 +146,9 @@ class _Loader:
             gate_up=ColumnLinear(
                 self.matrix(at + "gate_proj", ffn_rows(m, c), c.mlp_bias),
                 self.matrix(at + "up_proj", ffn_rows(m, c), c.mlp_bias),
+                act=self.act,
             ),
-            down=RowLinear(self.matrix(at + "down_proj", ffn_columns(m, c), c.mlp_bias)),
+            down=RowLinear(self.matrix(at + "down_proj", ffn_columns(m, c), c.mlp_bias), self.act),
         )
 
     def norm(self, name: str) -> RmsNorm:

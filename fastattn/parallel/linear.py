@@ -17,20 +17,21 @@ class ColumnLinear:
     another and their outputs are concatenated. Their biases, cut alike, are added here. No communication.
     """
 
-    def __init__(self, *weights: PackedWeight) -> None:
+    def __init__(self, *weights: PackedWeight, act: str = "") -> None:
+        """``act``: see `ops.linear`."""
         if not weights:
             raise ValueError("weights: none, expected at least one")
         inputs = {w.shape[1] for w in weights}
         if len(inputs) > 1:
             raise ValueError(f"weights: inputs of {sorted(inputs)} columns, expected the same input for all")
         self.widths = tuple(w.shape[0] for w in weights)
-        self.weights = _fused(weights)
+        self.weights, self.act = _fused(weights), act
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, in) to (N, sum(widths)) of x's dtype; ``y.split(layer.widths, -1)`` parts it."""
         if len(self.weights) == 1:
-            return linear(x, self.weights[0])
-        return torch.cat([linear(x, w) for w in self.weights], dim=-1)
+            return linear(x, self.weights[0], act=self.act)
+        return torch.cat([linear(x, w, act=self.act) for w in self.weights], dim=-1)
 
 
 class RowLinear:
@@ -40,13 +41,14 @@ class RowLinear:
     every rank, is not part of it: it belongs into the `spec.Epilogue`, which adds it once.
     """
 
-    def __init__(self, weight: PackedWeight) -> None:
-        self.bias = weight.bias
+    def __init__(self, weight: PackedWeight, act: str = "") -> None:
+        """``act``: see `ops.linear`."""
+        self.bias, self.act = weight.bias, act
         self.weight = weight._replace(bias=None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, in of this rank) to this rank's unsummed part of (N, out), in x's dtype."""
-        return linear(x, self.weight)
+        return linear(x, self.weight, act=self.act)
 
 
 def _fused(weights: tuple[PackedWeight, ...]) -> tuple[PackedWeight, ...]:

@@ -53,9 +53,12 @@ class VocabParallelEmbedding:
 class VocabParallelHead:
     """This rank's logits, gathered."""
 
-    def __init__(self, weight: PackedWeight, spans: Sequence[tuple[int, int]], group: TPGroup) -> None:
-        """``weight``: this rank's rows (hi - lo, hidden) of spans[rank]; ``spans``: every rank's range."""
-        self.weight, self.group = weight, group
+    def __init__(
+        self, weight: PackedWeight, spans: Sequence[tuple[int, int]], group: TPGroup, act: str = ""
+    ) -> None:
+        """``weight``: this rank's rows (hi - lo, hidden) of spans[rank]; ``spans``: every rank's range;
+        ``act``: see `ops.linear`."""
+        self.weight, self.group, self.act = weight, group, act
         _range(weight, spans, group)
         self.widths = tuple(hi - lo for lo, hi in spans)
 
@@ -68,7 +71,8 @@ class VocabParallelHead:
         packed prompts ``cu_seqlens[1:] - 1``.
         """
         x = hidden if last is None else hidden[last]
-        return gather_last(self.group, linear(x, self.weight), self.widths, "logits", everywhere=everywhere)
+        mine = linear(x, self.weight, act=self.act)
+        return gather_last(self.group, mine, self.widths, "logits", everywhere=everywhere)
 
 
 def _range(weight: PackedWeight, spans: Sequence[tuple[int, int]], group: TPGroup) -> tuple[int, int, int]:

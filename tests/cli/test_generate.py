@@ -39,7 +39,7 @@ def test_json_of_a_batch(directory: Path) -> None:
     done = run("generate", directory, *prompts, "--max-tokens", 5, "--ignore-eos", "--json", "--threads", 1)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    assert (facts["dtype"], facts["ranks"], facts["threads"]) == ("float32", 1, 1)
+    assert (facts["dtype"], facts["act"], facts["ranks"], facts["threads"]) == ("float32", "", 1, 1)
     assert [len(c["token_ids"]) for c in facts["completions"]] == [5, 5]
     assert all(c["finish_reason"] == "length" for c in facts["completions"])
 
@@ -49,6 +49,12 @@ def test_prompt_from_stdin(directory: Path) -> None:
     given = json.loads(run(*options, "--prompt", "The quick").stdout)["completions"][0]
     piped = json.loads(run(*options, stdin="The quick\n").stdout)["completions"][0]
     assert piped["token_ids"] == given["token_ids"]
+
+
+def test_int8_activations(directory: Path) -> None:
+    done = run("generate", directory, "--prompt", "The quick", "--max-tokens", 2, "--act", "int8", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["act"] == "int8"
 
 
 def test_batch_as_text(directory: Path) -> None:
@@ -63,6 +69,7 @@ def test_batch_as_text(directory: Path) -> None:
     [
         (["/nonexistent"], "fastattn: error: /nonexistent: no such file or directory"),
         (["MODEL", "--dtype", "int3"], "fastattn: error: dtype: 'int3', expected auto"),
+        (["MODEL", "--act", "int3"], "fastattn: error: act: 'int3', expected '' or 'int8'"),
         (["MODEL", "--backend", "volta"], "fastattn: error: "),
         (["MODEL", "--backend", "abacus"], "no backend 'abacus'; there are: volta"),
         (["MODEL", "--temperature", "-1"], "fastattn: error: temperature: -1.0"),
