@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..backends.cpu_ops import FLOATS, few_rows, native_weight
+from ..backends.cpu_ops import FLOATS, GEMM_ROWS, native_weight
 from ..memory.paged import PagedKvCache
 from ..native import kernels
 from ..spec import KvCache, KvStep, PackedWeight
@@ -29,29 +29,29 @@ class FusedDecoder:
 
     def __init__(self, decoder: Decoder) -> None:
         config, (first, _) = decoder.config, decoder.blocks[0]
-        self.dtype, self.hidden = decoder.embedding.dtype, config.hidden_size
-        self.max_rows = min(few_rows(w, self.dtype) for w in _weights(decoder)) - 1
+        dtype, self.hidden = decoder.embedding.dtype, config.hidden_size
+        self.dtype = dtype
         self.weights = kernels.Decoder(
-            str(self.dtype).removeprefix("torch."), config.hidden_size, first.heads, first.kv_heads,
+            str(dtype).removeprefix("torch."), config.hidden_size, first.heads, first.kv_heads,
             config.head_dim, config.rope.interleaved, config.head_dim**-0.5,
-            _matrix(decoder.embedding.weight), _norm(decoder.norm),
+            _matrix(decoder.embedding.weight, dtype), _norm(decoder.norm),
         )  # fmt: skip
         for attention, mlp in decoder.blocks:
             self.weights.add_block(
                 norm=_norm(attention.norm),
-                qkv=[_matrix(w) for w in attention.qkv.weights],
+                qkv=[_matrix(w, dtype) for w in attention.qkv.weights],
                 q_norm=_norm(attention.q_norm),
                 k_norm=_norm(attention.k_norm),
-                o=_matrix(attention.o.weight),
+                o=_matrix(attention.o.weight, dtype),
                 left=-1 if attention.window is None else attention.window - 1,
                 mlp_norm=_norm(mlp.norm),
-                gate_up=[_matrix(w) for w in mlp.gate_up.weights],
-                down=_matrix(mlp.down.weight),
+                gate_up=[_matrix(w, dtype) for w in mlp.gate_up.weights],
+                down=_matrix(mlp.down.weight, dtype),
             )
 
     def step(self, rows: int, cache: KvCache, step: KvStep, cos: Tensor, sin: Tensor) -> FusedStep | None:
         """One forward of ``rows`` packed rows; None where the ops have to run one by one."""
-        if not 0 < rows <= self.max_rows or dispatch.named() not in ("", "cpu"):
+        if rows == 0 or dispatch.named() not in ("", "cpu"):
             return None
         if not isinstance(cache, PagedKvCache) or cache.keys.dtype != self.dtype:
             return None
@@ -116,6 +116,6 @@ def _norm(norm: RmsNorm | None) -> tuple[Tensor, float] | None:
     return None if norm is None else (norm.weight.contiguous(), norm.eps)
 
 
-def _matrix(w: PackedWeight) -> tuple[Any, ...]:
+def _matrix(w: PackedWeight, dtype: torch.dtype) -> tuple[Any, ...]:
     bias = None if w.bias is None else w.bias.contiguous()
-    return (*native_weight(w), w.shape[1], bias)
+    return (*native_weight(w), w.shape[1], bias, GEMM_ROWS[dtype])

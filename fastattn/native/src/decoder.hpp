@@ -18,23 +18,28 @@ struct NormWeight {
     float eps = 0.0f;
 };
 
+struct Matrix {
+    LinearArgs args;    // but x and what depends on it
+    int64_t gemm_rows;  // rows of x from which `gemm` multiplies, below it `linear`
+};
+
 // Matrices that read the same input, their outputs side by side: q, k, v or gate, up, as one or as several.
 struct ColumnWeights {
-    std::vector<LinearArgs> parts;
+    std::vector<Matrix> parts;
     int64_t width = 0;
 };
 
 struct AttentionWeights {
     NormWeight norm, q_norm, k_norm;
     ColumnWeights qkv;
-    LinearArgs o;
+    Matrix o;
     int64_t left;  // keys visible before a query; negative: all
 };
 
 struct MlpWeights {
     NormWeight norm;
     ColumnWeights gate_up;
-    LinearArgs down;
+    Matrix down;
 };
 
 struct DecoderArgs {
@@ -92,13 +97,14 @@ private:
     };
     Buffer take(int64_t width);
     void need_scratch(size_t bytes);
-    void need_scratch(const LinearArgs& matrix);
+    void need_scratch(const Matrix& matrix);
     DequantizeArgs embed(const int64_t* ids, void* out) const;
     char* at(const Buffer& b) const { return memory_ + b.offset; }
     char* element(void* base, int64_t index) const;
 
-    LinearArgs on_rows(LinearArgs matrix, const void* x, void* out) const;
-    void linear(const LinearArgs& matrix, const void* x, void* out) const;
+    LinearArgs on_rows(const Matrix& matrix, const void* x, void* out) const;
+    bool by_gemm(const Matrix& matrix) const { return s_.rows >= matrix.gemm_rows; }
+    void linear(const Matrix& matrix, const void* x, void* out) const;
     void columns(const ColumnWeights& w, const void* x, void* out) const;
     const void* normed_heads(const NormWeight& norm, void* x, int64_t heads, const Buffer& out,
                              int64_t* row_stride) const;
