@@ -1,17 +1,19 @@
 """Latency and throughput of a real model, in the manner of FasterTransformer's benchmark scripts.
 
-Sweeps the product of batch sizes, input lengths, output lengths, tensor-parallel sizes and data types.
-Input and output lengths are fixed: end tokens are ignored. One row a case:
+Sweeps the product of batch sizes, input lengths, output lengths, tensor-parallel sizes, data types and
+precision policies of activations. Input and output lengths are fixed: end tokens are ignored. One row a case:
 
   latency   from the call to the last token of the batch
   TTFT      from the call to the moment when every sequence has its first token
   TPOT      (latency - TTFT) / (output - 1), time per further token of the batch
-  limit     TPOT if a step only read the weights and the KV cache once, at the bandwidth measured here
+  limit     of TTFT: the linear layers at the rate of torch's GEMM, measured here; of TPOT: a step that
+            reads the weights and the KV cache once, at the bandwidth measured here
   tokens/s  batch * output / latency
-  peak MB   resident memory of each rank's process, torch included
+  peak MB   resident memory of each rank's process while it loads and generates, torch included
 
 With --peer, the rival generates from the same file with the same prompts and as many threads as all
-ranks together; the runs alternate, and ratio is its latency over ours (above 1: ours is faster).
+ranks together; the runs alternate. It has a row below ours, and ratio is its time over ours (above 1:
+ours is faster).
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from lib import env
-from lib.args import DTYPES, names, positive, sweep
+from lib.args import ACTS, DTYPES, names, positive, sweep
 from lib.llm_peers import NAMES
-from lib.llm_worker import columns, run
+from lib.llm_rows import TABLE, notes
+from lib.llm_worker import run
 from lib.records import Record, ratio, write
 
 QUESTION = "Why is the sky blue? Answer in one sentence."
@@ -47,6 +51,10 @@ def parser() -> argparse.ArgumentParser:
         "--inference_data_type", type=names(tuple(DTYPES)), default=("fp32",), metavar="T,T",
         help=f"of activations and KV cache: {', '.join(DTYPES)}; default: fp32",
     )  # fmt: skip
+    p.add_argument(
+        "--act", type=names(tuple(ACTS)), default=("none",), metavar="A,A",
+        help="none: activations are never quantized (default); int8: they may be",
+    )  # fmt: skip
     p.add_argument("--iterations", type=positive, default=3, help="samples of each case; default: 3")
     p.add_argument("--warmup", type=positive, default=1, help="runs before them; default: 1")
     p.add_argument("--threads", type=positive, help="of each rank; default: cores / tensor_para_size")
@@ -60,24 +68,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Runs each (tensor_para_size, data type) in processes of its own, then reports."""
+    """Runs each (tensor_para_size, data type, act) in processes of its own, then reports."""
     args = parser().parse_args()
     if args.result:
         run(args)
         return
-    configurations = list(product(args.tensor_para_size, args.inference_data_type))
+    configurations = list(product(args.tensor_para_size, args.inference_data_type, args.act))
     answer = ""
     records: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
-        for i, (world, dtype) in enumerate(configurations):
+        for i, (world, dtype, act) in enumerate(configurations):
             threads = args.threads or max(1, env.cores() // world)
             if i == 0:
                 print(f"{args.model}: {env.headline(env.capture(threads))}")
-                print(columns(args.peer).header(), flush=True)
-            result = launch(world, dtype, threads, chat=i == 0, result=Path(folder) / f"{i}.json")
+                print(TABLE.header(), flush=True)
+            chosen = ("--inference_data_type", dtype, "--act", act, *(() if i == 0 else ("--chat", "")))
+            result = launch(world, threads, chosen, Path(folder) / f"{i}.json")
             answer = answer or result["answer"]
             records += to_records(args.model, result)
-            note(result, world * threads)
+            print(*(f"  {line}" for line in notes(result, env.cores())), sep="\n", flush=True)
     if args.json:
         write(args.json, records)
     if args.plot:
@@ -88,11 +97,11 @@ def main() -> None:
         print(f"\n> {args.chat}\n{answer.strip()}")
 
 
-def launch(world: int, dtype: str, threads: int, chat: bool, result: Path) -> dict[str, Any]:
-    """Runs this program's ranks with the same arguments, and returns what rank 0 wrote."""
+def launch(world: int, threads: int, chosen: Sequence[str], result: Path) -> dict[str, Any]:
+    """Runs this program's ranks with the same arguments but for ``chosen``; returns what rank 0 wrote."""
     own = [
-        *sys.argv[1:], "--tensor_para_size", str(world), "--inference_data_type", dtype, "--threads",
-        str(threads), "--result", str(result), *([] if chat else ["--chat", ""]),
+        *sys.argv[1:], "--tensor_para_size", str(world), "--threads", str(threads), *chosen,
+        "--result", str(result),
     ]  # fmt: skip
     launcher = (
         [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
@@ -100,23 +109,14 @@ def launch(world: int, dtype: str, threads: int, chat: bool, result: Path) -> di
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     done = subprocess.run([sys.executable, *launcher, __file__, *own], env=environment, check=False)
     if done.returncode:
-        sys.exit(f"bench/llm.py: tensor_para_size {world}, {dtype}: ended with status {done.returncode}")
+        sys.exit(
+            f"bench/llm.py: tensor_para_size {world} {' '.join(chosen)}: ended with status {done.returncode}"
+        )
     return dict(json.loads(result.read_text()))
 
 
-def note(result: dict[str, Any], threads: int) -> None:
-    """Lines under the rows of a configuration: what the peers' tokens say, and what is not claimed."""
-    for key, name in result["peers"].items():
-        rows = [r for r in result["rows"] if key in r["peers"]]
-        same = sum(r["peers"][key]["same_tokens"] for r in rows)
-        print(f"  {name}: {same} of {sum(r['batch'] * r['output'] for r in rows)} greedy tokens equal ours")
-    if threads > env.cores():
-        print(f"  {threads} threads on {env.cores()} cores: these times are emulated, not claimed")
-    sys.stdout.flush()
-
-
 METRICS = (
-    # metric, unit, field of Row and PeerRow, whether more is better
+    # metric, unit, field of Times, whether more is better
     ("latency", "ms", "latency_ms", False),
     ("TTFT", "ms", "ttft_ms", False),
     ("TPOT", "ms", "tpot_ms", False),
@@ -125,26 +125,37 @@ METRICS = (
 
 
 def to_records(model: str, result: dict[str, Any]) -> list[Record]:
-    """One record a metric of a row and peer, and one a rank for its peak memory."""
+    """One record a metric of a row and peer, and two a rank for its peak memory."""
     records = []
     for row in result["rows"]:
         shape = f"batch={row['batch']} input={row['input']} output={row['output']} tp={row['world']}"
         shared = {
             "bench": "llm",
-            "case": f"{Path(model).name} {row['dtype']} {shape}",
+            "case": f"{Path(model).name} {row['dtype']} act={row['act']} {shape}",
             "spread": row["spread"],
             "claim": "emulated" if row["world"] * row["threads"] > result["env"]["cores"] else "measured",
             "env": result["env"],
         }
+        limits = {
+            "TPOT": ("memory bandwidth", row["tpot_limit_ms"]),
+            "TTFT": ("GEMM rate" if row["ttft_limit_ms"] else "", row["ttft_limit_ms"]),
+        }
         for metric, unit, field, more in METRICS:
-            ours = row[field]
-            bound = ("memory bandwidth", row["tpot_limit_ms"]) if metric == "TPOT" else ("", None)
+            ours = row["times"][field]
+            bound = limits.get(metric, ("", None))
             for key, rival in row["peers"].items() or [("", None)]:
-                theirs = rival[field] if rival else None
+                theirs = rival["times"][field] if rival else None
                 against = (result["peers"].get(key, ""), theirs, ratio(ours, theirs, more))
                 records.append(Record.of(shared, metric, unit, ours, against, bound))
         for rank, peak in enumerate(row["peak_mb"]):
             records.append(Record.of(shared, f"peak memory of rank {rank}", "MB", peak))
+            above, share = peak - result["torch_mb"], result["file_mb"] / row["world"]
+            records.append(
+                Record.of(
+                    shared, f"memory above torch of rank {rank}", "MB", above,
+                    bound=("share of the model file", share),
+                )
+            )  # fmt: skip
     return records
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ACTS = {"none": "", "int8": "int8"}  # may activations be quantized: to what, in `fastattn.load`'s terms
 
 
 def positive(text: str) -> int:

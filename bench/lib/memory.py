@@ -1,9 +1,13 @@
-"""Peak resident memory of this process."""
+"""Resident memory: this process's peak, and what torch alone takes."""
 
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from pathlib import Path
+
+_WITH_TORCH = "import torch; from lib.memory import resident_bytes; print(resident_bytes())"
 
 
 def reset_peak() -> None:
@@ -16,9 +20,27 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int:
     """The most resident memory since `reset_peak`, in bytes: weights, KV cache, torch itself, everything."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """Resident memory now, in bytes."""
+    return _status("VmRSS")
+
+
+def with_torch_bytes() -> int:
+    """Resident memory of a fresh interpreter that has imported torch and nothing else that is large."""
+    folder = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", _WITH_TORCH], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+def _status(field: str) -> int:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (line,) = (line for line in status.splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024

@@ -48,10 +48,12 @@ def test_llm_arguments() -> None:
     assert (a.batch_size, a.input_len, a.output_len) == ((1, 8), (64,), (16, 32))
     assert a.tensor_para_size == (1, 2, 3)
     assert (a.inference_data_type, a.peer, a.model) == (("bf16",), ("transformers", "llama.cpp"), "smollm2")
+    assert bench_llm.parser().parse_args(["--act", "none,int8"]).act == ("none", "int8")
 
 
 @pytest.mark.parametrize(
-    "line", ["--batch_size 0", "--inference_data_type int4", "--peer vllm", "--iterations 0"]
+    "line",
+    ["--batch_size 0", "--inference_data_type int4", "--act fp8", "--peer vllm", "--iterations 0"],
 )
 def test_llm_refuses(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -174,8 +176,11 @@ def test_llm_program_on_two_ranks(tmp_path: Path) -> None:
     assert all(set(r) == FIELDS for r in written)
     by_case = {(r["case"], r["metric"]): r for r in written}
     for world in (1, 2):
-        case = f"smollm2 fp32 batch=2 input=12 output=6 tp={world}"
+        case = f"smollm2 fp32 act=none batch=2 input=12 output=6 tp={world}"
         assert by_case[case, "latency"]["ratio"] > 0
         assert by_case[case, "TPOT"]["limit_value"] > 0
+        assert by_case[case, "TTFT"]["limit_value"] > 0
         assert (case, f"peak memory of rank {world - 1}") in by_case
         assert (case, f"peak memory of rank {world}") not in by_case
+        above = by_case[case, f"memory above torch of rank {world - 1}"]
+        assert 0.5 * above["limit_value"] < above["ours"] < by_case[case, "peak memory of rank 0"]["ours"]
