@@ -22,7 +22,7 @@ from .config import (
     check_rotary,
 )
 from .fields import Fields
-from .gguf_header import GgufHeader, type_name
+from .gguf_header import GgufHeader
 
 _FAMILIES = ("llama", "qwen2", "qwen3")  # llama.cpp converts Mistral to llama
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -87,7 +87,7 @@ def parse_metadata(path: Path, header: GgufHeader, rope_factors: np.ndarray | No
         bos_id=f.token_id("tokenizer.ggml.bos_token_id", vocab),
         eos_ids=tuple(dict.fromkeys(stop for stop in stops if stop is not None)),
         pad_id=f.token_id("tokenizer.ggml.padding_token_id", vocab),
-        dtype=_DTYPES.get(type_name(embedding.type), torch.float32),
+        dtype=_DTYPES.get(embedding.type.name, torch.float32),
     )
 
 

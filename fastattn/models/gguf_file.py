@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint, check_shapes
 from .config import tensor_shapes
 from .cuts import spans_of, take
 from .gguf_config import ROPE_FACTORS, parse_metadata
-from .gguf_header import GgufTensor, read_header, type_layout, type_name
+from .gguf_header import GgufTensor, read_header
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -55,10 +55,8 @@ class GgufCheckpoint(Checkpoint[GgufTensor]):
         factors = self._header.tensors.get(ROPE_FACTORS)
         divisors = None
         if factors is not None:
-            if type_name(factors.type) != "F32" or len(factors.shape) != 1:
-                raise CheckpointError(
-                    path, f"is not a vector of F32 but {type_name(factors.type)}", ROPE_FACTORS
-                )
+            if factors.type.name != "F32" or len(factors.shape) != 1:
+                raise CheckpointError(path, f"is not a vector of F32 but {factors.type.name}", ROPE_FACTORS)
             divisors = np.array(self._map(factors)[0]).view(np.float32)
         self.config = parse_metadata(path, self._header, divisors)
         stored = {_canonical(path, name): t for name, t in self._header.tensors.items()}
@@ -68,13 +66,12 @@ class GgufCheckpoint(Checkpoint[GgufTensor]):
         wanted = [*tensor_shapes(self.config), *(["lm_head.weight"] if self.config.tie_embeddings else [])]
         self._entries = {name: stored[name] for name in wanted}
         for name, entry in self._entries.items():
-            kind = type_name(entry.type)
+            kind = entry.type.name
             if not (gguf_blocks.readable(kind) if len(entry.shape) == 2 else gguf_blocks.is_dense(kind)):
                 raise CheckpointError(path, f"has type {kind}, which cannot be read here", name)
 
     def _matrix(self, name: str, entry: GgufTensor, shard: Shard) -> PackedWeight:
-        kind = type_name(entry.type)
-        block, block_bytes = type_layout(self.path, entry.type, name)
+        kind, block, block_bytes = entry.type
         raw = self._map(entry)
         whole_blocks = shard.inn.order is None and all(
             lo == hi or (lo % block == 0 and hi % block == 0) for lo, hi in spans_of(shard.inn)
@@ -93,7 +90,7 @@ class GgufCheckpoint(Checkpoint[GgufTensor]):
 
     def _vector(self, name: str, entry: GgufTensor, cut: Cut) -> Tensor:
         raw = np.array(self._map(entry))
-        whole = gguf_blocks.unpack(type_name(entry.type), raw, type_layout(self.path, entry.type, name)[1])
+        whole = gguf_blocks.unpack(entry.type.name, raw, entry.type.nbytes)
         return take(whole.tensors["weight"][0], cut)
 
     def tokenizer(self) -> Tokenizer:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..spec import CheckpointError
+from .gguf_types import GgmlType, ggml_type
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -37,11 +40,31 @@ _MIN_TENSOR = 8 + 4 + 8 + 4 + 8  # bytes: name length, dimensions, one size, typ
 _MAX_DIMS = 4
 
 
+class Strings:
+    """An array of strings, kept as the file has it: a list of as many texts takes several times that."""
+
+    def __init__(self, raw: bytes, ends: NDArray[np.int64]) -> None:
+        """``ends``: where in ``raw`` each text ends; in front of it are eight bytes with its length."""
+        self._raw, self._ends = raw, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[str]:
+        begin = 0
+        for end in self._ends.tolist():
+            yield self._raw[begin + 8 : end].decode()
+            begin = end
+
+    def __repr__(self) -> str:
+        return f"{len(self)} strings"
+
+
 class GgufTensor(NamedTuple):
     """One row of the tensor table."""
 
     name: str
-    type: int  # ggml's number of the type
+    type: GgmlType
     shape: tuple[int, ...]  # rows first, as numpy has it; the file lists sizes in the opposite order
     offset: int  # bytes from the start of the file
     nbytes: int
@@ -50,7 +73,7 @@ class GgufTensor(NamedTuple):
 class GgufHeader(NamedTuple):
     """Everything in front of the weights."""
 
-    fields: dict[str, Any]  # key: int, float, bool, str, list of str (arrays of strings) or numpy array
+    fields: dict[str, Any]  # key: int, float, bool, str, Strings or numpy array
     tensors: dict[str, GgufTensor]
     size: int  # of the file, bytes
 
@@ -117,13 +140,14 @@ class _Reader:
         kind, offset = self._scalar("<I", name), self._scalar("<Q", name)
         if 0 in sizes:
             self._fail("has a dimension of size 0", name)
-        block, block_bytes = type_layout(self.path, kind, name)
-        if sizes[0] % block:
-            self._fail(f"has rows of {sizes[0]} values, {type_name(kind)} needs a multiple of {block}", name)
-        nbytes = sizes[0] // block * block_bytes
+        found = ggml_type(kind, self.path, name)
+        if sizes[0] % found.values:
+            reason = f"has rows of {sizes[0]} values, {found.name} needs a multiple of {found.values}"
+            self._fail(reason, name)
+        nbytes = sizes[0] // found.values * found.nbytes
         for size in sizes[1:]:
             nbytes *= size  # Python's integers do not wrap round
-        return GgufTensor(name, kind, tuple(reversed(sizes)), offset, nbytes)
+        return GgufTensor(name, found, tuple(reversed(sizes)), offset, nbytes)
 
     def _value(self, key: str) -> Any:
         kind = self._scalar("<I", key)
@@ -135,7 +159,7 @@ class _Reader:
             self._fail(f"has unknown value type {kind}", key)
         item = self._scalar("<I", key)
         if item == _STRING:
-            return [self._string(key) for _ in range(self._count(key, 8))]
+            return self._strings(key)
         if item not in _SCALARS:
             self._fail(f"is an array of unknown type {item}", key)
         dtype = np.dtype(_SCALARS[item]) if item != _BOOL else np.dtype(np.uint8)
@@ -149,6 +173,14 @@ class _Reader:
         if count * item_bytes > self.size - self.pos:
             self._fail(f"counts {count} items, more than the rest of the file can hold: truncated?", what)
         return int(count)
+
+    def _strings(self, key: str) -> Strings:
+        count, begin = self._count(key, 8), self.pos
+        ends = np.empty(count, np.int64)
+        for i in range(count):
+            self._string(key)
+            ends[i] = self.pos - begin
+        return Strings(self.data[begin : self.pos], ends)
 
     def _string(self, what: str) -> str:
         raw = self._bytes(self._count(what, 1), what)
@@ -171,19 +203,3 @@ class _Reader:
 
     def _fail(self, reason: str, what: str = "") -> NoReturn:
         raise CheckpointError(self.path, reason, what[:200])
-
-
-def type_layout(path: object, kind: int, name: str) -> tuple[int, int]:
-    """(values, bytes) of a block of a ggml type."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    try:
-        return GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    except (ValueError, KeyError):
-        raise CheckpointError(path, f"has unknown ggml type {kind}", name) from None
-
-
-def type_name(kind: int) -> str:
-    from gguf.constants import GGMLQuantizationType
-
-    return GGMLQuantizationType(kind).name

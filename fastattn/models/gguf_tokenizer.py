@@ -14,6 +14,7 @@ import numpy as np
 
 from .config import ModelConfig
 from .fields import Fields
+from .gguf_header import Strings
 from .tokenizer import Tokenizer, panics
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def build_tokenizer(path: Path, fields: Mapping[str, Any], config: ModelConfig) 
     """The tokenizer of the ``tokenizer.*`` fields; `CheckpointError` where they cannot be followed."""
     f = Fields(path, fields)
     kind = f.string("tokenizer.ggml.model")
-    tokens = _strings(f, "tokenizer.ggml.tokens")
+    tokens = list(_strings(f, "tokenizer.ggml.tokens"))
     if not tokens or len(tokens) > config.vocab_size:
         f.fail("tokenizer.ggml.tokens", f"has {len(tokens)} tokens, the model {config.vocab_size}")
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -69,7 +70,7 @@ def build_tokenizer(path: Path, fields: Mapping[str, Any], config: ModelConfig) 
         f.fail("tokenizer.ggml.tokens", "has the same token twice")
     types = _types(f, len(tokens))
     if kind == "gpt2":
-        core, add_bos = _byte_level(f, vocab)
+        core, add_bos = _byte_level(f, tokens, vocab)
     elif kind == "llama":
         core, add_bos = _sentencepiece(f, tokens, vocab, types), True
     else:
@@ -94,9 +95,9 @@ def build_tokenizer(path: Path, fields: Mapping[str, Any], config: ModelConfig) 
     )
 
 
-def _strings(f: Fields, key: str) -> list[str]:
+def _strings(f: Fields, key: str) -> Strings | list[str]:
     value = f.values.get(key)
-    if not isinstance(value, list):
+    if not isinstance(value, Strings | list):
         f.fail(key, "is missing or not an array of strings")
     return value
 
@@ -110,7 +111,7 @@ def _types(f: Fields, count: int) -> np.ndarray:
     return value
 
 
-def _byte_level(f: Fields, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
+def _byte_level(f: Fields, tokens: list[str], vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
     """Byte-level BPE, and whether its texts begin with a bos token by default."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -124,7 +125,9 @@ def _byte_level(f: Fields, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer,
         left, separator, right = line.partition(" ")
         if not (left and separator and right) or " " in right:
             f.fail("tokenizer.ggml.merges", f"has the line {line[:40]!r}, expected two tokens")
-        merges.append((left, right))
+        if left not in vocab or right not in vocab:
+            f.fail("tokenizer.ggml.merges", f"has the line {line[:40]!r}, which is not of tokens")
+        merges.append((tokens[vocab[left]], tokens[vocab[right]]))  # not one more copy of each text
     with panics(f.path, "the merges do not fit the tokens", "tokenizer.ggml.merges"):
         core = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.whole_words))
     splits = [pre_tokenizers.Split(Regex(p), "isolated") for p in pre.patterns]

@@ -65,10 +65,11 @@ def load(
     agree(g, "the model", checkpoint.fingerprint().encode())
     agree(g, "the dtype", str(chosen).encode())
     agree(g, "act", act.encode())
+    tokenizer = checkpoint.tokenizer()
     loader = _Loader(checkpoint, g, chosen, act)
     with tqdm(total=2 * checkpoint.config.num_layers, desc="load", unit="half", disable=not progress) as bar:
         decoder = loader.decoder(bar)
-    return Model(checkpoint.config, checkpoint.tokenizer(), decoder, g, chosen)
+    return Model(checkpoint.config, tokenizer, decoder, g, chosen)
 
 
 def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint[Any]) -> torch.dtype:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -12,9 +15,10 @@ import pytest
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from fastattn.models import gguf_blocks
+from fastattn.models import gguf_blocks, gguf_types
 from fastattn.models.checkpoint import Checkpoint, open_checkpoint
-from fastattn.models.gguf_header import read_header
+from fastattn.models.gguf_header import Strings, read_header
+from fastattn.models.gguf_types import ggml_type
 from fastattn.quant import packed
 from fastattn.spec import CheckpointError, Cut, Shard
 from tests.models.builders import hf_model, interleave, quantize, random_blocks, save_gguf
@@ -193,12 +197,35 @@ def test_rope_factors_of_llama3(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "bad.gguf")
 
 
+def test_types_equal_the_librarys() -> None:
+    for number, found in gguf_types.NATIVE.items():
+        known = gguf.GGMLQuantizationType(number)
+        assert found == (known.name, *gguf.GGML_QUANT_SIZES[known])
+    beyond = gguf.GGMLQuantizationType.IQ4_NL
+    assert ggml_type(beyond, "file", "t") == ("IQ4_NL", *gguf.GGML_QUANT_SIZES[beyond])
+    with pytest.raises(CheckpointError, match="t: has unknown ggml type 999"):
+        ggml_type(999, "file", "t")
+
+
+def test_reading_native_types_does_without_the_library(tmp_path: Path) -> None:
+    save_gguf(model_of("llama"), tmp_path / "m.gguf", "Q4_0")
+    code = "import sys, fastattn; fastattn.load(sys.argv[1]); sys.exit('gguf' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.gguf")], check=True, timeout=120)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Strings):
+        assert len(value) == len(list(value))
+        return list(value)
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
 def test_header_equals_the_library(tmp_path: Path) -> None:
     save_gguf(model_of("llama"), tmp_path / "m.gguf", "Q8_0")
     ours = read_header(tmp_path / "m.gguf")
     theirs = gguf.GGUFReader(tmp_path / "m.gguf")
     fields = {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
-    assert {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in ours.fields.items()} == fields
+    assert {k: _plain(v) for k, v in ours.fields.items()} == fields
     assert [(t.name, t.data_offset, t.n_bytes, [int(n) for n in t.shape]) for t in theirs.tensors] == [
         (t.name, t.offset, t.nbytes, list(reversed(t.shape))) for t in ours.tensors.values()
     ]

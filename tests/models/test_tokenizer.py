@@ -182,6 +182,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "types": ({"tokenizer.ggml.token_type": np.ones(3, np.int32)}, r"token_type: is not an array of 340"),
     "merges": ({"tokenizer.ggml.merges": ["a b c"]}, r"ggml.merges: has the line 'a b c'"),
     "unknown": ({"tokenizer.ggml.merges": ["the the"]}, r"ggml.merges: the merges do not fit"),
+    "unknown part": ({"tokenizer.ggml.merges": ["the qqqq"]}, r"has the line 'the qqqq', which is not"),
     "eos": ({"tokenizer.ggml.eos_token_id": 340}, r"eos_token_id: is 340, expected token ids from 0 to 339"),
     "flag": ({"tokenizer.ggml.add_bos_token": 1}, r"add_bos_token: is 1, expected true or false"),
 }  # fmt: skip
