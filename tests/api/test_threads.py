@@ -1,4 +1,4 @@
-"""How many threads can compute: trees of /proc and /sys as Linux shows them on other machines than this one."""
+"""How many threads can compute: trees of /proc and /sys as Linux shows them on other machines."""
 
 from __future__ import annotations
 
