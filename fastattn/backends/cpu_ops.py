@@ -6,14 +6,14 @@ indices and raise ValueError. A call costs a few microseconds beyond its kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..native import kernels
-from ..quant import mx, packed
+from ..quant import mx
 from ..spec import (
     AppendKvArgs,
     EmbeddingArgs,
@@ -29,12 +29,9 @@ from ..spec import (
 )
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Rows of x from which torch's GEMM beats the kernel that decodes W once for all rows, measured on Zen 4:
-# on a dense W of x's dtype as it is, and on dequantized tiles of any other.
-DENSE_ROWS = {torch.float32: 16, torch.bfloat16: 6}
-TILED_ROWS = {torch.float32: 64, torch.float16: 64, torch.bfloat16: 16}
-# Bytes of a dequantized tile: it is written and read while it stays in cache.
-TILE_BYTES = 4 << 20
+Kernel = Callable[..., None]
+# Rows of x from which the GEMM beats the kernel that multiplies W as it is read, measured on Zen 4.
+GEMM_ROWS = {torch.float32: 12, torch.float16: 12, torch.bfloat16: 8}
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -88,23 +85,20 @@ def swiglu(a: SwigluArgs) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- linear
 def linear(a: LinearArgs) -> Tensor:
-    """``x @ W^T + bias`` in x's dtype: few rows multiply W as it is read, many use torch's GEMM."""
+    """``x @ W^T + bias`` in x's dtype: few rows multiply W as it is read, many share its decoded tiles."""
     w, x = a.weight, a.x
     if w.x_perm is not None:
         x = x.index_select(1, w.x_perm)
-    if x.shape[0] >= few_rows(w, x.dtype):
-        return _gemm(x, w)
+    kernel = kernels.gemm if x.shape[0] >= GEMM_ROWS[x.dtype] else kernels.linear
+    return multiply(kernel, x, w)
+
+
+def multiply(kernel: Kernel, x: Tensor, w: PackedWeight) -> Tensor:
+    """``x @ W^T + bias`` by ``kernels.linear`` or ``kernels.gemm``; x in the order of W's stored columns."""
     out = x.new_empty((x.shape[0], w.shape[0]))
     bias = None if w.bias is None else w.bias.contiguous()
-    kernels.linear(_last_contiguous(x), out, *native_weight(w), bias, torch.get_num_threads())
+    kernel(_last_contiguous(x), out, *native_weight(w), bias, torch.get_num_threads())
     return out
-
-
-def few_rows(w: PackedWeight, dtype: torch.dtype) -> int:
-    """From so many rows of x on, a GEMM is faster than the kernel that reads W once."""
-    if w.format == "dense" and w.tensors["weight"].dtype == dtype and dtype in DENSE_ROWS:
-        return DENSE_ROWS[dtype]
-    return TILED_ROWS[dtype]
 
 
 def native_weight(
@@ -115,27 +109,6 @@ def native_weight(
     if w.format == "dense":
         return "dense", t["weight"], None, None, None, 0, 0
     return w.format, t["codes"], t["scales"], t.get("mins"), w.g_idx, w.group_size, w.group_offset
-
-
-def _gemm(x: Tensor, w: PackedWeight) -> Tensor:
-    """Tile by tile of W's rows through torch's GEMM, in bfloat16 for bfloat16 x, else in float32."""
-    work = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    bias = None if w.bias is None else w.bias.to(work)
-    if bias is not None and bias.shape != (w.shape[0],):
-        raise ValueError(f"bias: shape {tuple(bias.shape)}, expected ({w.shape[0]},)")
-    if w.format == "dense" and w.tensors["weight"].dtype == work:
-        return F.linear(x.to(work), w.tensors["weight"], bias).to(x.dtype)
-    rows, (outs, inn) = x.to(work), w.shape
-    step = max(16, TILE_BYTES // max(1, inn * work.itemsize))
-    buffer = torch.empty((min(step, outs), inn), dtype=work)
-    out = torch.empty((x.shape[0], outs), dtype=x.dtype)
-    threads = torch.get_num_threads()
-    for lo in range(0, outs, step):
-        hi = min(lo + step, outs)
-        tile = buffer[: hi - lo]
-        kernels.dequantize(tile, *native_weight(packed.slice_out(w, lo, hi)), None, threads)
-        out[:, lo:hi] = F.linear(rows, tile, None if bias is None else bias[lo:hi])
-    return out
 
 
 def embedding(a: EmbeddingArgs) -> Tensor:

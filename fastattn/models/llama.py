@@ -26,7 +26,7 @@ from .config import ModelConfig
 from .rope import RopeTables
 
 if TYPE_CHECKING:
-    from ..backends.cpu_decoder import NativeDecoder, NativeStep
+    from .fused import FusedDecoder, FusedStep
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Forward:
     step: KvStep
     cos: Tensor
     sin: Tensor
-    native: NativeStep | None = None  # runs whole half-blocks
+    fused: FusedStep | None = None  # runs whole half-blocks
 
 
 class AttentionHalf:
@@ -96,8 +96,8 @@ class AttentionHalf:
 
     def partial(self, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
         """This rank's partial result of rows [lo, hi)."""
-        if self.forward.native and hi - lo == self.rows:
-            return self.forward.native.attention(self.layer, self.hidden, out)
+        if self.forward.fused and hi - lo == self.rows:
+            return self.forward.fused.attention(self.layer, self.hidden, out)
         return _into(out, self.weights.o(self.gemm_input(lo, hi)))
 
     def _project(self, hidden: Tensor, step: KvStep) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,8 +115,8 @@ class AttentionHalf:
 class MlpHalf:
     """`Produce` of an MLP half-block: norm'd input -> gate, up -> SwiGLU -> down."""
 
-    def __init__(self, weights: Mlp, layer: int, hidden: Tensor, native: NativeStep | None = None) -> None:
-        self.weights, self.layer, self.hidden, self.native = weights, layer, hidden, native
+    def __init__(self, weights: Mlp, layer: int, hidden: Tensor, fused: FusedStep | None = None) -> None:
+        self.weights, self.layer, self.hidden, self.fused = weights, layer, hidden, fused
         self.rows = hidden.shape[0]
         self.row_parallel: PackedWeight = weights.down.weight
 
@@ -126,8 +126,8 @@ class MlpHalf:
 
     def partial(self, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
         """This rank's partial result of rows [lo, hi)."""
-        if self.native and hi - lo == self.rows:
-            return self.native.mlp(self.layer, self.hidden, out)
+        if self.fused and hi - lo == self.rows:
+            return self.fused.mlp(self.layer, self.hidden, out)
         return _into(out, self.weights.down(self.gemm_input(lo, hi)))
 
 
@@ -154,30 +154,30 @@ class Decoder:
         """Normalised hidden states (total, hidden) of packed token ids (total,); appends to the cache."""
         cos, sin = self.rope.upto(step.max_used)
         phase: Literal["prefill", "decode"] = "prefill" if step.max_new > 1 else "decode"
+        fused = None
+        if self.fused and self._fused:
+            fused = self._fused.step(ids.shape[0], cache, step, cos, sin)
+            if fused and self._sums_alone(self.policy, phase):
+                return fused.forward(ids)
         x = self.embedding(ids)
-        native = None
-        if self.fused and self._native:
-            native = self._native.step(x.shape[0], cache, step, cos, sin)
-            if native and self._sums_alone(self.policy, phase):
-                return native.forward(x)
-        shared = Forward(self.config, cache, step, cos, sin, native)
+        shared = Forward(self.config, cache, step, cos, sin, fused)
         stream = Stream(residual=x, hidden=self.blocks[0][0].norm(x)[0])
         for layer, (attention, mlp) in enumerate(self.blocks):
             make = AttentionHalf(attention, layer, _ready(stream), shared)
             stream = self._sync(Point(layer, "attn", phase), make, stream, attention.o.bias, mlp.norm)
             last = layer + 1 == len(self.blocks)
             following = self.norm if last else self.blocks[layer + 1][0].norm
-            half = MlpHalf(mlp, layer, _ready(stream), native)
+            half = MlpHalf(mlp, layer, _ready(stream), fused)
             stream = self._sync(Point(layer, "mlp", phase), half, stream, mlp.down.bias, following)
         return _ready(stream)
 
     @cached_property
-    def _native(self) -> NativeDecoder | None:
+    def _fused(self) -> FusedDecoder | None:  # of the weights at the first forward
         if dispatch.unavailable("cpu"):
             return None
-        from ..backends.cpu_decoder import NativeDecoder, reasons_against  # load the native kernels
+        from .fused import FusedDecoder, reasons_against  # load the native kernels
 
-        return None if reasons_against(self) else NativeDecoder(self)
+        return None if reasons_against(self) else FusedDecoder(self)
 
     @cache  # noqa: B019 - a decoder lives as long as its process
     def _sums_alone(self, policy: Callable[[Point], SyncPolicy], phase: Literal["prefill", "decode"]) -> bool:

@@ -6,15 +6,16 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import attention as bench_attention
 import llm as bench_llm
 import perplexity as bench_perplexity
-from lib import args, env, limits, memory, plot, records, table, text, timing
+from lib import args, attention_cases, env, limits, memory, plot, records, table, text, timing
 
 from .markdown import ROOT
 
@@ -123,14 +124,30 @@ def test_limits_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.last_level_cache() >= 1 << 18
 
 
-def test_attention_rivals_compute_the_same() -> None:
+@pytest.mark.parametrize("extra", [{}, {"page": 16}, {"packed": True}, {"kind": "prefill"}], ids=str)
+def test_attention_rivals_compute_the_same(extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    q, k, v = (torch.randn(2, n, h, 24) for n, h in ((1, 6), (37, 2), (37, 2)))
+    monkeypatch.setattr(attention_cases, "last_level_cache", lambda: 1 << 10)
+    shape = {"kind": "decode", "dtype": "fp32", "keys": 48, "batch": 3, "heads": 6, "kv_heads": 2}
+    case = attention_cases.Case(**{**shape, "head_dim": 24, **extra})
+    q, k, v = attention_cases.operands(case)[0]
+    named = attention_cases.rivals(case)
+    assert len(named) > 1
     with torch.inference_mode():
-        expected = bench_attention.ours(q, k, v, causal=False)
-        torch.testing.assert_close(bench_attention.folded(q, k, v), expected)
-        torch.testing.assert_close(bench_attention.enable_gqa(q, k, v, causal=False), expected)
+        expected = named.pop("fastattn")(q, k, v)
+        for rival in named.values():
+            torch.testing.assert_close(rival(q, k, v), expected)
+
+
+def test_attention_work_counts_visible_pairs() -> None:
+    case = attention_cases.Case("prefill", "bf16", 7, heads=2, kv_heads=1, head_dim=8)
+    assert case.flop() == 4 * 2 * 8 * sum(range(1, 8))
+    # A window of 3 keys before its own: 1, 2, 3, 4, 4, 4, 4.
+    assert replace(case, window=3).flop() == 4 * 2 * 8 * (6 + 4 * 4)
+    decode = replace(case, kind="decode", batch=4, packed=True, keys=8)
+    assert decode.lengths() == [2, 4, 6, 8]
+    assert (decode.flop(), decode.kv_bytes()) == (4 * 2 * 8 * 20, 2 * 20 * 8 * 2)
 
 
 def test_curves_leave_out_what_is_common() -> None:
@@ -174,12 +191,13 @@ def run_program(program: str, *line: str) -> subprocess.CompletedProcess[str]:
 
 def test_attention_program(tmp_path: Path) -> None:
     out = tmp_path / "attention.json"
-    shape = "--heads 4 --kv_heads 2 --head_dim 32 --decode_len 4096 --prefill_len 64"
+    line = "--shorten 64 --data_type fp32 --seconds 0.01"
     files = ("--json", str(out), "--plot", str(tmp_path / "attention.png"))
-    run_program("attention.py", *shape.split(), "--data_type=fp32", "--seconds=0.01", *files)
+    run_program("attention.py", *line.split(), *files)
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads(out.read_text())
     assert {r["peer"] for r in written} == {"sdpa enable_gqa", "sdpa folded"}
+    assert all(0 < r["ours"] < 3 * r["limit_value"] for r in written)
     assert all(set(r) == FIELDS and r["ours"] > 0 and r["claim"] == "measured" for r in written)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import fastattn
 from fastattn import dispatch
-from fastattn.backends.cpu_decoder import NativeDecoder, reasons_against
 from fastattn.collectives.exact import Exact, ExactWork
 from fastattn.memory.paged import PagedKvCache
+from fastattn.models.fused import FusedDecoder, reasons_against
 from fastattn.models.generate import Model
 from fastattn.models.llama import Decoder
 from fastattn.native import kernels
@@ -162,11 +162,13 @@ def test_a_named_backend_is_obeyed(model: Model) -> None:
     assert (found[0] - wanted[0]).abs().max() < 1e-4
 
 
-def test_many_rows_run_op_by_op(model: Model) -> None:
-    before = dispatch.calls["cpu", "decoder"]
+def test_many_rows(model: Model) -> None:
+    ids = [list(range(3, 200)), list(range(3, 90))]
+    model.decoder.fused = False
+    wanted = model.logits(ids)
     model.decoder.fused = True
-    model.logits([list(range(3, 200))])
-    assert dispatch.calls["cpu", "decoder"] == before
+    for a, b in zip(model.logits(ids), wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_reasons(model: Model) -> None:
@@ -199,7 +201,7 @@ def test_reasons(model: Model) -> None:
     ],
 )
 def test_a_step_is_checked_before_it_runs(model: Model, field: int, value: Tensor, message: str) -> None:
-    native = NativeDecoder(model.decoder)
+    native = FusedDecoder(model.decoder)
     arguments = [
         native.weights, torch.zeros(2, 4, 4, 2, 24), torch.zeros(2, 4, 4, 2, 24),
         torch.zeros(1, 1, dtype=torch.int32), torch.tensor([1], dtype=torch.int32),
@@ -207,11 +209,20 @@ def test_a_step_is_checked_before_it_runs(model: Model, field: int, value: Tenso
         torch.zeros(16, 12),
     ]  # fmt: skip
     step = kernels.DecoderStep(*arguments)
-    for rows in (torch.zeros(2, 64), torch.zeros(1, 63), torch.zeros(1, 64, dtype=torch.bfloat16)):
-        with pytest.raises(ValueError, match="hidden: "):
-            step.forward(rows, torch.zeros(1, 64), 1)
+    right = torch.zeros(1, 64)
+    for wrong in (torch.zeros(2, 64), torch.zeros(1, 63), torch.zeros(1, 64, dtype=torch.bfloat16)):
+        for half in (step.attention, step.mlp):
+            with pytest.raises(ValueError, match="hidden: "):
+                half(0, wrong, right, 1)
+            with pytest.raises(ValueError, match="out: "):
+                half(0, right, wrong, 1)
+        with pytest.raises(ValueError, match="out: "):
+            step.forward(torch.tensor([3]), wrong, 1)
+    for ids in ([320], [-1], [1, 2]):
+        with pytest.raises(ValueError, match="ids: "):
+            step.forward(torch.tensor(ids), right, 1)
     with pytest.raises(ValueError, match="layer: 2, expected below 2"):
-        step.mlp(2, torch.zeros(1, 64), torch.zeros(1, 64), 1)
+        step.mlp(2, right, right, 1)
     arguments[field] = value
     with pytest.raises(ValueError, match=message):
         kernels.DecoderStep(*arguments)

@@ -55,7 +55,7 @@ FA_INLINE Cut cut_sequence(const AttentionArgs& a, const Sequence& s, const Plan
     c.blocks = s.q_len ? ceil_div(s.q_len, c.block) : 0;
     c.splits = 1;
     if (plan.target > 0.0) {
-        const int64_t wanted = int64_t(item_cost(a, s, c) / plan.target) + 1;
+        const int64_t wanted = int64_t(item_cost(a, s, c) / plan.target + 0.5);
         c.splits = imax(1, imin(wanted, span(a, s, c.block) / MIN_SPLIT));
     }
     return c;
@@ -65,7 +65,9 @@ FA_INLINE Cut cut_sequence(const AttentionArgs& a, const Sequence& s, const Plan
 static Plan make_plan(const AttentionArgs& a, int threads) {
     const int64_t group = a.heads / a.kv_heads;
     const bool heads_together = a.k_head <= 2 * a.head_dim && a.v_head <= 2 * a.v_head_dim;
-    Plan plan = {threads, 256, heads_together ? a.kv_heads : 1, 0.0, 0, 0};
+    const int64_t head_bytes = (a.head_dim + a.v_head_dim) * (a.dtype == DType::f32 ? 4 : 2);
+    const int64_t most_heads = imax(1, imin(a.kv_heads, STEP_BYTES / (W * imax(head_bytes, 1))));
+    Plan plan = {threads, 256, heads_together ? most_heads : 1, 0.0, 0, 0};
     for (;;) {
         double cost = 0.0;
         plan.target = 0.0;

@@ -19,16 +19,16 @@ DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const K
     : d_(decoder), s_(step), kernels_(kernels), threads_(threads), item_(item_size(decoder.dtype)) {
     int64_t part = 0, inner = 0;
     for (const AttentionWeights& w : d_.attention) {
-        for (const LinearArgs& m : w.qkv.parts) {
+        for (const Matrix& m : w.qkv.parts) {
             need_scratch(m);
-            if (w.qkv.parts.size() > 1) part = std::max(part, m.w.out);
+            if (w.qkv.parts.size() > 1) part = std::max(part, m.args.w.out);
         }
         need_scratch(w.o);
     }
     for (const MlpWeights& w : d_.mlp) {
-        for (const LinearArgs& m : w.gate_up.parts) {
+        for (const Matrix& m : w.gate_up.parts) {
             need_scratch(m);
-            if (w.gate_up.parts.size() > 1) part = std::max(part, m.w.out);
+            if (w.gate_up.parts.size() > 1) part = std::max(part, m.args.w.out);
         }
         need_scratch(w.down);
         inner = std::max(inner, w.gate_up.width);
@@ -39,6 +39,8 @@ DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const K
         left = d_.attention[i].left;
         need_scratch(kernels_.attention_workspace(attention_args(i, nullptr, nullptr), threads_));
     }
+    need_scratch(kernels_.ops.dequantize_workspace(embed(nullptr, nullptr), threads_));
+    embedded_ = take(d_.hidden);
     hidden_ = take(d_.hidden);
     partial_ = take(d_.hidden);
     streams_[0] = take(d_.hidden);
@@ -61,8 +63,9 @@ DecoderRun::Buffer DecoderRun::take(int64_t width) {
 
 void DecoderRun::need_scratch(size_t bytes) { scratch_bytes_ = std::max(scratch_bytes_, aligned(bytes)); }
 
-void DecoderRun::need_scratch(const LinearArgs& matrix) {
-    need_scratch(kernels_.ops.linear_workspace(on_rows(matrix, nullptr, nullptr), threads_));
+void DecoderRun::need_scratch(const Matrix& matrix) {
+    const LinearArgs a = on_rows(matrix, nullptr, nullptr);
+    need_scratch((by_gemm(matrix) ? kernels_.ops.gemm_workspace : kernels_.ops.linear_workspace)(a, threads_));
 }
 
 char* DecoderRun::element(void* base, int64_t index) const {
@@ -105,11 +108,13 @@ void DecoderRun::mlp_half(size_t layer, const void* hidden, void* out) const {
     linear(w.down, at(gated_), out);
 }
 
-void DecoderRun::forward(const void* x, void* out) const {
+void DecoderRun::forward(const int64_t* ids, void* out) const {
     const size_t layers = d_.attention.size();
-    const void* stream = x;
+    const void* stream = at(embedded_);
     int next = 0;
-    norm(d_.attention[0].norm, x, nullptr, at(hidden_), nullptr);
+    kernels_.ops.dequantize(embed(ids, at(embedded_)), threads_for(s_.rows * d_.hidden, CHEAP, threads_),
+                            memory_ + scratch_offset_);
+    norm(d_.attention[0].norm, stream, nullptr, at(hidden_), nullptr);
     const auto add = [&](const NormWeight& following, void* normed) {
         char* total = at(streams_[next]);
         norm(following, at(partial_), stream, normed, total);
@@ -126,29 +131,39 @@ void DecoderRun::forward(const void* x, void* out) const {
 }
 
 // ------------------------------------------------------------------------------------------------ pieces
-LinearArgs DecoderRun::on_rows(LinearArgs matrix, const void* x, void* out) const {
-    matrix.x = x;
-    matrix.out = out;
-    matrix.dtype = d_.dtype;
-    matrix.rows = s_.rows;
-    matrix.x_stride = matrix.w.in;
-    return matrix;
+DequantizeArgs DecoderRun::embed(const int64_t* ids, void* out) const {
+    return {d_.embedding, ids, s_.rows, out, d_.dtype};
 }
 
-void DecoderRun::linear(const LinearArgs& matrix, const void* x, void* out) const {
+LinearArgs DecoderRun::on_rows(const Matrix& matrix, const void* x, void* out) const {
+    LinearArgs a = matrix.args;
+    a.x = x;
+    a.out = out;
+    a.dtype = d_.dtype;
+    a.rows = s_.rows;
+    a.x_stride = a.w.in;
+    return a;
+}
+
+void DecoderRun::linear(const Matrix& matrix, const void* x, void* out) const {
     const LinearArgs a = on_rows(matrix, x, out);
-    kernels_.ops.linear(a, threads_for(a.w.out * a.w.in, CHEAP, threads_), memory_ + scratch_offset_);
+    const int64_t values = a.w.out * a.w.in;
+    char* scratch = memory_ + scratch_offset_;
+    if (by_gemm(matrix))
+        kernels_.ops.gemm(a, threads_for(a.rows * values, CHEAP, threads_), scratch);
+    else
+        kernels_.ops.linear(a, threads_for(values, CHEAP, threads_), scratch);
 }
 
 void DecoderRun::columns(const ColumnWeights& w, const void* x, void* out) const {
     if (w.parts.size() == 1) return linear(w.parts[0], x, out);
     int64_t first = 0;
-    for (const LinearArgs& m : w.parts) {
+    for (const Matrix& m : w.parts) {
         linear(m, x, at(part_));
-        const size_t bytes = size_t(m.w.out) * item_;
+        const size_t bytes = size_t(m.args.w.out) * item_;
         for (int64_t r = 0; r < s_.rows; r++)
             std::memcpy(element(out, r * w.width + first), at(part_) + size_t(r) * bytes, bytes);
-        first += m.w.out;
+        first += m.args.w.out;
     }
 }
 

@@ -18,30 +18,36 @@ struct NormWeight {
     float eps = 0.0f;
 };
 
+struct Matrix {
+    LinearArgs args;    // but x and what depends on it
+    int64_t gemm_rows;  // rows of x from which `gemm` multiplies, below it `linear`
+};
+
 // Matrices that read the same input, their outputs side by side: q, k, v or gate, up, as one or as several.
 struct ColumnWeights {
-    std::vector<LinearArgs> parts;
+    std::vector<Matrix> parts;
     int64_t width = 0;
 };
 
 struct AttentionWeights {
     NormWeight norm, q_norm, k_norm;
     ColumnWeights qkv;
-    LinearArgs o;
+    Matrix o;
     int64_t left;  // keys visible before a query; negative: all
 };
 
 struct MlpWeights {
     NormWeight norm;
     ColumnWeights gate_up;
-    LinearArgs down;
+    Matrix down;
 };
 
 struct DecoderArgs {
     DType dtype;  // of activations and of the cache
     int64_t hidden, heads, kv_heads, head_dim;
     bool interleaved;
-    float scale;  // of scores
+    float scale;           // of scores
+    WeightArgs embedding;  // (vocabulary, hidden)
     std::vector<AttentionWeights> attention;
     std::vector<MlpWeights> mlp;
     NormWeight norm;  // after the last layer
@@ -82,8 +88,8 @@ public:
     // Normalised input (rows, hidden) to this rank's partial result (rows, hidden), both contiguous.
     void attention_half(size_t layer, const void* hidden, void* out) const;
     void mlp_half(size_t layer, const void* hidden, void* out) const;
-    // Embedded tokens (rows, hidden) to normalised hidden states; needs a row-parallel GEMM without bias.
-    void forward(const void* x, void* out) const;
+    // Token ids (rows,) to normalised hidden states (rows, hidden), where no other rank shares the sums.
+    void forward(const int64_t* ids, void* out) const;
 
 private:
     struct Buffer {
@@ -91,12 +97,14 @@ private:
     };
     Buffer take(int64_t width);
     void need_scratch(size_t bytes);
-    void need_scratch(const LinearArgs& matrix);
+    void need_scratch(const Matrix& matrix);
+    DequantizeArgs embed(const int64_t* ids, void* out) const;
     char* at(const Buffer& b) const { return memory_ + b.offset; }
     char* element(void* base, int64_t index) const;
 
-    LinearArgs on_rows(LinearArgs matrix, const void* x, void* out) const;
-    void linear(const LinearArgs& matrix, const void* x, void* out) const;
+    LinearArgs on_rows(const Matrix& matrix, const void* x, void* out) const;
+    bool by_gemm(const Matrix& matrix) const { return s_.rows >= matrix.gemm_rows; }
+    void linear(const Matrix& matrix, const void* x, void* out) const;
     void columns(const ColumnWeights& w, const void* x, void* out) const;
     const void* normed_heads(const NormWeight& norm, void* x, int64_t heads, const Buffer& out,
                              int64_t* row_stride) const;
@@ -112,7 +120,7 @@ private:
     size_t item_;  // bytes of an activation
     char* memory_ = nullptr;
     size_t scratch_offset_ = 0, scratch_bytes_ = 0;
-    Buffer hidden_, partial_, streams_[2], qkv_, part_, q_norm_, k_norm_, q_, mixed_, gate_up_, gated_;
+    Buffer embedded_, hidden_, partial_, streams_[2], qkv_, part_, q_norm_, k_norm_, q_, mixed_, gate_up_, gated_;
 };
 
 }  // namespace fastattn

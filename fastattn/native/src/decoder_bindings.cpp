@@ -17,9 +17,9 @@ using std::to_string;
 
 // (weight, eps) | None
 using Norm = std::optional<std::pair<py::object, float>>;
-// (format, codes, scales, mins, g_idx, group_size, group_offset, columns, bias)
-using Matrix = std::tuple<string, py::object, py::object, py::object, py::object, int64_t, int64_t, int64_t,
-                          py::object>;
+// (format, codes, scales, mins, g_idx, group_size, group_offset, columns, bias, gemm_rows)
+using Weight = std::tuple<string, py::object, py::object, py::object, py::object, int64_t, int64_t, int64_t,
+                          py::object, int64_t>;
 
 DType float_named(const string& name) {
     for (const DType dtype : {DType::f32, DType::f16, DType::bf16})
@@ -30,7 +30,7 @@ DType float_named(const string& name) {
 class Decoder {
 public:
     Decoder(const string& dtype, int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head_dim,
-            bool interleaved, float scale, const Norm& norm) {
+            bool interleaved, float scale, const Weight& embedding, const Norm& norm) {
         if (hidden < 1 || head_dim < 1) throw bad("hidden, head_dim", "zero", "at least 1");
         if (kv_heads < 1 || heads < 1 || heads % kv_heads)
             throw bad("kv_heads", to_string(kv_heads), "a divisor of " + to_string(heads) + " heads");
@@ -39,13 +39,14 @@ public:
         args_.heads = heads, args_.kv_heads = kv_heads, args_.head_dim = head_dim;
         args_.interleaved = interleaved;
         args_.scale = scale;
+        args_.embedding = matrix_of(embedding, hidden, "embedding").args.w;
         args_.norm = norm_of(norm, hidden, "norm");
         if (!args_.norm.weight) throw bad("norm", "None", "a weight");
     }
 
-    void add_block(const Norm& norm, const std::vector<Matrix>& qkv, const Norm& q_norm, const Norm& k_norm,
-                   const Matrix& o, int64_t left, const Norm& mlp_norm, const std::vector<Matrix>& gate_up,
-                   const Matrix& down) {
+    void add_block(const Norm& norm, const std::vector<Weight>& qkv, const Norm& q_norm, const Norm& k_norm,
+                   const Weight& o, int64_t left, const Norm& mlp_norm, const std::vector<Weight>& gate_up,
+                   const Weight& down) {
         AttentionWeights a = {norm_of(norm, args_.hidden, "norm"),
                               norm_of(q_norm, args_.head_dim, "q_norm"),
                               norm_of(k_norm, args_.head_dim, "k_norm"),
@@ -60,9 +61,9 @@ public:
         if (!a.norm.weight || !m.norm.weight) throw bad("norm, mlp_norm", "None", "weights");
         m.down = matrix_of(down, m.gate_up.width / 2, "down");
         for (const auto& [matrix, name] : {std::pair{&a.o, "o"}, std::pair{&m.down, "down"}}) {
-            if (matrix->w.out != args_.hidden)
-                throw bad(name, to_string(matrix->w.out) + " rows", to_string(args_.hidden));
-            if (matrix->bias) throw bad(name, "a bias", "none: it belongs after the sum over ranks");
+            if (matrix->args.w.out != args_.hidden)
+                throw bad(name, to_string(matrix->args.w.out) + " rows", to_string(args_.hidden));
+            if (matrix->args.bias) throw bad(name, "a bias", "none: it belongs after the sum over ranks");
         }
         args_.attention.push_back(std::move(a));
         args_.mlp.push_back(std::move(m));
@@ -81,21 +82,21 @@ private:
         return {weight.data, weight.dtype, norm->second};
     }
 
-    LinearArgs matrix_of(const Matrix& m, int64_t columns, const char* name) {
-        const auto& [format, codes, scales, mins, g_idx, group_size, group_offset, in, bias] = m;
+    Matrix matrix_of(const Weight& m, int64_t columns, const char* name) {
+        const auto& [format, codes, scales, mins, g_idx, group_size, group_offset, in, bias, gemm_rows] = m;
         if (in != columns) throw bad(name, to_string(in) + " columns", to_string(columns));
         LinearArgs a = {};
         a.w = weight_of(format.c_str(), codes, scales, mins, g_idx, in, group_size, group_offset);
         add_bias(a, bias);
         for (const py::object& t : {codes, scales, mins, g_idx, bias}) kept_.append(t);
-        return a;
+        return {a, gemm_rows};
     }
 
-    ColumnWeights columns_of(const std::vector<Matrix>& parts, int64_t columns, const char* name) {
+    ColumnWeights columns_of(const std::vector<Weight>& parts, int64_t columns, const char* name) {
         ColumnWeights w;
-        for (const Matrix& m : parts) {
+        for (const Weight& m : parts) {
             w.parts.push_back(matrix_of(m, columns, name));
-            w.width += w.parts.back().w.out;
+            w.width += w.parts.back().args.w.out;
         }
         return w;
     }
@@ -172,16 +173,16 @@ public:
     }
 
     void attention(size_t layer, py::object hidden, py::object out, int threads) const {
-        run(layer, hidden, out, threads, [layer](const DecoderRun& r, const void* x, void* y) {
-            r.attention_half(layer, x, y);
-        });
+        half(&DecoderRun::attention_half, layer, hidden, out, threads);
     }
     void mlp(size_t layer, py::object hidden, py::object out, int threads) const {
-        run(layer, hidden, out, threads,
-            [layer](const DecoderRun& r, const void* x, void* y) { r.mlp_half(layer, x, y); });
+        half(&DecoderRun::mlp_half, layer, hidden, out, threads);
     }
-    void forward(py::object x, py::object out, int threads) const {
-        run(0, x, out, threads, [](const DecoderRun& r, const void* x, void* y) { r.forward(x, y); });
+    void forward(py::object ids_, py::object out_, int threads) const {
+        const Tensor ids = tensor(ids_, "ids"), out = tensor(out_, "out");
+        check_indices(ids, "ids", args_.rows, 0, decoder_->args().embedding.out);
+        rows(out, "out");
+        run(threads, [&](const DecoderRun& r) { r.forward(ids.as<int64_t>(), out.data); });
     }
 
 private:
@@ -202,20 +203,24 @@ private:
         return t.data;
     }
 
-    template <class Body>
-    void run(size_t layer, py::object hidden_, py::object out_, int threads, const Body& body) const {
-        const DecoderArgs& d = decoder_->args();
-        if (layer >= d.attention.size())
-            throw bad("layer", to_string(layer), "below " + to_string(d.attention.size()));
+    void half(void (DecoderRun::*body)(size_t, const void*, void*) const, size_t layer, py::object hidden_,
+              py::object out_, int threads) const {
+        const size_t layers = decoder_->args().attention.size();
+        if (layer >= layers) throw bad("layer", to_string(layer), "below " + to_string(layers));
         const Tensor hidden = tensor(hidden_, "hidden"), out = tensor(out_, "out");
         const void* x = rows(hidden, "hidden");
         rows(out, "out");
+        run(threads, [&](const DecoderRun& r) { (r.*body)(layer, x, out.data); });
+    }
+
+    template <class Body>
+    void run(int threads, const Body& body) const {
         if (!args_.rows) return;
         threads = usable_threads(threads);
-        DecoderRun r(d, args_, kernels(), threads);
+        DecoderRun r(decoder_->args(), args_, kernels(), threads);
         r.use(workspace(r.workspace()));
         Running running(threads);
-        body(r, x, out.data);
+        body(r);
     }
 
     std::shared_ptr<const Decoder> decoder_;
@@ -229,9 +234,10 @@ void bind_decoder(py::module_& m) {
     using py::arg;
     py::class_<Decoder, std::shared_ptr<Decoder>>(m, "Decoder",
                                                   "Weights of a Llama-family decoder, checked once.")
-        .def(py::init<const string&, int64_t, int64_t, int64_t, int64_t, bool, float, const Norm&>(),
+        .def(py::init<const string&, int64_t, int64_t, int64_t, int64_t, bool, float, const Weight&,
+                      const Norm&>(),
              arg("dtype"), arg("hidden"), arg("heads"), arg("kv_heads"), arg("head_dim"), arg("interleaved"),
-             arg("scale"), arg("norm"))
+             arg("scale"), arg("embedding"), arg("norm"))
         .def("add_block", &Decoder::add_block, arg("norm"), arg("qkv"), arg("q_norm"), arg("k_norm"),
              arg("o"), arg("left"), arg("mlp_norm"), arg("gate_up"), arg("down"));
     py::class_<DecoderStep>(m, "DecoderStep", "One forward of packed rows over a paged KV cache.")
@@ -241,7 +247,7 @@ void bind_decoder(py::module_& m) {
              arg("cu_seqlens"), arg("positions"), arg("slots"), arg("cos"), arg("sin"))
         .def("attention", &DecoderStep::attention, arg("layer"), arg("hidden"), arg("out"), arg("threads"))
         .def("mlp", &DecoderStep::mlp, arg("layer"), arg("hidden"), arg("out"), arg("threads"))
-        .def("forward", &DecoderStep::forward, arg("x"), arg("out"), arg("threads"));
+        .def("forward", &DecoderStep::forward, arg("ids"), arg("out"), arg("threads"));
 }
 
 }  // namespace fastattn

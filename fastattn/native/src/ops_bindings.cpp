@@ -237,9 +237,9 @@ void add_bias(LinearArgs& a, py::object bias_) {
 
 namespace {
 
-void linear(py::object x_, py::object out_, const char* format, py::object codes, py::object scales,
-            py::object mins, py::object g_idx, int64_t group_size, int64_t group_offset, py::object bias,
-            int threads) {
+LinearArgs linear_of(py::object x_, py::object out_, const char* format, py::object codes, py::object scales,
+                     py::object mins, py::object g_idx, int64_t group_size, int64_t group_offset,
+                     py::object bias) {
     const Tensor x = tensor(x_, "x"), out = tensor(out_, "out");
     expect_dims(x, "x", 2);
     expect_float(x, "x");
@@ -255,10 +255,28 @@ void linear(py::object x_, py::object out_, const char* format, py::object codes
     a.out = out.data;
     a.dtype = x.dtype;
     add_bias(a, bias);
+    return a;
+}
+
+void linear(py::object x, py::object out, const char* format, py::object codes, py::object scales,
+            py::object mins, py::object g_idx, int64_t group_size, int64_t group_offset, py::object bias,
+            int threads) {
+    const LinearArgs a = linear_of(x, out, format, codes, scales, mins, g_idx, group_size, group_offset, bias);
     threads = threads_for(a.w.out * a.w.in, CHEAP, threads);
     void* scratch = workspace(kernels().ops.linear_workspace(a, threads));
     Running running(threads);
     kernels().ops.linear(a, threads, scratch);
+}
+
+// The same for many rows of x.
+void gemm(py::object x, py::object out, const char* format, py::object codes, py::object scales,
+          py::object mins, py::object g_idx, int64_t group_size, int64_t group_offset, py::object bias,
+          int threads) {
+    const LinearArgs a = linear_of(x, out, format, codes, scales, mins, g_idx, group_size, group_offset, bias);
+    threads = threads_for(a.rows * a.w.out * a.w.in, CHEAP, threads);
+    void* scratch = workspace(kernels().ops.gemm_workspace(a, threads));
+    Running running(threads);
+    kernels().ops.gemm(a, threads, scratch);
 }
 
 void dequantize(py::object out_, const char* format, py::object codes, py::object scales, py::object mins,
@@ -325,6 +343,7 @@ void bind_ops(py::module_& m) {
     m.def("rotary", rotary);
     m.def("append_kv", append_kv);
     m.def("linear", linear);
+    m.def("gemm", gemm);
     m.def("dequantize", dequantize);
     m.def("mx_pack",
           [](py::object x, py::object codes, py::object scales, const Element& e, int64_t block,

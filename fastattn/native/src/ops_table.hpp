@@ -98,6 +98,8 @@ struct OpsTable {
     void (*rotary)(const RotaryArgs&, int threads);
     size_t (*linear_workspace)(const LinearArgs&, int threads);
     void (*linear)(const LinearArgs&, int threads, void* workspace);
+    size_t (*gemm_workspace)(const LinearArgs&, int threads);
+    void (*gemm)(const LinearArgs&, int threads, void* workspace);
     size_t (*dequantize_workspace)(const DequantizeArgs&, int threads);
     void (*dequantize)(const DequantizeArgs&, int threads, void* workspace);
     size_t (*mx_workspace)(const MxArgs&, int threads);

@@ -1,9 +1,9 @@
-"""A decoder's half-blocks, or all its layers, as one native call.
+"""A decoder's half-blocks, or all its layers, as one native call on the CPU.
 
 Between two sync points there is nothing for Python to decide, yet a decoded token of a small model makes
 some 300 op calls, which together cost more than its arithmetic. `kernels.Decoder` keeps the checked
 weights and runs the same kernels on the same arguments: bit for bit the result of the ops one by one
-(models/llama.py), which serve every other case.
+(llama.py), which serve every other case.
 """
 
 from __future__ import annotations
@@ -15,42 +15,43 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..backends.cpu_ops import FLOATS, GEMM_ROWS, native_weight
 from ..memory.paged import PagedKvCache
 from ..native import kernels
 from ..spec import KvCache, KvStep, PackedWeight
-from .cpu_ops import FLOATS, few_rows, native_weight
 
 if TYPE_CHECKING:
-    from ..models.llama import Attention, Decoder, Mlp, RmsNorm
+    from .llama import Attention, Decoder, Mlp, RmsNorm
 
 
-class NativeDecoder:
-    """The weights of ``decoder`` as the kernels take them. `reasons_against` says whether it can be made."""
+class FusedDecoder:
+    """The weights of ``decoder`` as the native kernels take them; needs `reasons_against` to be empty."""
 
     def __init__(self, decoder: Decoder) -> None:
         config, (first, _) = decoder.config, decoder.blocks[0]
-        self.dtype = decoder.embedding.dtype
-        self.max_rows = min(few_rows(w, self.dtype) for w in _weights(decoder)) - 1
+        dtype, self.hidden = decoder.embedding.dtype, config.hidden_size
+        self.dtype = dtype
         self.weights = kernels.Decoder(
-            str(self.dtype).removeprefix("torch."), config.hidden_size, first.heads, first.kv_heads,
-            config.head_dim, config.rope.interleaved, config.head_dim**-0.5, _norm(decoder.norm),
+            str(dtype).removeprefix("torch."), config.hidden_size, first.heads, first.kv_heads,
+            config.head_dim, config.rope.interleaved, config.head_dim**-0.5,
+            _matrix(decoder.embedding.weight, dtype), _norm(decoder.norm),
         )  # fmt: skip
         for attention, mlp in decoder.blocks:
             self.weights.add_block(
                 norm=_norm(attention.norm),
-                qkv=[_matrix(w) for w in attention.qkv.weights],
+                qkv=[_matrix(w, dtype) for w in attention.qkv.weights],
                 q_norm=_norm(attention.q_norm),
                 k_norm=_norm(attention.k_norm),
-                o=_matrix(attention.o.weight),
+                o=_matrix(attention.o.weight, dtype),
                 left=-1 if attention.window is None else attention.window - 1,
                 mlp_norm=_norm(mlp.norm),
-                gate_up=[_matrix(w) for w in mlp.gate_up.weights],
-                down=_matrix(mlp.down.weight),
+                gate_up=[_matrix(w, dtype) for w in mlp.gate_up.weights],
+                down=_matrix(mlp.down.weight, dtype),
             )
 
-    def step(self, rows: int, cache: KvCache, step: KvStep, cos: Tensor, sin: Tensor) -> NativeStep | None:
+    def step(self, rows: int, cache: KvCache, step: KvStep, cos: Tensor, sin: Tensor) -> FusedStep | None:
         """One forward of ``rows`` packed rows; None where the ops have to run one by one."""
-        if not 0 < rows <= self.max_rows or dispatch.named() not in ("", "cpu"):
+        if rows == 0 or dispatch.named() not in ("", "cpu"):
             return None
         if not isinstance(cache, PagedKvCache) or cache.keys.dtype != self.dtype:
             return None
@@ -60,14 +61,14 @@ class NativeDecoder:
             self.weights, cache.keys, cache.values, step.block_table, step.seqused, step.cu_seqlens,
             step.positions, step.slots, cos, sin,
         )  # fmt: skip
-        return NativeStep(native)
+        return FusedStep(native, self.hidden, self.dtype)
 
 
-class NativeStep:
+class FusedStep:
     """One forward: half-block by half-block where ranks sum between them, or all of it."""
 
-    def __init__(self, native: Any) -> None:
-        self._native = native
+    def __init__(self, native: Any, hidden: int, dtype: torch.dtype) -> None:
+        self._native, self._hidden, self._dtype = native, hidden, dtype
 
     def attention(self, layer: int, hidden: Tensor, out: Tensor | None) -> Tensor:
         """Normalised ``hidden`` (rows, hidden) to this rank's partial result; appends to the cache."""
@@ -77,15 +78,16 @@ class NativeStep:
         """Normalised ``hidden`` (rows, hidden) to this rank's partial result."""
         return _run(self._native.mlp, hidden, out, layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Embedded tokens (rows, hidden) to normalised hidden states; every sum is this rank's own."""
-        return _run(self._native.forward, x, None)
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (rows,) to normalised hidden states (rows, hidden); every sum is this rank's own."""
+        out = torch.empty((ids.shape[0], self._hidden), dtype=self._dtype)
+        return _run(self._native.forward, ids, out)
 
 
 def reasons_against(decoder: Decoder) -> list[str]:
-    """Why the ops of ``decoder`` have to run one by one; empty when `NativeDecoder` can be made."""
+    """Why the ops of ``decoder`` have to run one by one; empty when `FusedDecoder` can be made."""
     reasons = []
-    weights = _weights(decoder)
+    weights = [decoder.embedding.weight, *_weights(decoder)]
     if any(t.device.type != "cpu" for w in weights for t in w.tensors.values()):
         reasons.append("weights are not on the CPU")
     if decoder.embedding.dtype not in FLOATS:
@@ -114,6 +116,6 @@ def _norm(norm: RmsNorm | None) -> tuple[Tensor, float] | None:
     return None if norm is None else (norm.weight.contiguous(), norm.eps)
 
 
-def _matrix(w: PackedWeight) -> tuple[Any, ...]:
+def _matrix(w: PackedWeight, dtype: torch.dtype) -> tuple[Any, ...]:
     bias = None if w.bias is None else w.bias.contiguous()
-    return (*native_weight(w), w.shape[1], bias)
+    return (*native_weight(w), w.shape[1], bias, GEMM_ROWS[dtype])
