@@ -95,7 +95,7 @@ def linear(a: LinearArgs) -> Tensor:
         return _gemm(x, w)
     out = x.new_empty((x.shape[0], w.shape[0]))
     bias = None if w.bias is None else w.bias.contiguous()
-    kernels.linear(_last_contiguous(x), out, *_weight(w), bias, torch.get_num_threads())
+    kernels.linear(_last_contiguous(x), out, *_weight(w), bias, a.act, torch.get_num_threads())
     return out
 
 

@@ -300,7 +300,7 @@ WeightArgs weight_of(const char* format, py::object codes_, py::object scales_, 
 
 void linear(py::object x_, py::object out_, const char* format, py::object codes, py::object scales,
             py::object mins, py::object g_idx, int64_t group_size, int64_t group_offset, py::object bias_,
-            int threads) {
+            const char* act, int threads) {
     const Tensor x = tensor(x_, "x"), out = tensor(out_, "out");
     expect_dims(x, "x", 2);
     expect_float(x, "x");
@@ -315,6 +315,8 @@ void linear(py::object x_, py::object out_, const char* format, py::object codes
     a.x_stride = x.stride[0];
     a.out = out.data;
     a.dtype = x.dtype;
+    a.act_int8 = string(act) == "int8";
+    if (!a.act_int8 && *act) throw bad("act", "'" + string(act) + "'", "'' or 'int8'");
     if (!bias_.is_none()) {
         const Tensor bias = tensor(bias_, "bias");
         expect_shape(bias, "bias", {a.w.out});
