@@ -37,8 +37,17 @@ def gemm(dtype: torch.dtype, size: int = 1024) -> Work:
 
 
 def read_bandwidth(rounds: int = 5) -> float:
-    """Bytes per second. The best of ``rounds``: what the machine can do, not what it does on average."""
-    work = reading()
+    """Bytes per second."""
+    return _best(reading(), rounds)
+
+
+def gemm_rate(dtype: torch.dtype, rounds: int = 5) -> float:
+    """FLOP/s."""
+    return _best(gemm(dtype), rounds)
+
+
+def _best(work: Work, rounds: int) -> float:
+    """The best of ``rounds``: what the machine can do, not what it does on average."""
     work.call()
     best = float("inf")
     for _ in range(rounds):
