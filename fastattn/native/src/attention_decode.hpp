@@ -1,10 +1,10 @@
 // Few queries: every key and value is read once, straight from the cache, and converted in registers.
 //
 // The bound is memory bandwidth. Where the heads of a cache row lie together one item takes several of them,
-// so that memory is read in whole rows. A step takes its keys, then the softmax of all scores, then its values.
-// While the keys are read the values are prefetched, and while these are read the next step's keys. Within a
-// step a few rows are finished for all heads before the next ones are touched: rows that are a page apart
-// compete for the same cache lines, and hardware prefetchers follow few of them.
+// so that memory is read in whole rows. A step takes its keys, then the softmax of all scores, then its
+// values. While the keys are read the values are prefetched, and while these are read the next step's keys.
+// Within a step a few rows are finished for all heads before the next ones are touched: rows that are a page
+// apart compete for the same cache lines, and hardware prefetchers follow few of them.
 #pragma once
 
 #include "attention_ahead.hpp"
