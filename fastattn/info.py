@@ -17,6 +17,7 @@ from . import __version__, dispatch
 from .attention import build_args
 from .settings import Settings, settings
 from .spec import AttentionSignature
+from .threads import OPENMP_VARIABLES, Machine, machine
 
 #: CPU features that the kernels, or torch's, make use of; as Linux names them.
 _FEATURES = (
@@ -46,6 +47,7 @@ def rows() -> list[Row]:
 
 def report() -> str:
     """The whole report: versions, machine, backends, environment variables in force."""
+    here = machine()
     facts = {
         "fastattn": __version__,
         "torch": torch.__version__,
@@ -53,8 +55,9 @@ def report() -> str:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
         "cpu features": " ".join(cpu_features()) or "unknown",
-        "cores": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable by this process",
-        "threads": f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)",
+        "usable": f"{here} (the machine has {os.cpu_count()} hardware threads)",
+        "threads": _threads(here),
+        "huge pages": f"transparent: {here.huge_pages or 'unknown'}",
         "openmp": ", ".join(openmp_runtimes()) or "none mapped",
     }
     lines = [*_aligned(facts), "", "backends, in the order in which they are tried"]
@@ -64,15 +67,27 @@ def report() -> str:
         table[row.name] = f"yes  {details}".rstrip() if row.usable else f"no   {'; '.join(row.reasons)}"
     lines += _aligned(table, indent="  ")
     lines += ["", "environment"]
-    lines += _aligned(
-        {name: _in_force(name, accepted, doc) for name, accepted, doc in Settings.describe()}, "  "
-    )
+    variables = {
+        name: f"{_in_force(name)}  {doc} ({accepted})" for name, accepted, doc in Settings.describe()
+    }
+    lines += _aligned(variables | {name: _in_force(name) for name in OPENMP_VARIABLES}, "  ")
     return "\n".join(lines)
 
 
-def _in_force(name: str, accepted: str, doc: str) -> str:
+def _in_force(name: str) -> str:
     value = os.environ.get(name)
-    return f"{'(not set)' if value is None else repr(value)}  {doc} ({accepted})"
+    return "(not set)" if value is None else repr(value)
+
+
+def _threads(here: Machine) -> str:
+    """What ops called from Python use, and what the command line takes."""
+    now = torch.get_num_threads()
+    if os.environ.get("OMP_NUM_THREADS"):
+        return f"{now} by OMP_NUM_THREADS, which fastattn generate obeys"
+    text = f"{now} by torch.get_num_threads(); fastattn generate takes {here.threads} over its ranks here"
+    if now > here.threads:
+        text += "; more than can compute at once (torch.set_num_threads)"
+    return text
 
 
 def _aligned(facts: Mapping[str, str], indent: str = "") -> list[str]:

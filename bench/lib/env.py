@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 import fastattn
 from fastattn.dispatch import load_backend, unavailable
+from fastattn.threads import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,8 +41,8 @@ def headline(env: dict[str, str | int]) -> str:
 
 
 def cores() -> int:
-    """Logical processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Threads that can compute at once."""
+    return machine().threads
 
 
 def processor() -> str:

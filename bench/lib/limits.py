@@ -37,16 +37,16 @@ def gemm(dtype: torch.dtype, size: int = 1024) -> Work:
 
 
 def read_bandwidth(rounds: int = 5) -> float:
-    """Bytes per second that torch's current threads read."""
-    return _rate(reading(), rounds)
+    """Bytes per second."""
+    return _best(reading(), rounds)
 
 
 def gemm_rate(dtype: torch.dtype, rounds: int = 5) -> float:
-    """FLOP/s of a GEMM."""
-    return _rate(gemm(dtype), rounds)
+    """FLOP/s."""
+    return _best(gemm(dtype), rounds)
 
 
-def _rate(work: Work, rounds: int) -> float:
+def _best(work: Work, rounds: int) -> float:
     """The best of ``rounds``: what the machine can do, not what it does on average."""
     work.call()
     best = float("inf")

@@ -90,14 +90,14 @@ def linear(a: LinearArgs) -> Tensor:
     if w.x_perm is not None:
         x = x.index_select(1, w.x_perm)
     kernel = kernels.gemm if x.shape[0] >= GEMM_ROWS[x.dtype] else kernels.linear
-    return multiply(kernel, x, w)
+    return multiply(kernel, x, w, a.act)
 
 
-def multiply(kernel: Kernel, x: Tensor, w: PackedWeight) -> Tensor:
+def multiply(kernel: Kernel, x: Tensor, w: PackedWeight, act: str = "") -> Tensor:
     """``x @ W^T + bias`` by ``kernels.linear`` or ``kernels.gemm``; x in the order of W's stored columns."""
     out = x.new_empty((x.shape[0], w.shape[0]))
     bias = None if w.bias is None else w.bias.contiguous()
-    kernel(_last_contiguous(x), out, *native_weight(w), bias, torch.get_num_threads())
+    kernel(_last_contiguous(x), out, *native_weight(w), bias, act, torch.get_num_threads())
     return out
 
 

@@ -39,14 +39,14 @@ class FusedDecoder:
         for attention, mlp in decoder.blocks:
             self.weights.add_block(
                 norm=_norm(attention.norm),
-                qkv=[_matrix(w, dtype) for w in attention.qkv.weights],
+                qkv=[_matrix(w, dtype, attention.qkv.act) for w in attention.qkv.weights],
                 q_norm=_norm(attention.q_norm),
                 k_norm=_norm(attention.k_norm),
-                o=_matrix(attention.o.weight, dtype),
+                o=_matrix(attention.o.weight, dtype, attention.o.act),
                 left=-1 if attention.window is None else attention.window - 1,
                 mlp_norm=_norm(mlp.norm),
-                gate_up=[_matrix(w, dtype) for w in mlp.gate_up.weights],
-                down=_matrix(mlp.down.weight, dtype),
+                gate_up=[_matrix(w, dtype, mlp.gate_up.act) for w in mlp.gate_up.weights],
+                down=_matrix(mlp.down.weight, dtype, mlp.down.act),
             )
 
     def step(self, rows: int, cache: KvCache, step: KvStep, cos: Tensor, sin: Tensor) -> FusedStep | None:
@@ -116,6 +116,6 @@ def _norm(norm: RmsNorm | None) -> tuple[Tensor, float] | None:
     return None if norm is None else (norm.weight.contiguous(), norm.eps)
 
 
-def _matrix(w: PackedWeight, dtype: torch.dtype) -> tuple[Any, ...]:
+def _matrix(w: PackedWeight, dtype: torch.dtype, act: str = "") -> tuple[Any, ...]:
     bias = None if w.bias is None else w.bias.contiguous()
-    return (*native_weight(w), w.shape[1], bias, GEMM_ROWS[dtype])
+    return (*native_weight(w), w.shape[1], bias, act == "int8", GEMM_ROWS[dtype])

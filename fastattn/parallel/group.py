@@ -26,6 +26,7 @@ import torch.distributed as dist
 from ..collectives.exchange import agree, all_gather, device_of, idle, reason_of
 from ..settings import settings
 from ..spec import SyncError, TPGroup, UnsupportedError
+from ..threads import machine
 from .interface import interface_towards
 from .watch import Watch
 
@@ -143,7 +144,8 @@ class Threads(NamedTuple):
 
 
 def set_threads(g: TPGroup, threads: int | None = None) -> Threads:
-    """Sets torch's threads: ``threads``, or OMP_NUM_THREADS, or this machine's cores over its ranks.
+    """Sets torch's threads: ``threads``, or OMP_NUM_THREADS, or what this machine gives (`threads.py`)
+    over its ranks.
 
     torchrun sets OMP_NUM_THREADS=1 by itself, which cannot be told from a user's; under torchrun a 1 is
     therefore not taken as a wish. Collective: all ranks call it.
@@ -158,16 +160,11 @@ def set_threads(g: TPGroup, threads: int | None = None) -> Threads:
     elif environment and not from_torchrun:
         chosen = Threads(torch.get_num_threads(), f"OMP_NUM_THREADS={environment}")
     else:
-        cores = _cores()
-        chosen = Threads(max(1, cores // ranks), f"{cores} cores for {ranks} rank{'s' * (ranks > 1)} here")
+        here = machine()
+        why = f"{here} for {ranks} rank{'s' * (ranks > 1)} here"
+        chosen = Threads(max(1, here.threads // ranks), why)
     torch.set_num_threads(chosen.num)
     return chosen
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _local_world(g: TPGroup) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fastattn
 from fastattn import native, reference
@@ -62,7 +64,7 @@ def qkv(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 32, 33])
 def test_decode_splits_and_merges(group: int, dtype: torch.dtype) -> None:
     """Long caches are cut over the threads; unequal lengths, a sink and a window cross the cuts."""
     used = int32([2999, 1, 777])
@@ -74,6 +76,37 @@ def test_decode_splits_and_merges(group: int, dtype: torch.dtype) -> None:
     ):
         q, k, v = qkv((3, 1, 3 * group, 64), (3, 3000, 3, 64), dtype)
         check_everywhere(Case(q, k, v, {"cache_seqlens": used, **options}))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    queries=st.integers(1, 4),
+    keys=st.integers(1, 700),
+    dims=st.tuples(st.integers(1, 130), st.integers(1, 130)),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1 << 30),
+)
+def test_decode_of_any_shape(
+    heads: tuple[int, int], queries: int, keys: int, dims: tuple[int, int], dtype: torch.dtype, seed: int
+) -> None:
+    """Odd groups of heads, head_dims apart from v_head_dims, steps and tails of every length."""
+    torch.manual_seed(seed)
+    (kv_heads, group), (dim, v_dim) = heads, dims
+    q, k, v = qkv((2, queries, kv_heads * group, dim), (2, keys, kv_heads, dim), dtype, v_dim)
+    check_everywhere(Case(q, k, v, {"causal": True}))
+
+
+@pytest.mark.parametrize("order", ["rising", "falling"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_decode_rescales_when_a_maximum_grows(dtype: torch.dtype, order: str) -> None:
+    """Scores from -60 to 60, so that every step, or none after the first, moves the maximum."""
+    q, k, v = qkv((1, 1, 8, 64), (1, 1500, 2, 64), dtype)
+    slope = torch.linspace(-60.0, 60.0, 1500)
+    # The first element of q and k alone decides; the others only disturb a little.
+    q, k = q * 0.1, k * 0.1
+    q[..., 0], k[..., 0] = 8.0, (slope if order == "rising" else -slope).to(dtype)[:, None]
+    check_everywhere(Case(q, k, v, {"scale": 0.125}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

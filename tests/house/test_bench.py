@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import llm as bench_llm
+import perplexity as bench_perplexity
 import quant as bench_quant
 from lib import args, attention_cases, env, limits, memory, plot, quant_cases, records, table, text, timing
 
@@ -196,6 +197,24 @@ def test_curves_leave_out_what_is_common() -> None:
     assert curves["limit: memory tp=1"] == {1: 40.0, 4: 160.0}
 
 
+def test_perplexity_is_that_of_cross_entropy() -> None:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    torch.manual_seed(0)
+    logits, other, targets = torch.randn(40, 7), torch.randn(40, 7), torch.randint(0, 7, (40,))
+    score = bench_perplexity.Score("fp32", "none")
+    for part in (slice(0, 11), slice(11, 40)):
+        score.add(logits[part].log_softmax(-1), other[part].log_softmax(-1), targets[part])
+    losses = cross_entropy(logits.double(), targets, reduction="none")
+    assert score.perplexity == pytest.approx(float(losses.mean().exp()), rel=1e-5)
+    error = float(losses.mean().exp() * losses.std(unbiased=False) / 40**0.5)
+    assert score.error == pytest.approx(error, rel=1e-4)
+    p, q = other.double().softmax(-1), logits.double().softmax(-1)
+    assert score.kl / score.tokens == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+    assert score.same_top == int((logits.argmax(-1) == other.argmax(-1)).sum())
+
+
 def run_program(program: str, *line: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "bench" / program), *line]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
@@ -224,6 +243,19 @@ def test_quant_program(tmp_path: Path) -> None:
         ("int4-128", "torch bf16"),
         ("int8-32", "torch bf16"),
     }
+
+
+def test_perplexity_program(tmp_path: Path) -> None:
+    out = tmp_path / "perplexity.json"
+    run_program("perplexity.py", "--context=48", "--chunks=2", "--act=none", "--json", str(out))
+    written = json.loads(out.read_text())
+    assert all(set(r) == FIELDS for r in written)
+    values = {(r["case"].split()[1], r["metric"]): r["ours"] for r in written}
+    assert values["fp32", "same top token"] == 100
+    assert values["fp32", "KL divergence"] == 0
+    assert 1e-6 < values["bf16", "KL divergence"] < 0.05
+    # Far from the vocabulary's 49152 of a model that knows nothing.
+    assert 3 < values["fp32", "perplexity"] < 300
 
 
 def test_llm_program_on_two_ranks(tmp_path: Path) -> None:

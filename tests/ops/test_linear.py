@@ -8,12 +8,15 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fastattn import reference_ops
+from fastattn import native, reference_ops
+from fastattn.backends import torch_ops
 from fastattn.quant import packed
 from fastattn.spec import LinearArgs, PackedWeight
 
-from .runners import FLOATS, assert_accurate, random, run
+from .runners import FLOATS, assert_accurate, random, run, table
 from .weights import make
 
 FORMATS = {
@@ -69,8 +72,12 @@ def test_linear(ops, kind, dtype):
 @pytest.mark.parametrize("shape", [(1, 32), (3, 64), (4, 96), (5, 1024), (130, 576)], ids=str)
 def test_shapes_of_the_weight(ops, kind, shape):
     w = weight(kind, *shape)
-    for rows in (1, 5):
-        check(ops, w, random(rows, w.shape[1], seed=rows))
+    x = random(5, w.shape[1], seed=1)
+    check(ops, w, x)
+    # Row by row, the errors of all together: that of one small number is a matter of luck.
+    rows = torch.cat([run(ops, "linear", LinearArgs(row, w)) for row in x.split(1)])
+    args = LinearArgs(x, w)
+    assert_accurate(rows, torch_ops.linear(args), reference_ops.linear(args))
 
 
 @pytest.mark.parametrize("inn", [1, 15, 31, 33, 64, 65])
@@ -122,6 +129,97 @@ def test_strided_input_and_a_cut_weight(ops):
     w = w._replace(bias=random(60, seed=2)[::2])
     check(ops, w, random(5, 300, seed=1)[:, 100:228])
     check(ops, w, random(128, 5, seed=1).T)
+
+
+QUANTIZED = ["int4", "int4 g128 float32", "int4 cut at 32", "int8", "int8 no mins", "int8 g16 float32"]
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("rows", range(1, 18))
+def test_every_number_of_rows(ops, kind, dtype, rows):
+    w = weight(kind, 21, 320)
+    check(ops, w, random(rows, w.shape[1], seed=rows, dtype=dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_outliers_do_not_drown_the_rest(ops, kind, dtype):
+    w = weight(kind, 37, 203)
+    for rows in (1, 6):
+        x = random(rows, w.shape[1], seed=rows)
+        x[:, ::41] *= 1000
+        check(ops, w, x.to(dtype))
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-37, 1e-20, 1e20, 1e32, 1e34, 1e36])
+def test_magnitudes(ops, kind, scale):
+    w = weight(kind, 37, 203)
+    for rows in (1, 6):
+        check(ops, w, random(rows, w.shape[1], seed=rows, scale=scale))
+        x = random(rows, w.shape[1], seed=rows)
+        x[:, 60:] *= scale
+        check(ops, w, x)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", [*QUANTIZED, "int8 cut at 7 bias"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_shows(ops, kind, dtype, value):
+    w = weight(kind, 37, 203)
+    for act in ("", "int8"):
+        for column in (0, 100, w.shape[1] - 1):
+            x = random(3, w.shape[1], seed=column, dtype=dtype)
+            x[1, column] = value
+            y = run(ops, "linear", LinearArgs(x, w, act=act))
+            assert not torch.isfinite(y[1]).any()
+            assert torch.isfinite(y[[0, 2]]).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_activations_in_8_bits(native_ops, kind, dtype):
+    """As far off as roundings of each 32 columns to 1/254 of their largest value explain, and no more."""
+    w = weight(kind, 64, 320)
+    matrix = packed.dequantize(w, torch.float64)
+    for rows in (1, 5):
+        x = random(rows, w.shape[1], seed=rows, dtype=dtype)
+        x[:, 50] *= 100
+        exact = reference_ops.linear(LinearArgs(x, w))
+        step = x.double().unflatten(1, (-1, 32)).abs().amax(2).repeat_interleave(32, 1) / 254
+        bound = (step @ matrix.abs().T) * 1.01 + torch.finfo(dtype).eps * exact.abs().max()
+        rounded = run(native_ops, "linear", LinearArgs(x, w, act="int8")).double() - exact
+        assert (rounded.abs() <= bound).all()
+        full = run(native_ops, "linear", LinearArgs(x, w)).double() - exact
+        if dtype == torch.float32:
+            assert 100 * full.norm() < rounded.norm()
+
+
+@given(
+    st.integers(1, 40), st.integers(1, 9), st.integers(1, 15), st.sampled_from([16, 32, 48, 64, 96, 512]),
+    st.integers(0, 511), st.booleans(), st.sampled_from(["int4", "int8"]), st.sampled_from(FLOATS),
+    st.sampled_from([torch.float16, torch.float32]), st.integers(0, 31), st.integers(0, 10**6),
+)  # fmt: skip
+def test_any_weight(out, chunks, rows, group, offset, mins, fmt, dtype, scale_dtype, cut, seed):
+    """Within what rounding x to integers of 15 or 23 bits and sums in float32 may lose, whatever cancels."""
+    inn = 32 * chunks - (cut if fmt == "int8" else 0)
+    options = {"offset": offset % group // 16 * 16, "mins": mins, "scale_dtype": scale_dtype, "seed": seed}
+    w = make(fmt, out, inn, group=group, **options)
+    x = random(rows, inn, seed=seed, dtype=dtype)
+    exact = reference_ops.linear(LinearArgs(x, w))
+    scales = w.tensors["scales"].double()[:, packed.column_groups(w).long()]
+    size = packed.dequantize(w, torch.float64).abs() + 16 * scales
+    largest = x.double().abs().amax(1, keepdim=True).expand_as(x)
+    integers = largest * 2.0 ** (-22 if dtype == torch.float32 else -14)
+    limit = (integers + x.double().abs() * 2.0**-21) @ size.T + torch.finfo(dtype).eps * exact.abs()
+    before = native.isa()
+    try:
+        for isa in native.available_isas():
+            ours = run(table(f"cpu-{isa}"), "linear", LinearArgs(x, w))
+            assert ((ours.double() - exact).abs() <= limit).all()
+    finally:
+        native.set_isa(before)
 
 
 BASE = make("int4", 8, 64)

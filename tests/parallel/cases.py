@@ -25,6 +25,7 @@ from fastattn.parallel.linear import ColumnLinear, RowLinear
 from fastattn.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 from fastattn.quant import packed
 from fastattn.spec import Epilogue, PackedWeight, Point, Stream, SyncError, TPGroup
+from fastattn.threads import machine
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POINT = Point(3, "attn", "decode")
@@ -310,10 +311,10 @@ def threads_share_the_machine(g: TPGroup) -> None:
     """Started without torchrun: the ranks find out that all of them are here."""
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
-    cores = len(os.sched_getaffinity(0))
+    here = machine()
     chosen = group.set_threads(g)
-    assert chosen.num == torch.get_num_threads() == max(1, cores // g.world)
-    assert chosen.why == f"{cores} cores for {g.world} rank{'s' * (g.world > 1)} here"
+    assert chosen.num == torch.get_num_threads() == max(1, here.threads // g.world)
+    assert chosen.why == f"{here} for {g.world} rank{'s' * (g.world > 1)} here"
     assert group.set_threads(g, 1) == group.Threads(1, "asked for")
 
 

@@ -18,6 +18,7 @@ from fastattn.parallel.linear import ColumnLinear
 from fastattn.parallel.vocab import VocabParallelEmbedding
 from fastattn.quant import packed
 from fastattn.spec import Epilogue, Link, Point, Rates, Stream, TPGroup
+from fastattn.threads import machine
 from tests.parallel.ranks import HERE, ROOT
 
 TWO = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -82,8 +83,7 @@ def test_threads(
     before = torch.get_num_threads()
     try:
         chosen = group.set_threads(ALONE, asked)
-        cores = len(os.sched_getaffinity(0))
-        expected = group.Threads(cores, f"{cores} cores for 1 rank here")
+        expected = group.Threads(machine().threads, f"{machine()} for 1 rank here")
         if threads != "all":
             expected = group.Threads(asked or before, threads)
         assert chosen == expected

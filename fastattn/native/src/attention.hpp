@@ -7,7 +7,8 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int64_t DECODE_ROWS = 8;     // at most so many rows (query heads x queries) take the decode path
+constexpr int64_t DECODE_ROWS = 32;    // at most so many rows (query heads x queries) take the decode path
+constexpr int64_t MEMORY_ROWS = 8;     // fewer rows wait for memory, not for arithmetic
 constexpr int64_t MIN_SPLIT = 256;     // keys
 constexpr int64_t ITEMS_A_THREAD = 4;  // enough to balance unequal items
 constexpr double SMALL_CALL = 4e5;     // multiply-adds that one thread does sooner than two can be started
@@ -39,10 +40,10 @@ FA_INLINE int64_t span(const AttentionArgs& a, const Sequence& s, int64_t block)
     return a.left < 0 || a.right < 0 ? s.k_len : imin(s.k_len, a.left + a.right + block);
 }
 
-// Rows times keys; below DECODE_ROWS memory decides, not arithmetic.
+// Rows times keys.
 FA_INLINE double item_cost(const AttentionArgs& a, const Sequence& s, const Cut& c) {
     const int64_t group = a.heads / a.kv_heads;
-    return double(c.kv_block) * double(imax(group * c.block, DECODE_ROWS)) * double(span(a, s, c.block));
+    return double(c.kv_block) * double(imax(group * c.block, MEMORY_ROWS)) * double(span(a, s, c.block));
 }
 
 FA_INLINE Cut cut_sequence(const AttentionArgs& a, const Sequence& s, const Plan& plan) {

@@ -239,7 +239,7 @@ namespace {
 
 LinearArgs linear_of(py::object x_, py::object out_, const char* format, py::object codes, py::object scales,
                      py::object mins, py::object g_idx, int64_t group_size, int64_t group_offset,
-                     py::object bias) {
+                     py::object bias, const char* act) {
     const Tensor x = tensor(x_, "x"), out = tensor(out_, "out");
     expect_dims(x, "x", 2);
     expect_float(x, "x");
@@ -255,13 +255,16 @@ LinearArgs linear_of(py::object x_, py::object out_, const char* format, py::obj
     a.out = out.data;
     a.dtype = x.dtype;
     add_bias(a, bias);
+    a.act_int8 = string(act) == "int8";
+    if (!a.act_int8 && *act) throw bad("act", "'" + string(act) + "'", "'' or 'int8'");
     return a;
 }
 
 void linear(py::object x, py::object out, const char* format, py::object codes, py::object scales,
             py::object mins, py::object g_idx, int64_t group_size, int64_t group_offset, py::object bias,
-            int threads) {
-    const LinearArgs a = linear_of(x, out, format, codes, scales, mins, g_idx, group_size, group_offset, bias);
+            const char* act, int threads) {
+    const LinearArgs a =
+        linear_of(x, out, format, codes, scales, mins, g_idx, group_size, group_offset, bias, act);
     threads = threads_for(a.w.out * a.w.in, CHEAP, threads);
     void* scratch = workspace(kernels().ops.linear_workspace(a, threads));
     Running running(threads);
@@ -271,8 +274,9 @@ void linear(py::object x, py::object out, const char* format, py::object codes, 
 // The same for many rows of x.
 void gemm(py::object x, py::object out, const char* format, py::object codes, py::object scales,
           py::object mins, py::object g_idx, int64_t group_size, int64_t group_offset, py::object bias,
-          int threads) {
-    const LinearArgs a = linear_of(x, out, format, codes, scales, mins, g_idx, group_size, group_offset, bias);
+          const char* act, int threads) {
+    const LinearArgs a =
+        linear_of(x, out, format, codes, scales, mins, g_idx, group_size, group_offset, bias, act);
     threads = threads_for(a.rows * a.w.out * a.w.in, CHEAP, threads);
     void* scratch = workspace(kernels().ops.gemm_workspace(a, threads));
     Running running(threads);

@@ -4,7 +4,7 @@
 // a chunk is decoded into registers and multiplied with that chunk of every row of x, in float32.
 #pragma once
 
-#include "ops_decode.hpp"
+#include "ops_dot_linear.hpp"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -106,7 +106,10 @@ static Workspace layout(const LinearArgs& a) {
     const size_t index = a.w.kind == WeightKind::dense ? 0 : size_t(index_length(a.w)) * sizeof(int32_t);
     return {aligned(x), aligned(index), aligned(size_t(MAX_IN_FLIGHT * scale_floats(a.w)) * sizeof(float))};
 }
-static size_t linear_workspace(const LinearArgs& a, int threads) { return layout(a).total(threads); }
+static size_t linear_workspace(const LinearArgs& a, int threads) {
+    const size_t floats = layout(a).total(threads), dots = dot_workspace(a, threads);
+    return floats > dots ? floats : dots;
+}
 
 template <class Format>
 struct LinearRows {
@@ -170,6 +173,7 @@ struct RunLinear {
 };
 
 static void linear(const LinearArgs& a, int threads, void* workspace) {
+    if (dot_linear(a, threads, workspace)) return;
     with_format(a.w, RunLinear{a, threads, static_cast<char*>(workspace)});
 }
 

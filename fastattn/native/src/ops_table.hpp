@@ -71,6 +71,7 @@ struct LinearArgs {
     int64_t rows, x_stride;
     const void* bias;  // may be null
     DType bias_dtype;
+    bool act_int8;  // x may be rounded to 8 bits, with a scale for each 32 columns
 };
 
 struct DequantizeArgs {
