@@ -85,3 +85,11 @@ def attention(records: Sequence[Record], path: str) -> None:
     draw(left, by(records, "bandwidth", "keys"), "keys", "GB/s")
     draw(right, by(records, "rate", "keys"), "keys", "GFLOP/s")
     drawing.savefig(path, dpi=130)
+
+
+def quant(records: Sequence[Record], path: str) -> None:
+    """Time of a linear layer over the rows of x."""
+    drawing, (ax,) = figure(1)
+    draw(ax, by(records, "time", "rows"), "rows of x", "ms")
+    ax.set_yscale("log")
+    drawing.savefig(path, dpi=130)

@@ -15,7 +15,8 @@ import pytest
 
 import llm as bench_llm
 import perplexity as bench_perplexity
-from lib import args, attention_cases, env, limits, memory, plot, records, table, text, timing
+import quant as bench_quant
+from lib import args, attention_cases, env, limits, memory, plot, quant_cases, records, table, text, timing
 
 from .markdown import ROOT
 
@@ -150,6 +151,36 @@ def test_attention_work_counts_visible_pairs() -> None:
     assert (decode.flop(), decode.kv_bytes()) == (4 * 2 * 8 * 20, 2 * 20 * 8 * 2)
 
 
+@pytest.mark.parametrize("fmt", quant_cases.FORMATS)
+def test_quant_rivals_compute_the_same(fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(quant_cases, "last_level_cache", lambda: 1 << 12)
+    operands = quant_cases.Operands.of(quant_cases.Layer(fmt, 64, 256, "bf16"))
+    assert len(operands.weights) * quant_cases.nbytes(operands.weights[0]) >= 8 << 12
+    named, x = operands.rivals("none"), torch.randn(5, 256).bfloat16()
+    assert ("torch int4" in named) == (quant_cases.torch_has_int4() and fmt.startswith("int4"))
+    with torch.inference_mode():
+        expected = named["torch bf16"](x)
+        for rival in named.values():
+            torch.testing.assert_close(rival(x), expected, atol=0.03, rtol=0.03)
+
+
+def test_quant_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "--format int8-32 --shape 64x128,96x256 --rows 1,3 --act none,int8"
+    a = bench_quant.parser().parse_args(line.split())
+    assert (a.format, a.shape, a.rows, a.act) == (
+        ("int8-32",),
+        ((64, 128), (96, 256)),
+        (1, 3),
+        ("none", "int8"),
+    )
+    for bad in ("--format int3-32", "--shape 64", "--shape 64x100", "--rows 0"):
+        with pytest.raises(SystemExit):
+            bench_quant.parser().parse_args(bad.split())
+        assert "expected" in capsys.readouterr().err
+
+
 def test_curves_leave_out_what_is_common() -> None:
     shared = {"bench": "llm", "spread": 0.0, "claim": "measured", "env": {}}
     made = [
@@ -199,6 +230,19 @@ def test_attention_program(tmp_path: Path) -> None:
     assert {r["peer"] for r in written} == {"sdpa enable_gqa", "sdpa folded"}
     assert all(0 < r["ours"] < 3 * r["limit_value"] for r in written)
     assert all(set(r) == FIELDS and r["ours"] > 0 and r["claim"] == "measured" for r in written)
+
+
+def test_quant_program(tmp_path: Path) -> None:
+    out = tmp_path / "quant.json"
+    line = "--format int4-128,int8-32 --shape 512x1024 --rows 1,20 --data_type bf16 --seconds 0.01"
+    run_program("quant.py", *line.split(), "--json", str(out), "--plot", str(tmp_path / "quant.png"))
+    assert (tmp_path / "quant.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads(out.read_text())
+    assert all(set(r) == FIELDS and r["ours"] > 0 and r["limit_value"] > 0 for r in written)
+    assert {(r["case"].split()[0], r["peer"]) for r in written} >= {
+        ("int4-128", "torch bf16"),
+        ("int8-32", "torch bf16"),
+    }
 
 
 def test_perplexity_program(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ void run_rotary() {
     answer(out);
 }
 
-void run_linear() {
+void run_linear(size_t (*workspace)(const LinearArgs&, int), void (*kernel)(const LinearArgs&, int, void*)) {
     LinearArgs a = {};
     a.dtype = DType(number());
     a.rows = number();
@@ -100,9 +100,9 @@ void run_linear() {
     a.w.scales = data_or_null(scales);
     a.w.mins = data_or_null(mins);
     a.w.g_idx = static_cast<const int32_t*>(data_or_null(g_idx));
-    void* scratch = aligned_alloc(64, (ops_table.linear_workspace(a, THREADS) + 64) / 64 * 64);
+    void* scratch = aligned_alloc(64, (workspace(a, THREADS) + 64) / 64 * 64);
     if (!scratch) exit(4);
-    ops_table.linear(a, THREADS, scratch);
+    kernel(a, THREADS, scratch);
     free(scratch);
     answer(out);
 }
@@ -116,6 +116,7 @@ int main() {
         if (op == 1) run_rms_norm();
         if (op == 2) run_swiglu();
         if (op == 3) run_rotary();
-        if (op == 4) run_linear();
+        if (op == 4) run_linear(ops_table.linear_workspace, ops_table.linear);
+        if (op == 5) run_linear(ops_table.gemm_workspace, ops_table.gemm);
     }
 }

@@ -85,10 +85,11 @@ def test_rotary(run, dtype, interleaved):
 
 @DTYPES
 @pytest.mark.parametrize("kind", [k for k in FORMATS if "bias" not in k and "x_perm" not in k])
-def test_linear(run, kind, dtype):
+@pytest.mark.parametrize(("op", "counts"), [(4, (1, 2, 15)), (5, (1, 6, 33))], ids=["few rows", "gemm"])
+def test_linear(run, op, counts, kind, dtype):
     w = weight(kind, 37, 203)
     t = w.tensors
-    for rows in (1, 2, 15):
+    for rows in counts:
         x = random(rows, w.shape[1], seed=rows, dtype=dtype)
         if w.format == "dense":
             facts = [CODES[t["weight"].dtype], 0, *w.shape, 0, 0, 0]
@@ -97,6 +98,6 @@ def test_linear(run, kind, dtype):
             groups = t["scales"].shape[1]
             facts = [0, CODES[t["scales"].dtype], *w.shape, groups, w.group_size, w.group_offset]
             blobs = [t["codes"], t["scales"], t.get("mins", EMPTY), EMPTY if w.g_idx is None else w.g_idx]
-        ours = run([4, CODES[dtype], rows, KINDS[w.format], *facts], [x, *blobs]).view(dtype).view(rows, 37)
+        ours = run([op, CODES[dtype], rows, KINDS[w.format], *facts], [x, *blobs]).view(dtype).view(rows, 37)
         args = LinearArgs(x, w)
         assert_accurate(ours, torch_ops.linear(args), reference_ops.linear(args))
