@@ -18,7 +18,9 @@ DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const K
                        int threads)
     : d_(decoder), s_(step), kernels_(kernels), threads_(threads), item_(item_size(decoder.dtype)) {
     int64_t part = 0, inner = 0;
+    bool head_norms = false;
     for (const AttentionWeights& w : d_.attention) {
+        head_norms |= w.q_norm.weight || w.k_norm.weight;
         for (const Matrix& m : w.qkv.parts) {
             need_scratch(m);
             if (w.qkv.parts.size() > 1) part = std::max(part, m.args.w.out);
@@ -45,14 +47,19 @@ DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const K
     partial_ = take(d_.hidden);
     streams_[0] = take(d_.hidden);
     streams_[1] = take(d_.hidden);
-    qkv_ = take(d_.qkv_width());
     part_ = take(part);
-    q_norm_ = take(d_.heads * d_.head_dim);
-    k_norm_ = take(d_.kv_heads * d_.head_dim);
+    // One half-block's buffers lie where the other's do.
+    const size_t shared = scratch_offset_;
+    qkv_ = take(d_.qkv_width());
+    q_norm_ = take(head_norms ? d_.heads * d_.head_dim : 0);
+    k_norm_ = take(head_norms ? d_.kv_heads * d_.head_dim : 0);
     q_ = take(d_.heads * d_.head_dim);
     mixed_ = take(d_.heads * d_.head_dim);
+    const size_t attention_end = scratch_offset_;
+    scratch_offset_ = shared;
     gate_up_ = take(inner);
     gated_ = take(inner / 2);
+    scratch_offset_ = std::max(scratch_offset_, attention_end);
 }
 
 DecoderRun::Buffer DecoderRun::take(int64_t width) {
