@@ -30,8 +30,13 @@ from ..spec import (
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Kernel = Callable[..., None]
-# Rows of x from which the GEMM beats the kernel that multiplies W as it is read, measured on Zen 4.
-GEMM_ROWS = {torch.float32: 12, torch.float16: 12, torch.bfloat16: 8}
+# Rows of x from which the GEMM beats the kernel that multiplies W as it is read, measured on Zen 4; by what
+# that kernel computes with: floats, integers of two or three bytes, and (act="int8") bytes.
+GEMM_ROWS = {
+    torch.float32: {"floats": 14, "integers": 14, "bytes": 64},
+    torch.float16: {"floats": 14, "integers": 20, "bytes": 64},
+    torch.bfloat16: {"floats": 8, "integers": 13, "bytes": 16},
+}
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -89,8 +94,15 @@ def linear(a: LinearArgs) -> Tensor:
     w, x = a.weight, a.x
     if w.x_perm is not None:
         x = x.index_select(1, w.x_perm)
-    kernel = kernels.gemm if x.shape[0] >= GEMM_ROWS[x.dtype] else kernels.linear
+    kernel = kernels.gemm if x.shape[0] >= gemm_rows(w, x.dtype, a.act) else kernels.linear
     return multiply(kernel, x, w, a.act)
+
+
+def gemm_rows(w: PackedWeight, dtype: torch.dtype, act: str) -> int:
+    """Rows of x from which `linear` takes the GEMM."""
+    if w.format == "dense" or w.g_idx is not None:
+        return GEMM_ROWS[dtype]["floats"]
+    return GEMM_ROWS[dtype]["bytes" if act == "int8" else "integers"]
 
 
 def multiply(kernel: Kernel, x: Tensor, w: PackedWeight, act: str = "") -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..backends.cpu_ops import FLOATS, GEMM_ROWS, native_weight
+from ..backends.cpu_ops import FLOATS, gemm_rows, native_weight
 from ..memory.paged import PagedKvCache
 from ..native import kernels
 from ..spec import KvCache, KvStep, PackedWeight
@@ -118,4 +118,4 @@ def _norm(norm: RmsNorm | None) -> tuple[Tensor, float] | None:
 
 def _matrix(w: PackedWeight, dtype: torch.dtype, act: str = "") -> tuple[Any, ...]:
     bias = None if w.bias is None else w.bias.contiguous()
-    return (*native_weight(w), w.shape[1], bias, act == "int8", GEMM_ROWS[dtype])
+    return (*native_weight(w), w.shape[1], bias, act == "int8", gemm_rows(w, dtype, act))

@@ -45,12 +45,8 @@ public:
         if (!prepare(threads)) return false;
         lane_groups();
         copy_last_scales();
-        // Some blocks for each thread, so that a slow one takes fewer, but no more than 64 KB of W.
-        const int64_t tiles = (a_.w.out + TILE - 1) / TILE, cache = 65536 / (a_.w.code_stride * TILE + 1) + 1;
-        const int64_t share = (tiles + threads * 4 - 1) / (threads * 4), step = share < cache ? share : cache;
-        parallel_for((tiles + step - 1) / step, threads, [&](int64_t item, int thread) {
-            const int64_t lo = item * step * TILE,
-                          hi = lo + step * TILE < a_.w.out ? lo + step * TILE : a_.w.out;
+        // Contiguous, so that what a thread fetches ahead is its own.
+        parallel_ranges(a_.w.out, TILE, threads, [&](int64_t lo, int64_t hi, int thread) {
             for (int64_t o = lo; o < hi; o += TILE)
                 tile(o, hi - o < TILE ? int(hi - o) : TILE, thread_ + thread * thread_sums());
         });
