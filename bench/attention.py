@@ -55,9 +55,11 @@ def measure(case: Case, limits: dict[str, Work], seconds: float) -> dict[str, Ti
             got = rival(*sets[0])
             torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02, msg=f"{name} differs")
     turn: Iterator[Qkv] = cycle(sets)
-    calls: dict[str, Callable[[], object]] = {
-        name: (lambda rival=rival: rival(*next(turn))) for name, rival in named.items()
-    }
+
+    def on_next(rival: Callable[..., object]) -> Callable[[], object]:
+        return lambda: rival(*next(turn))
+
+    calls = {name: on_next(rival) for name, rival in named.items()}
     return time_calls(calls | {name: work.call for name, work in limits.items()}, seconds)
 
 

@@ -38,7 +38,8 @@ class Floor:
         gathered = all_gather(model.group, torch.tensor(mine, dtype=torch.float64), "limits")
         c = model.config
         kv = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
-        return cls(*torch.stack(list(gathered)).sum(0).tolist(), kv)
+        bandwidth, gemm, *weights = torch.stack(list(gathered)).sum(0).tolist()
+        return cls(bandwidth, gemm, weights[0], weights[1], weights[2], weights[3], kv)
 
     def tpot_ms(self, batch: int, length: int, output: int) -> float:
         """A step reads the weights once, and the KV cache as long as it is on average."""

@@ -33,8 +33,8 @@ Kernel = Callable[..., None]
 # Rows of x from which the GEMM beats the kernel that multiplies W as it is read, measured on Zen 4; by what
 # that kernel computes with: floats, integers of two or three bytes, and (act="int8") bytes.
 GEMM_ROWS = {
-    torch.float32: {"floats": 14, "integers": 14, "bytes": 64},
-    torch.float16: {"floats": 14, "integers": 20, "bytes": 64},
+    torch.float32: {"floats": 14, "integers": 16, "bytes": 64},
+    torch.float16: {"floats": 14, "integers": 32, "bytes": 64},
     torch.bfloat16: {"floats": 8, "integers": 13, "bytes": 16},
 }
 
