@@ -2,7 +2,9 @@
 
 The text is the language documentation that comes with Python (pydoc_data.topics), English prose with some
 code. Chunks of --context tokens lie evenly over it. Of each chunk the second half is scored, so that every
-scored token has between half and all of the context before it. One row a configuration:
+scored token has between half and all of the context before it. A forward takes --step tokens: a few, like
+a step of generation, or all of a chunk, like a prompt. Only few are ever multiplied as integers, so with
+many rows int8 shows no cost. One row a configuration:
 
   perplexity   exp of the mean negative log-likelihood per token; lower is better
   change       against the first configuration
@@ -48,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--context", type=positive, default=512, help="tokens of a chunk; default: 512")
     p.add_argument("--chunks", type=positive, default=16, help="default: 16")
+    p.add_argument("--step", type=positive, default=4, help="tokens a forward; default: 4")
     p.add_argument("--threads", type=positive, help="default: the cores of this machine")
     p.add_argument("--json", metavar="FILE", help="write the records of docs/benchmarks.md")
     return p
@@ -96,10 +99,10 @@ def main() -> None:
     machine = env.capture(threads)
     print(f"{args.model}: {env.headline(machine)}")
     for chunk in chunks(models[0].tokenizer, args.context, args.chunks):
-        score(models, scores, chunk)
+        score(models, scores, chunk, args.step)
     report(scores)
     if args.json:
-        what = f"context={args.context} chunks={args.chunks}"
+        what = f"context={args.context} chunks={args.chunks} step={args.step}"
         write(args.json, to_records(Path(args.model).name, what, scores, machine))
 
 
@@ -115,13 +118,13 @@ def chunks(tokenizer: Tokenizer, context: int, count: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def score(models: Sequence[Model], scores: Sequence[Score], chunk: list[int]) -> None:
+def score(models: Sequence[Model], scores: Sequence[Score], chunk: list[int], step: int) -> None:
     """Adds one chunk's second half to the score of each model."""
     half = len(chunk) // 2
     targets = torch.tensor(chunk[half:])
     exact = None
     for model, sums in zip(models, scores, strict=True):
-        (logits,) = model.logits([chunk])
+        (logits,) = model.logits([chunk], step)
         logp = logits[half - 1 : -1].log_softmax(-1)
         exact = logp if exact is None else exact
         sums.add(logp, exact, targets)

@@ -90,20 +90,26 @@ class Model:
             hidden = self.decoder.forward(torch.tensor(tokens), step, cache)
 
     @torch.inference_mode()
-    def logits(self, token_ids: Sequence[Sequence[int]]) -> list[Tensor]:
+    def logits(self, token_ids: Sequence[Sequence[int]], step: int | None = None) -> list[Tensor]:
         """Logits (len, vocab), float32, of every position of every sequence; rank 0 has them, others none.
 
+        ``step``: tokens a forward, by default a whole sequence; a few run the kernels that generation runs.
         Every rank calls it; rank 0's sequences count. Raises as `generate` does.
         """
+        if step is not None and step < 1:
+            raise ValueError(f"step: {step}, expected at least 1")
         ids, _ = self._share(token_ids, 0)
         cache = self._cache(sum(-(-len(p) // PAGE_SIZE) for p in ids))
         results = []
         for seq, prompt in enumerate(ids):
-            step = cache.reserve([seq], [len(prompt)])
-            hidden = self.decoder.forward(torch.tensor(prompt), step, cache)
-            rows = self.decoder.head(hidden)
-            if rows is not None:
-                results.append(rows.float())
+            parts = []
+            for piece in torch.tensor(prompt).split(step or len(prompt)):
+                hidden = self.decoder.forward(piece, cache.reserve([seq], [len(piece)]), cache)
+                rows = self.decoder.head(hidden)
+                if rows is not None:
+                    parts.append(rows.float())
+            if parts:
+                results.append(torch.cat(parts))
             cache.free(seq)
         return results
 

@@ -47,6 +47,16 @@ def test_prefill_in_chunks_equals_prefill_at_once(
     assert [c.token_ids for c in model.generate(batch, GREEDY)] == wanted
 
 
+@pytest.mark.parametrize("step", [1, 4, 40, 99])
+def test_logits_in_steps_equal_those_at_once(model: Model, step: int) -> None:
+    batch = prompts(41, 5)
+    stepped = model.logits(batch, step)
+    for part, whole in zip(stepped, model.logits(batch), strict=True):
+        torch.testing.assert_close(part, whole, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="step: 0, expected at least 1"):
+        model.logits(batch, 0)
+
+
 @pytest.mark.parametrize(("lengths", "limit"), [([3, 21, 16], 5), ([8, 8], 8), ([1], 9), ([7, 0, 2], 3)])
 def test_chunks_cover_everything_in_order(lengths: list[int], limit: int) -> None:
     chunks = module.chunks(lengths, limit)
