@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -149,6 +149,7 @@ class Decoder:
         self.rope = RopeTables(config.rope, config.max_position)
         #: Whether half-blocks may run as single native calls; the result is the same.
         self.fused = True
+        self._alone: dict[tuple[Callable[[Point], SyncPolicy], str], bool] = {}
 
     def forward(self, ids: Tensor, step: KvStep, cache: KvCache) -> Tensor:
         """Normalised hidden states (total, hidden) of packed token ids (total,); appends to the cache."""
@@ -157,7 +158,11 @@ class Decoder:
         fused = None
         if self.fused and self._fused:
             fused = self._fused.step(ids.shape[0], cache, step, cos, sin)
-            if fused and self._sums_alone(self.policy, phase):
+            # Asked once: a policy is a function of the point.
+            key = (self.policy, phase)
+            if fused and key not in self._alone:
+                self._alone[key] = self._sums_alone(phase)
+            if fused and self._alone[key]:
                 return fused.forward(ids)
         x = self.embedding(ids)
         shared = Forward(self.config, cache, step, cos, sin, fused)
@@ -179,14 +184,13 @@ class Decoder:
 
         return None if reasons_against(self) else FusedDecoder(self)
 
-    @cache  # noqa: B019 - a decoder lives as long as its process
-    def _sums_alone(self, policy: Callable[[Point], SyncPolicy], phase: Literal["prefill", "decode"]) -> bool:
+    def _sums_alone(self, phase: Literal["prefill", "decode"]) -> bool:
         """Whether every sync point only adds this rank's own partial result to the residual."""
         if self.group.world > 1:
             return False
         for layer, (attention, mlp) in enumerate(self.blocks):
             points = [Point(layer, "attn", phase), Point(layer, "mlp", phase)]
-            if not all(isinstance(policy(p), Exact) for p in points):
+            if not all(isinstance(self.policy(p), Exact) for p in points):
                 return False
             if attention.o.bias is not None or mlp.down.bias is not None:
                 return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -169,6 +171,23 @@ def test_many_rows(model: Model) -> None:
     model.decoder.fused = True
     for a, b in zip(model.logits(ids), wanted, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_model_that_is_dropped_is_freed(tmp_path: Path) -> None:
+    model = fastattn.load(save_hf(hf_model("llama"), tmp_path))
+    decode(model, fused=True)
+    decoder = weakref.ref(model.decoder)
+    del model
+    gc.collect()
+    assert decoder() is None
+
+
+def test_a_decoder_without_blocks_is_refused(model: Model) -> None:
+    weight = (model.decoder.norm.weight, 1e-5)
+    embedding = ("dense", torch.zeros(8, 64), None, None, None, 0, 0, 64, None, False, 1)
+    empty = kernels.Decoder("float32", 64, 4, 4, 16, False, 1.0, embedding, weight)
+    with pytest.raises(ValueError, match="decoder: no blocks"):
+        kernels.DecoderStep(empty, *[torch.zeros(1)] * 9)
 
 
 def test_reasons(model: Model) -> None:

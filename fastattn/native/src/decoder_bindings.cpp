@@ -116,6 +116,7 @@ public:
           kept_(py::make_tuple(keys_, values_, block_table_, seqused_, cu_seqlens_, positions_, slots_, cos_,
                                sin_)) {
         const DecoderArgs& d = decoder_->args();
+        if (d.attention.empty()) throw bad("decoder", "no blocks", "at least one");
         const Tensor keys = tensor(keys_, "keys"), values = tensor(values_, "values");
         const Tensor table = tensor(block_table_, "block_table"), used = tensor(seqused_, "seqused");
         const Tensor cu = tensor(cu_seqlens_, "cu_seqlens"), positions = tensor(positions_, "positions");
