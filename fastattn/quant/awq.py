@@ -29,6 +29,7 @@ class Awq:
 
     group_size: int  # -1: one group a row
     name: ClassVar[str] = "awq"
+    tensors: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
     optional: ClassVar[frozenset[str]] = frozenset()
 
     def shapes(self, out: int, inn: int) -> Mapping[str, tuple[int, ...]]:

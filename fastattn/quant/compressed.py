@@ -32,6 +32,9 @@ class Compressed:
     act_order: bool
     symmetric: bool
     name: ClassVar[str] = "compressed-tensors"
+    tensors: ClassVar[tuple[str, ...]] = (
+        "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx",
+    )  # fmt: skip
 
     @property
     def optional(self) -> frozenset[str]:

@@ -56,6 +56,7 @@ class Gptq:
     act_order: bool
     zeros: str
     name: ClassVar[str] = "gptq"
+    tensors: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
 
     @property
     def optional(self) -> frozenset[str]:

@@ -39,6 +39,11 @@ class Format(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all tensors that a matrix may have."""
+        ...
+
+    @property
     def optional(self) -> frozenset[str]:
         """Tensors that may be absent."""
         ...
