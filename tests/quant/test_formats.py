@@ -33,6 +33,7 @@ def check(stored: Stored, out: Cut, inn: Cut) -> None:
     packed.check(piece)
     expected = stored.values[index(out)][:, index(inn)]
     assert piece.shape == tuple(expected.shape)
+    assert all(t.is_contiguous() for t in piece.tensors.values())
     assert torch.equal(packed.dequantize(piece, torch.float64), expected)
     groups = (
         stored.tensors["weight_scale"].shape[1]
