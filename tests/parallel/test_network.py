@@ -35,7 +35,7 @@ def test_two_machines(cable: Network, named: bool, tmp_path: Path) -> None:
         assert "done" in ranks.out(1)
 
 
-@pytest.mark.parametrize("kind", ["all_reduce", "sampling"])
+@pytest.mark.parametrize("kind", ["all_reduce", "sampling", "fused_norm", "star"])
 def test_cut_cable_ends_both_within_the_timeout(cable: Network, kind: str, tmp_path: Path) -> None:
     """Packets vanish without any sign: only the timeout, 5 s here, can tell."""
     with Ranks(
