@@ -128,7 +128,7 @@ struct Int4Codes {
 template <class Codes, Grouping G>
 struct Grouped {
     static constexpr int BYTES = Codes::BYTES;
-    static constexpr int MAX_ROWS = G == COLUMN_GROUPS ? 1 : 4;
+    static constexpr int MAX_ROWS = 4;
     FA_INLINE void decode(const uint8_t* codes, const Row& row, const int32_t* index, int64_t c, vf* w) {
         vf q[PARTS];
         Codes::load_q(codes, q);
@@ -143,6 +143,12 @@ struct Grouped {
                     for (int k = 0; k < PARTS / 2; k++) out[k] = fma(s, in[k], m);
                     continue;
                 }
+#if defined(FASTATTN_SIMD_AVX512)
+                const __m512i at = _mm512_loadu_si512(columns);
+                const vf s = {_mm512_i32gather_ps(at, row.scales, 4)};
+                const vf m = {_mm512_i32gather_ps(at, row.scales + BANK, 4)};
+                *out = fma(s, *in, m);
+#else
                 float s[16], m[16];
                 for (int i = 0; i < 16; i++) {
                     const float* scale = row.scales + columns[i];
@@ -150,6 +156,7 @@ struct Grouped {
                     m[i] = scale[BANK];
                 }
                 for (int k = 0; k < PARTS / 2; k++) out[k] = fma(load(s + k * W), in[k], load(m + k * W));
+#endif
             }
         } else {
             constexpr int SPAN = G == HALF_GROUPS ? PARTS / 2 : PARTS;
