@@ -11,13 +11,13 @@ from time import perf_counter
 
 import torch
 import torch.distributed as dist
-from fastattn.collectives.policy import finish
-from fastattn.parallel.plan import with_item_bytes
-from fastattn.parallel.policies import parse
 from torch import Tensor
 
+from fastattn.collectives.policy import finish
 from fastattn.ops import rms_norm
 from fastattn.parallel.group import init, set_threads, shutdown
+from fastattn.parallel.plan import with_item_bytes
+from fastattn.parallel.policies import parse
 from fastattn.quant.packed import dense
 from fastattn.spec import Epilogue, Link, Point, Rates, Stream, SyncPolicy, TPGroup
 
@@ -150,11 +150,10 @@ def _measure(
     rows = []
     for name, taken in interleave(runs, rounds, 0).items():
         timing = summarize(meeting.slowest(taken))
-        policy = policies.get(name)
         model, sent = None, 2 * (rates.world - 1) * size // rates.world
-        if policy is not None:
-            model = 1e3 * policy.seconds(problem.rows, HIDDEN, link, rates)
-            sent = policy.wire_bytes(problem.rows, HIDDEN, rates.world)
+        if name in policies:
+            model = 1e3 * policies[name].seconds(problem.rows, HIDDEN, link, rates)
+            sent = policies[name].wire_bytes(problem.rows, HIDDEN, rates.world)
         wire = link.latency_s + sent / (link.bytes_per_s * PAYLOAD)
         rows.append(Row(name, size, rounds, 1e3 * timing.median, timing.spread, model, 1e3 * wire))
     return rows
