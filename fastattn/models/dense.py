@@ -1,4 +1,4 @@
-"""Dense float32 weights of any checkpoint, a layer at a time, under the names and in the order of Hugging Face."""
+"""Dense float32 weights of any checkpoint, a layer at a time, in the names and the order of Hugging Face."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class DenseWeights:
 
 
 def deinterleave(rows: Tensor, heads: int, rotary_dim: int) -> Tensor:
-    """Rows (heads * head_dim, ...) of q or k from rotary pairs (2i, 2i + 1) to pairs (i, i + rotary_dim / 2)."""
+    """Rows (heads * head_dim, ...) from rotary pairs (2i, 2i + 1) to pairs (i, i + rotary_dim / 2)."""
     by_head = rows.unflatten(0, (heads, -1))
     turned = by_head[:, :rotary_dim].unflatten(1, (rotary_dim // 2, 2)).transpose(1, 2).flatten(1, 2)
     return torch.cat((turned, by_head[:, rotary_dim:]), 1).flatten(0, 1)

@@ -16,6 +16,7 @@ from ..memory.paged import PagedKvCache
 from ..ops import rms_norm
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..quant import packed
+from ..spec import PackedWeight
 from .config import ModelConfig
 from .dense import Weights
 from .llama import Attention, AttentionHalf, Forward, Mlp, MlpHalf, RmsNorm
@@ -84,9 +85,9 @@ class Sequences:
 
     def _add(self, linear: RowLinear, inputs: Iterator[Tensor]) -> None:
         for residual, x in zip(self.residuals, inputs, strict=True):
-            residual += linear(x)
+            residual.add_(linear(x))
             if linear.bias is not None:
-                residual += linear.bias
+                residual.add_(linear.bias)
 
 
 class Layer:
@@ -118,7 +119,7 @@ class Layer:
     def _norm(self, name: str) -> RmsNorm:
         return RmsNorm(self.tensors[f"{name}.weight"], self.config.rms_norm_eps)
 
-    def _matrix(self, name: str) -> packed.PackedWeight:
+    def _matrix(self, name: str) -> PackedWeight:
         return packed.dense(self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
 
 
@@ -126,7 +127,7 @@ class Layer:
 def layerwise_nll(
     weights: Weights, ids: Sequence[Sequence[int]], on_layer: Callable[[], object] = lambda: None
 ) -> Tensor:
-    """`perplexity.nll` in float32 of a model that need not fit into memory; ``on_layer``: after each layer."""
+    """`perplexity.nll` in float32 of a model that need not fit in memory; ``on_layer``: after each layer."""
     sequences = Sequences(weights, ids)
     for i in range(weights.config.num_layers):
         layer = Layer(weights.config, i, weights.tensors(f"model.layers.{i}."))

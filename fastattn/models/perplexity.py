@@ -1,4 +1,4 @@
-"""Perplexity of a model on a text: pieces of it, the likelihood of their tokens, and what two models differ by.
+"""Perplexity of a model on a text: its chunks, the likelihood of their tokens, how much two models differ.
 
 The text is cut into chunks, evenly over it, each begun as texts begin. Of each chunk the second half is
 scored, so that every scored token has between half and all of the context before it.
@@ -68,7 +68,7 @@ def perplexity(losses: Tensor) -> Perplexity:
 
 
 def change(losses: Tensor, base: Tensor) -> Perplexity:
-    """Perplexity over that of ``base`` on the same tokens, minus 1, with the error of the paired difference."""
+    """Perplexity over that of ``base`` on the same tokens, minus 1; the error is of the paired difference."""
     difference = losses - base
     ratio = math.exp(float(difference.mean()))
     return Perplexity(ratio - 1, ratio * _standard_error(difference))

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .gptq import trivial_g_idx
+
 
 class ColumnOrder(NamedTuple):
     """``visit``: int64 (in,), columns in the order they are quantized; ``g_idx``: int32 (in,)."""
@@ -22,21 +24,18 @@ class ColumnOrder(NamedTuple):
 
 def by_position(columns: int, group_size: int) -> ColumnOrder:
     """Columns and groups as they lie in the matrix; the last group may be shorter."""
-    visit = torch.arange(columns)
-    return ColumnOrder(visit, (visit // group_size).int())
+    return ColumnOrder(torch.arange(columns), trivial_g_idx(columns, group_size))
 
 
 def by_activation(energy: Tensor, group_size: int) -> ColumnOrder:
     """Act-order: columns of the largest ``energy`` (in,), the Hessian's diagonal, first; groups likewise."""
     visit = _descending(energy)
-    g_idx = torch.empty_like(visit, dtype=torch.int32)
-    g_idx[visit] = (torch.arange(len(visit)) // group_size).int()
-    return ColumnOrder(visit, g_idx)
+    return ColumnOrder(visit, trivial_g_idx(len(visit), group_size)[_inverse(visit)])
 
 
 def static_groups(energy: Tensor, group_size: int) -> ColumnOrder:
     """Columns by energy, groups by position: needs scales that are known before the first column."""
-    return ColumnOrder(_descending(energy), by_position(len(energy), group_size).g_idx)
+    return ColumnOrder(_descending(energy), trivial_g_idx(len(energy), group_size))
 
 
 def within_heads(energy: Tensor, group_size: int, num_heads: int, num_kv_heads: int) -> ColumnOrder:
@@ -48,14 +47,12 @@ def within_heads(energy: Tensor, group_size: int, num_heads: int, num_kv_heads: 
     such order exists but the columns' own. Groups are visited by their energy, columns within a group too.
     """
     head_dim = len(energy) // num_heads
-    g_idx = by_position(len(energy), group_size).g_idx
-    if group_size < head_dim and head_dim % group_size == 0:
-        shared = energy.view(num_kv_heads, num_heads // num_kv_heads, head_dim).sum(1)
-        rank = torch.stack([_inverse(_descending(e)) for e in shared])
-        rank = rank.repeat_interleave(num_heads // num_kv_heads, 0)
-        g_idx = (torch.arange(num_heads)[:, None] * head_dim + rank).flatten().div(
-            group_size, rounding_mode="floor"
-        ).int()  # fmt: skip
+    g_idx = trivial_g_idx(len(energy), group_size)
+    if group_size > 0 and head_dim % group_size == 0:
+        sharing = num_heads // num_kv_heads
+        shared = energy.view(num_kv_heads, sharing, head_dim).sum(1)
+        rank = torch.stack([_inverse(_descending(e)) for e in shared]).repeat_interleave(sharing, 0)
+        g_idx = g_idx[(torch.arange(num_heads)[:, None] * head_dim + rank).flatten()]
     groups = int(g_idx.max()) + 1
     total = torch.zeros(groups, dtype=energy.dtype).index_add_(0, g_idx.long(), energy)
     place = _inverse(_descending(total))[g_idx.long()]

@@ -15,6 +15,7 @@ which plain rounding does better under H keeps that one, so that the result is n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,11 @@ class Quantized(NamedTuple):
         groups = self.g_idx.long()
         return (self.codes.float() - self.zeros.float()[:, groups]) * self.scales.float()[:, groups]
 
+    def split(self, sizes: Sequence[int]) -> list[Quantized]:
+        """Cuts along out, each with its own g_idx, since files cannot share one."""
+        codes, scales, zeros = (t.split(list(sizes)) for t in (self.codes, self.scales, self.zeros))
+        return [Quantized(c, s, z, self.g_idx.clone()) for c, s, z in zip(codes, scales, zeros, strict=True)]
+
 
 class Hessian:
     """``H = 2 X X^T / n`` of the n inputs of a linear layer, summed up piece by piece in float32."""
@@ -62,7 +68,9 @@ class Hessian:
         return self._sum * (2 / self.rows)
 
 
-def round_to_nearest(weight: Tensor, grid: Grid, g_idx: Tensor, importance: Tensor | None = None) -> Quantized:
+def round_to_nearest(
+    weight: Tensor, grid: Grid, g_idx: Tensor, importance: Tensor | None = None
+) -> Quantized:
     """Every weight of ``weight`` (out, in), float32, to the nearest value of its group's grid.
 
     ``importance`` (in,) weighs the columns' errors where scales are searched; default: all alike.
@@ -76,7 +84,7 @@ def round_to_nearest(weight: Tensor, grid: Grid, g_idx: Tensor, importance: Tens
     return _quantized(codes, params, g_idx)
 
 
-def gptq(
+def solve(
     weight: Tensor, hessian: Tensor, grid: Grid, order: ColumnOrder, *, damp: float = 0.01,
     static_groups: bool = False,
 ) -> Quantized:  # fmt: skip
