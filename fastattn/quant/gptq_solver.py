@@ -10,7 +10,7 @@ Columns run in blocks, and a block's errors reach the columns after it in one ma
 from the paper: U comes from one factorization of H (below) and not from that of an explicit inverse; the
 scale of a group minimizes ``sum_j (W[:, j] - Q[:, j])^2 / U[j, j]^2``, the loss that eq. (2) charges for the
 group's columns; columns that were never active are rounded like any other and not set to zero; and a row for
-which plain rounding does better under H keeps that one, so that the result is never worse.
+which plain rounding does better under H is rounded plainly.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class Hessian:
 def round_to_nearest(
     weight: Tensor, grid: Grid, g_idx: Tensor, importance: Tensor | None = None
 ) -> Quantized:
-    """Every weight of ``weight`` (out, in), float32, to the nearest value of its group's grid.
+    """Every weight of ``weight`` (out, in) to the nearest value of its group's grid.
 
     ``importance`` (in,) weighs the columns' errors where scales are searched; default: all alike.
     """
     _check_weight(weight)
     wt = weight.T.contiguous()
-    each = torch.ones(len(wt)) if importance is None else importance
+    each = wt.new_ones(len(wt)) if importance is None else importance.to(wt.dtype)
     params = _fit_all(wt, grid, g_idx, each)
     groups = g_idx.long()
     codes = round_to(wt, Params(params.scale[groups], params.zero[groups]), grid)
@@ -88,7 +88,10 @@ def solve(
     weight: Tensor, hessian: Tensor, grid: Grid, order: ColumnOrder, *, damp: float = 0.01,
     static_groups: bool = False,
 ) -> Quantized:  # fmt: skip
-    """Quantizes ``weight`` (out, in), float32, for inputs of second moments ``hessian`` (in, in).
+    """Quantizes ``weight`` (out, in) for inputs of second moments ``hessian`` (in, in).
+
+    Computes in the dtype of ``weight``, float32 or float64. Each row keeps the better of GPTQ and rounding to
+    nearest, so that ``error`` is never above that of `round_to_nearest`.
 
     ``damp``: of the mean diagonal of H, added to the diagonal. ``static_groups``: all scales come from the
     weights as they are, before errors move them; otherwise ``order`` has to visit group after group, and the
@@ -99,6 +102,7 @@ def solve(
     if hessian.shape != (weight.shape[1],) * 2 or not bool(hessian.isfinite().all()):
         raise ValueError(f"hessian: {tuple(hessian.shape)}, expected finite ({weight.shape[1]},) * 2")
     visit = order.visit
+    hessian = hessian.to(weight.dtype)
     factor = inverse_factor(hessian[visit][:, visit], damp)
     wt = weight.T[visit].contiguous()
     groups = order.g_idx[visit].long()
@@ -113,16 +117,16 @@ def solve(
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Upper triangular U with ``U^T U = (H + damp mean(diag H) I)^-1``, float32.
+    """Upper triangular U with ``U^T U = (H + damp mean(diag H) I)^-1``, in the dtype of H.
 
     H in reversed order has a Cholesky factor L; L reversed back is an upper triangular R with H = R R^T, and
     U = R^-1: one factorization, whose error grows with the condition of H and not with its square. In
     float64 where float32 would leave less than two digits.
     """
     mean = float(hessian.diagonal().mean())
-    if mean <= 0:  # no input was ever active: nothing tells the columns apart
-        return torch.eye(len(hessian))
-    for dtype in (torch.float32, torch.float64):
+    if mean == 0:  # no input was ever active: nothing tells the columns apart
+        return torch.eye(len(hessian), dtype=hessian.dtype)
+    for dtype in dict.fromkeys((hessian.dtype, torch.float64)):
         flipped = hessian.to(dtype).flip(0, 1)
         flipped.diagonal().add_(damp * mean)
         lower, info = torch.linalg.cholesky_ex(flipped)
@@ -133,7 +137,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
         spread = float((diagonal.max() / diagonal.min()).square())
         if dtype == torch.float64 or spread * len(hessian) ** 0.5 * torch.finfo(dtype).eps < _CONDITION:
             eye = torch.eye(len(hessian), dtype=dtype)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).float()
+            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).to(hessian.dtype)
     raise ValueError(f"hessian: not positive definite with damp {damp:g}; use a larger one")
 
 
@@ -141,13 +145,12 @@ def _sweep(
     wt: Tensor, factor: Tensor, groups: Tensor, grid: Grid, charge: Tensor, known: Params | None
 ) -> tuple[Tensor, Params]:
     """Algorithm 1 on the rows of ``wt`` (in, out), which it overwrites: codes, and params by group."""
-    columns, out = wt.shape
-    codes = torch.empty(columns, out)
-    count = int(groups.max()) + 1
-    params = known or Params(torch.zeros(count, out), torch.zeros(count, out))
+    out = wt.shape[1]
+    codes = torch.empty_like(wt)
+    params = known or Params(*wt.new_zeros(2, int(groups.max()) + 1, out))
     spans = _spans(groups.tolist(), static=known is not None)
     for lo, hi in _blocks(spans):
-        w, errors = wt[lo:hi].clone(), torch.empty(hi - lo, out)
+        w, errors = wt[lo:hi].clone(), wt.new_empty(hi - lo, out)
         u = factor[lo:hi, lo:hi]
         for i in range(hi - lo):
             column, group = lo + i, groups[lo + i]
@@ -209,13 +212,15 @@ def _better_rows(weight: Tensor, hessian: Tensor, a: Quantized, b: Quantized) ->
 
 
 def error(weight: Tensor, hessian: Tensor, q: Quantized) -> Tensor:
-    """What rounding adds to the squared output of each row, summed over the inputs: float32 (out,)."""
-    change = weight - q.dequantize()
+    """What rounding changes each row's output by, squared and summed over the inputs: (out,)."""
+    change = weight - q.dequantize().to(weight.dtype)
     return (change @ hessian).mul_(change).sum(1)
 
 
 def _check_weight(weight: Tensor) -> None:
-    if weight.ndim != 2 or weight.dtype != torch.float32 or not weight.numel():
-        raise ValueError(f"weight: {weight.dtype} {tuple(weight.shape)}, expected float32 (out, in)")
+    if weight.ndim != 2 or weight.dtype not in (torch.float32, torch.float64) or not weight.numel():
+        raise ValueError(
+            f"weight: {weight.dtype} {tuple(weight.shape)}, expected float32 or float64 (out, in)"
+        )
     if not bool(weight.isfinite().all()):
         raise ValueError("weight: holds values that are not finite")
