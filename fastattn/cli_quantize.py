@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"fastattn: error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(asdict(report)) if args.json else _show(report))
+    print(json.dumps(report.to_json()) if args.json else _show(report))
     return 0
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..spec import CheckpointError
 from .checkpoint import Checkpoint
-from .config import ModelConfig
+from .config import ModelConfig, RopeConfig
 from .fields import read_json
 from .hf import HfCheckpoint
 from .hf_config import ARCHITECTURES, CONFIG_LIMIT, parse_config
@@ -118,7 +118,7 @@ def to_config_json(path: object, config: ModelConfig) -> dict[str, Any]:
         "torch_dtype": str(config.dtype).removeprefix("torch."),
     }
     if config.rope.kind != "default":
-        values["rope_scaling"] = {"rope_type": config.rope.kind, **config.rope.params}
+        values["rope_scaling"] = {"rope_type": config.rope.kind, **_rope_params(config.rope)}
     if family != "llama":
         values["sliding_window"] = next((w for w in config.windows if w), None)
     if family in ("qwen2", "qwen3"):
@@ -131,6 +131,15 @@ def to_config_json(path: object, config: ModelConfig) -> dict[str, Any]:
     if differ:
         raise CheckpointError(path, f"has no config.json in Hugging Face's words: {', '.join(differ)}")
     return values
+
+
+def _rope_params(rope: RopeConfig) -> dict[str, Any]:
+    """Numbers and flags of the types that Hugging Face gives them."""
+    params: dict[str, Any] = dict(rope.params)
+    for key, kind in (("original_max_position_embeddings", int), ("truncate", bool)):
+        if key in params:
+            params[key] = kind(params[key])
+    return params
 
 
 def remove_unfinished(directory: Path) -> None:

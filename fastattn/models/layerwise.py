@@ -44,7 +44,7 @@ class Sequences:
     def o_inputs(self, layer: Layer) -> Iterator[Tensor]:
         """Inputs of o."""
         attention = layer.attention()
-        pages = -(-max(map(len, self.residuals)) // _PAGE)
+        pages = -(-max(map(len, self.residuals), default=0) // _PAGE)
         cache = PagedKvCache(1, pages, _PAGE, attention.kv_heads, self.config.head_dim)
         for x in self.residuals:
             step = cache.reserve([0], [len(x)])

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,11 @@ class Report:
     dense: Perplexity
     quantized: Perplexity
     change: Perplexity
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, as JSON values."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: v._asdict() if isinstance(v, Perplexity) else v for k, v in found.items()}
 
 
 def quantize(

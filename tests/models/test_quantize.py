@@ -1,0 +1,374 @@
+"""Quantizing whole models: what is written, what it costs, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastattn.models import quantize as driver
+from fastattn.models.checkpoint import open_checkpoint
+from fastattn.models.config import tensor_shapes
+from fastattn.models.dense import DenseWeights
+from fastattn.models.hf_config import read_config
+from fastattn.models.quantize import Report, quantize
+from fastattn.models.quantized_files import QuantizedFiles
+from fastattn.quant.recipe import Recipe
+from fastattn.spec import CheckpointError
+from tests.models.builders import FAMILIES, hf_model, save_gguf, save_hf
+
+TEXT = "\n\n".join(topics[name] for name in sorted(topics))[:40_000]
+SMALL: dict[str, Any] = {"samples": 6, "seqlen": 48}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_hf(hf_model("llama", num_hidden_layers=3), tmp_path_factory.mktemp("model"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def read_back(out: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Every tensor of a finished directory, dequantized by the index."""
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    stored = {name: load_file(out / shard)[name] for name, shard in index.items()}
+    found = {}
+    for name, tensor in stored.items():
+        stem, _, kind = name.rpartition(".")
+        if kind == "qweight":
+            parts = [stored[f"{stem}.{k}"] for k in ("qweight", "qzeros", "scales", "g_idx")]
+            found[f"{stem}.weight"] = recipe.unpack(*parts).dequantize()
+        elif kind in ("weight", "bias"):
+            found[name] = tensor
+    return found
+
+
+RECIPES = [
+    Recipe(),
+    Recipe(bits=2, group_size=32, sym=False, act_order="global"),
+    Recipe(bits=3, group_size=32, act_order="head", format="gptq_v2"),
+    Recipe(bits=8, group_size=-1, act_order="global", static_groups=True),
+    Recipe(bits=4, group_size=64, method="rtn", search=False),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.method}-{r.bits}-{r.group_size}-{r.act_order}")
+def test_the_directory_holds_the_model(directory: Path, recipe: Recipe, tmp_path: Path) -> None:
+    report = quantize(directory, tmp_path / "q", recipe, TEXT, **SMALL)
+    dense = DenseWeights(open_checkpoint(directory))
+    found = read_back(tmp_path / "q", recipe)
+    assert set(found) == set(tensor_shapes(dense.config))
+    for name, tensor in found.items():
+        original = dense.tensor(name)
+        if tensor.ndim == 2 and ".layers." in name:
+            worst = {2: 0.8, 3: 0.35, 4: 0.2, 8: 0.02}[recipe.bits]
+            assert (tensor - original).norm() < worst * original.norm(), name
+            assert not torch.equal(tensor, original)
+        else:
+            assert torch.equal(tensor, original), name
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert config.pop("quantization_config").items() >= {
+        "quant_method": "gptq", "bits": recipe.bits, "group_size": recipe.group_size, "sym": recipe.sym,
+        "desc_act": bool(recipe.act_order) and not recipe.static_groups, "checkpoint_format": recipe.format,
+    }.items()  # fmt: skip
+    assert config == json.loads((directory / "config.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "q" / name).read_bytes() == (directory / name).read_bytes()
+    assert not list((tmp_path / "q").glob("*.unfinished"))
+    assert not (tmp_path / "q" / "quantize.json").exists()
+    matrices = [v for n, v in found.items() if v.ndim == 2 and ".layers." in n]
+    assert report.weights == sum(v.numel() for v in matrices)
+    shards = sorted((tmp_path / "q").glob("*.safetensors"))
+    stored = [
+        t for s in shards for n, t in load_file(s).items() if re.search(r"qweight|qzeros|scales|g_idx", n)
+    ]
+    bits = 8 * sum(t.numel() * t.element_size() for t in stored)
+    assert report.bits_per_weight == pytest.approx(bits / report.weights)
+    assert report.nbytes == sum(s.stat().st_size for s in shards)
+    assert report.dense.value > 1
+    assert report.change.value == pytest.approx(report.quantized.value / report.dense.value - 1)
+
+
+def test_groups_follow_act_order(directory: Path, tmp_path: Path) -> None:
+    for order in ("", "global", "head"):
+        quantize(directory, tmp_path / f"q{order}", Recipe(group_size=32, act_order=order), TEXT, **SMALL)
+    held = {
+        o: load_file(tmp_path / f"q{o}" / "model-00002-of-00004.safetensors") for o in ("", "global", "head")
+    }
+    for name in (n for n in held[""] if n.endswith("g_idx")):
+        trivial = torch.arange(held[""][name].numel()).int() // 32
+        assert torch.equal(held[""][name], trivial)
+        assert not torch.equal(held["global"][name], trivial)
+        # Heads of 16 hold no whole group of 32, so that nothing moves inside them.
+        assert torch.equal(held["head"][name], trivial) == ("o_proj" in name)
+
+
+def test_gptq_beats_rounding(tmp_path: Path) -> None:
+    """On a layer's own outputs: random weights leave perplexity to chance."""
+    save_hf(hf_model("qwen2"), tmp_path / "m")
+    dense = DenseWeights(open_checkpoint(tmp_path / "m"))
+    reports: dict[str, Report] = {}
+    for method in ("gptq", "rtn"):
+        recipe = Recipe(bits=3, group_size=32, method=method)
+        reports[method] = quantize(tmp_path / "m", tmp_path / method, recipe, TEXT, samples=40, seqlen=48)
+    from fastattn.models.layerwise import Layer, Sequences
+    from fastattn.models.perplexity import chunks
+
+    ids = chunks(open_checkpoint(tmp_path / "m").tokenizer(), TEXT[-20_000:], 48, 20)
+    outputs = {}
+    with torch.inference_mode():
+        for name in ("dense", "gptq", "rtn"):
+            sequences = Sequences(dense, ids)
+            found = read_back(tmp_path / name, Recipe(bits=3, group_size=32)) if name != "dense" else {}
+            for i in range(dense.config.num_layers):
+                prefix = f"model.layers.{i}."
+                tensors = {n: found.get(prefix + n, t) for n, t in dense.tensors(prefix).items()}
+                layer = Layer(dense.config, i, tensors)
+                sequences.add_attention(layer)
+                sequences.add_mlp(layer)
+            outputs[name] = torch.cat(sequences.residuals)
+    errors = {m: float((outputs[m] - outputs["dense"]).norm()) for m in ("gptq", "rtn")}
+    assert errors["gptq"] < 0.85 * errors["rtn"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_with_its_biases_and_norms(family: str, tmp_path: Path) -> None:
+    more = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
+    if family == "qwen3":
+        more["head_dim"] = 32
+    model = hf_model(family, dtype=torch.bfloat16, **more)
+    quantize(save_hf(model, tmp_path / "m"), tmp_path / "q", Recipe(group_size=32), TEXT, **SMALL)
+    found = read_back(tmp_path / "q", Recipe(group_size=32))
+    for name, tensor in model.state_dict().items():
+        if ".layers." not in name or tensor.ndim == 1:
+            assert torch.equal(found[name], tensor), name
+
+
+def test_a_gguf_file_gives_the_same_files_as_its_directory(tmp_path: Path) -> None:
+    model = hf_model("llama")
+    save_gguf(model, tmp_path / "m.gguf")
+    recipe = Recipe(group_size=32, act_order="head")
+    quantize(save_hf(model, tmp_path / "m"), tmp_path / "a", recipe, TEXT, **SMALL)
+    quantize(tmp_path / "m.gguf", tmp_path / "b", recipe, TEXT, **SMALL)
+    for path in (tmp_path / "a").glob("model*"):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    config = open_checkpoint(tmp_path / "m.gguf").config
+    values = json.loads((tmp_path / "b" / "config.json").read_text())
+    del values["quantization_config"]
+    (tmp_path / "b" / "config.json").write_text(json.dumps(values))
+    read = read_config(tmp_path / "b")
+    assert (read.hidden_size, read.eos_ids, read.rope.theta) == (64, config.eos_ids, config.rope.theta)
+    from fastattn.models.hf_tokenizer import read_tokenizer
+
+    ours, theirs = read_tokenizer(tmp_path / "b", read), open_checkpoint(tmp_path / "m.gguf").tokenizer()
+    assert ours.encode(TEXT) == theirs.encode(TEXT)
+    messages = [{"role": "user", "content": "Hello"}]
+    assert ours.chat(messages) == theirs.chat(messages)
+    assert (ours.bos_id, ours.eos_ids) == (theirs.bos_id, theirs.eos_ids)
+
+
+# ------------------------------------------------------------------------------------------ resuming
+RESUMED = Recipe(group_size=32, act_order="global")
+
+
+@pytest.fixture(scope="module")
+def whole(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    out = tmp_path_factory.mktemp("whole")
+    return out, quantize(directory, out, RESUMED, TEXT, **SMALL)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_an_interrupted_run_goes_on_to_the_same_result(
+    directory: Path,
+    whole: tuple[Path, Report],
+    layers: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write, finish = QuantizedFiles.write_layer, QuantizedFiles.finish
+
+    def interrupted(self: QuantizedFiles, layer: int, *rest: Any) -> None:
+        if layer == layers:
+            raise KeyboardInterrupt
+        write(self, layer, *rest)
+
+    def interrupted_at_the_end(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(QuantizedFiles, "write_layer", interrupted)
+    monkeypatch.setattr(QuantizedFiles, "finish", interrupted_at_the_end)
+    out = tmp_path / "again"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(directory, out, RESUMED, TEXT, **SMALL)
+    assert len(list(out.glob("*.safetensors"))) == 1 + layers
+    with pytest.raises(CheckpointError, match="holds neither"):
+        open_checkpoint(out)
+    monkeypatch.setattr(QuantizedFiles, "finish", finish)
+    solved: list[int] = []
+
+    def counted(self: QuantizedFiles, layer: int, *rest: Any) -> None:
+        solved.append(layer)
+        write(self, layer, *rest)
+
+    monkeypatch.setattr(QuantizedFiles, "write_layer", counted)
+    report = quantize(directory, out, RESUMED, TEXT, **SMALL)
+    assert solved == list(range(layers, 3))
+    assert contents(out) == contents(whole[0])
+    assert report.quantized == whole[1].quantized
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    """SIGKILL, wherever it strikes."""
+    model = save_hf(hf_model("llama", num_hidden_layers=6), tmp_path / "m")
+    (tmp_path / "text").write_text(TEXT)
+    line = [
+        "--group-size",
+        "32",
+        "--act-order",
+        "--text",
+        tmp_path / "text",
+        "--samples",
+        "8",
+        "--threads",
+        "1",
+    ]
+    command = [sys.executable, "-m", "fastattn", "quantize", model, "OUT", "--seqlen", "64", *line]
+
+    def run(out: str) -> list[str]:
+        return [str(tmp_path / out) if part == "OUT" else str(part) for part in command]
+
+    subprocess.run(run("whole"), check=True, timeout=120, capture_output=True)
+    with subprocess.Popen(run("killed")) as process:
+        begin = time.monotonic()
+        while len(list((tmp_path / "killed").glob("model-*.safetensors"))) < 3:
+            assert process.poll() is None
+            assert time.monotonic() - begin < 100
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "killed" / "config.json").exists()
+    subprocess.run(run("killed"), check=True, timeout=120, capture_output=True)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"recipe": Recipe(bits=3)}, "recipe"),
+        ({"samples": 5}, "calibration"),
+        ({"text": TEXT[5000:]}, "calibration"),
+        ({"model": "other"}, "model"),
+    ],
+)
+def test_an_unfinished_run_of_other_settings_is_kept(
+    directory: Path, change: dict[str, Any], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"model": directory, "recipe": Recipe(), "text": TEXT, **SMALL}
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantizedFiles, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quantize(out=tmp_path / "q", **given)
+    before = contents(tmp_path / "q")
+    if "model" in change:
+        change = {"model": save_hf(hf_model("llama", seed=1, num_hidden_layers=2), tmp_path / "other")}
+    with pytest.raises(ValueError, match=f"out: .* holds an unfinished run of another {named}"):
+        quantize(out=tmp_path / "q", **{**given, **change})
+    assert contents(tmp_path / "q") == before
+
+
+def test_other_directories_are_left_alone(directory: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(directory, tmp_path / "m")
+    before = contents(copy)
+    with pytest.raises(ValueError, match="is not empty and holds no unfinished quantization"):
+        quantize(copy, copy, Recipe(), TEXT, **SMALL)
+    assert contents(copy) == before
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ValueError, match="is a file, expected a directory"):
+        quantize(directory, tmp_path / "file", Recipe(), TEXT, **SMALL)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+# ------------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 5}, "bits: 5, expected one of 2, 3, 4, 8"),
+        ({"group_size": 0}, "group_size: 0, expected one of 32, 64, 128, -1"),
+        ({"act_order": "heads"}, "act_order: 'heads', expected one of '', 'global', 'head'"),
+        ({"format": "gptq_p"}, "format: 'gptq_p', expected one of 'gptq', 'gptq_v2'"),
+        ({"method": "awq"}, "method: 'awq', expected one of 'gptq', 'rtn'"),
+        ({"damp": 0.0}, "damp: 0.0, expected"),
+        ({"static_groups": True}, "static_groups: needs act_order"),
+        ({"method": "rtn", "act_order": "global"}, "act_order: 'global', but method 'rtn'"),
+    ],
+)
+def test_recipes_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Recipe(**settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seqlen": 513}, "seqlen: 513, expected 4 to the model's context, 512"),
+        ({"samples": 0}, "samples: 0, expected at least 1"),
+        ({"samples": 5000}, "text: too short for 5000 sequences of 48 tokens"),
+        ({"text": "short"}, "text: too short for 6 sequences"),
+        ({"eval_text": "short"}, "eval_text: too short for 1 sequences"),
+    ],
+)
+def test_texts_and_lengths_that_cannot_be(
+    directory: Path, arguments: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        quantize(
+            **{"model": directory, "out": tmp_path / "q", "recipe": Recipe(), "text": TEXT}
+            | SMALL
+            | arguments
+        )
+    assert not (tmp_path / "q").exists()
+
+
+def test_matrices_that_do_not_fill_words_are_named(tmp_path: Path) -> None:
+    model = save_hf(hf_model("llama", intermediate_size=100), tmp_path / "m")
+    with pytest.raises(
+        CheckpointError, match=r"gate_proj.weight: has 100 out features, 4 bits need a multiple of 8"
+    ):
+        quantize(model, tmp_path / "q", Recipe(), TEXT, **SMALL)
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(bad: float, tmp_path: Path) -> None:
+    model = hf_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 7] = bad
+    save_hf(model, tmp_path / "m")
+    with pytest.raises(
+        CheckpointError, match=r"layers.1.mlp.down_proj.weight: weight: holds values that are not"
+    ):
+        quantize(tmp_path / "m", tmp_path / "q", Recipe(), TEXT, **SMALL)
+
+
+def test_evaluation_text_is_kept_out_of_calibration(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(directory)
+    tokenizer = checkpoint.tokenizer()
+    texts = driver._cut(tokenizer, checkpoint.config, TEXT, None, None, 48)  # noqa: SLF001
+    end = len(TEXT) - len(TEXT) // 10
+    calibration = {tokenizer.decode(ids) for ids in texts.calibration}
+    assert len(texts.calibration) == driver.SAMPLES
+    assert len(texts.evaluation) == driver.EVAL_CHUNKS
+    assert all(piece in TEXT[:end] for piece in calibration)
+    assert all(tokenizer.decode(ids) in TEXT[end:] for ids in texts.evaluation)
