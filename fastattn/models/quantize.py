@@ -22,7 +22,7 @@ from ..quant import gptq, words
 from ..quant.gptq_solver import Hessian, Quantized
 from ..quant.recipe import Heads, Recipe
 from ..spec import CheckpointError
-from .checkpoint import open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .config import ModelConfig, tensor_shapes
 from .dense import DenseWeights
 from .layerwise import Layer, Sequences, layerwise_nll
@@ -87,24 +87,38 @@ def quantize(
     Raises CheckpointError, ValueError, OSError.
     """
     checkpoint = open_checkpoint(model)
-    weights = DenseWeights(checkpoint)
-    _check_packable(checkpoint.path, weights.config, recipe)
-    texts = _cut(checkpoint.tokenizer(), weights.config, text, eval_text, samples, seqlen)
-    seen = hashlib.sha256(repr(texts.calibration).encode()).hexdigest()
-    files = QuantizedFiles(
-        Path(out), weights.config, recipe, {"model": checkpoint.fingerprint(), "calibration": seen}
-    )
-    files.write_dense({n: weights.tensor(n) for n in tensor_shapes(weights.config) if ".layers." not in n})
-    _quantize_layers(checkpoint.path, weights, files, texts.calibration, progress)
-    files.finish(checkpoint)
-    layers = weights.config.num_layers
+    texts = _cut(checkpoint.tokenizer(), checkpoint.config, text, eval_text, samples, seqlen)
+    files = write_quantized(checkpoint, out, recipe, texts.calibration, progress=progress)
+    both = [DenseWeights(c) for c in (checkpoint, open_checkpoint(out))]
+    layers = checkpoint.config.num_layers
     with tqdm(total=2 * layers, desc="perplexity", unit="layer", disable=not progress) as bar:
-        base, after = (layerwise_nll(w, texts.evaluation, bar.update) for w in (weights, files))
-    matrices = [s for n, s in tensor_shapes(weights.config).items() if ".layers." in n and len(s) == 2]
+        base, after = (layerwise_nll(weights, texts.evaluation, bar.update) for weights in both)
+    shapes = tensor_shapes(checkpoint.config)
+    matrices = [shape for name, shape in shapes.items() if _is_quantized(name, shape)]
     return Report(
         str(out), sum(a * b for a, b in matrices), _bits_per_weight(matrices, recipe), files.nbytes(),
         len(base), perplexity(base), perplexity(after), change(after, base),
     )  # fmt: skip
+
+
+def write_quantized(
+    checkpoint: Checkpoint[Any],
+    out: str | Path,
+    recipe: Recipe,
+    calibration: Sequence[Sequence[int]],
+    *,
+    progress: bool = False,
+) -> QuantizedFiles:
+    """`quantize` without the perplexities; ``calibration``: token ids of sequences."""
+    weights = DenseWeights(checkpoint)
+    _check_packable(checkpoint.path, weights.config, recipe)
+    seen = hashlib.sha256(repr(calibration).encode()).hexdigest()
+    run = {"model": checkpoint.fingerprint(), "calibration": seen}
+    files = QuantizedFiles(Path(out), weights.config, recipe, run)
+    files.write_dense({n: weights.tensor(n) for n in tensor_shapes(weights.config) if ".layers." not in n})
+    _quantize_layers(checkpoint.path, weights, files, calibration, progress)
+    files.finish(checkpoint)
+    return files
 
 
 class _Site(NamedTuple):
@@ -137,7 +151,7 @@ def _quantize_layers(
         for i in range(config.num_layers):
             prefix = f"model.layers.{i}."
             if i < finished:
-                layer = Layer(config, i, files.tensors(prefix))
+                layer = Layer(config, i, files.layer(i))
                 sequences.add_attention(layer)
                 sequences.add_mlp(layer)
                 bar.update(len(_SITES))
@@ -209,13 +223,18 @@ def _cut(
 def _check_packable(path: str, config: ModelConfig, recipe: Recipe) -> None:
     """Readers of GPTQ files want whole 32-bit words."""
     for name, shape in tensor_shapes(config).items():
-        if ".layers." not in name or len(shape) != 2:
+        if not _is_quantized(name, shape):
             continue
         for axis, size in zip(("out", "in"), shape, strict=True):
             if size * recipe.bits % 32 or (recipe.bits == 3 and size % 32):
                 unit = words.unit(recipe.bits)[0]
                 reason = f"has {size} {axis} features, {recipe.bits} bits need a multiple of {unit}"
                 raise CheckpointError(path, reason, name)
+
+
+def _is_quantized(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of the model is: the matrices of the layers."""
+    return ".layers." in name and len(shape) == 2
 
 
 def _bits_per_weight(matrices: Sequence[tuple[int, ...]], recipe: Recipe) -> float:

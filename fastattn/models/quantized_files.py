@@ -61,10 +61,9 @@ class QuantizedFiles:
                 held[f"{prefix}{name.removesuffix('weight')}{kind}"] = tensor
         hf_write.write_tensors(self._shard(layer + 1), held)
 
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """As `dense.Weights`: float32, quantized matrices dequantized."""
-        layers = prefix.startswith("model.layers.")
-        stored = _read(self._shard(int(prefix.split(".")[2]) + 1 if layers else 0), prefix)
+    def layer(self, layer: int) -> dict[str, Tensor]:
+        """Of a finished layer, as `DenseWeights.tensors`: float32, quantized matrices dequantized."""
+        stored = _read(self._shard(layer + 1), f"model.layers.{layer}.")
         dense = {}
         for name, tensor in stored.items():
             if name.endswith(".qweight"):

@@ -85,18 +85,15 @@ def round_to_nearest(
 
 
 def solve(
-    weight: Tensor, hessian: Tensor, grid: Grid, order: ColumnOrder, *, damp: float = 0.01,
-    static_groups: bool = False,
-) -> Quantized:  # fmt: skip
+    weight: Tensor, hessian: Tensor, grid: Grid, order: ColumnOrder, *, damp: float = 0.01
+) -> Quantized:
     """Quantizes ``weight`` (out, in) for inputs of second moments ``hessian`` (in, in).
 
     Computes in the dtype of ``weight``, float32 or float64. Each row keeps the better of GPTQ and rounding to
     nearest, so that ``error`` is never above that of `round_to_nearest`.
 
-    ``damp``: of the mean diagonal of H, added to the diagonal. ``static_groups``: all scales come from the
-    weights as they are, before errors move them; otherwise ``order`` has to visit group after group, and the
-    scales of each are fitted when it is reached. Raises ValueError when weights or H are not finite, or H is
-    not positive definite in spite of ``damp``.
+    ``order`` has to visit group after group. ``damp``: of the mean diagonal of H, added to the diagonal.
+    Raises ValueError when weights or H are not finite, or H is not positive definite in spite of ``damp``.
     """
     _check_weight(weight)
     if hessian.shape != (weight.shape[1],) * 2 or not bool(hessian.isfinite().all()):
@@ -107,8 +104,7 @@ def solve(
     wt = weight.T[visit].contiguous()
     groups = order.g_idx[visit].long()
     charge = factor.diagonal().square().reciprocal()
-    known = _fit_all(wt, grid, groups, charge) if static_groups else None
-    codes, params = _sweep(wt, factor, groups, grid, charge, known)
+    codes, params = _sweep(wt, factor, groups, grid, charge)
     by_column = torch.empty_like(codes)
     by_column[visit] = codes
     solved = _quantized(by_column, params, order.g_idx)
@@ -141,20 +137,18 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     raise ValueError(f"hessian: not positive definite with damp {damp:g}; use a larger one")
 
 
-def _sweep(
-    wt: Tensor, factor: Tensor, groups: Tensor, grid: Grid, charge: Tensor, known: Params | None
-) -> tuple[Tensor, Params]:
+def _sweep(wt: Tensor, factor: Tensor, groups: Tensor, grid: Grid, charge: Tensor) -> tuple[Tensor, Params]:
     """Algorithm 1 on the rows of ``wt`` (in, out), which it overwrites: codes, and params by group."""
     out = wt.shape[1]
     codes = torch.empty_like(wt)
-    params = known or Params(*wt.new_zeros(2, int(groups.max()) + 1, out))
-    spans = _spans(groups.tolist(), static=known is not None)
+    params = Params(*wt.new_zeros(2, int(groups.max()) + 1, out))
+    spans = _spans(groups.tolist())
     for lo, hi in _blocks(spans):
         w, errors = wt[lo:hi].clone(), wt.new_empty(hi - lo, out)
         u = factor[lo:hi, lo:hi]
         for i in range(hi - lo):
             column, group = lo + i, groups[lo + i]
-            if known is None and (end := spans.get(column)):
+            if end := spans.get(column):
                 fresh = w[i : end - lo] if end <= hi else wt[column:end]  # a long group begins its block
                 scale, zero = fit(fresh, grid, charge[column:end])
                 params.scale[group], params.zero[group] = scale, zero
@@ -166,11 +160,11 @@ def _sweep(
     return codes, params
 
 
-def _spans(groups: list[int], static: bool) -> dict[int, int]:
-    """First column of each run of one group, in visiting order, to one past its last."""
+def _spans(groups: list[int]) -> dict[int, int]:
+    """First column of each group, in visiting order, to one past its last."""
     starts = [i for i, g in enumerate(groups) if i == 0 or groups[i - 1] != g]
-    if not static and len({groups[i] for i in starts}) != len(starts):
-        raise ValueError("order: leaves a group and returns to it, which needs static_groups")
+    if len({groups[i] for i in starts}) != len(starts):
+        raise ValueError("order: leaves a group and returns to it, expected group after group")
     return dict(zip(starts, [*starts[1:], len(groups)], strict=True))
 
 

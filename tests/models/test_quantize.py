@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -17,13 +18,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fastattn
 from fastattn.models import quantize as driver
 from fastattn.models.checkpoint import open_checkpoint
 from fastattn.models.config import tensor_shapes
 from fastattn.models.dense import DenseWeights
-from fastattn.models.hf_config import read_config
+from fastattn.models.layerwise import Layer, Sequences, layerwise_nll
+from fastattn.models.perplexity import chunks, nll
 from fastattn.models.quantize import Report, quantize
 from fastattn.models.quantized_files import QuantizedFiles
+from fastattn.parallel.act_order import head_order
 from fastattn.quant.recipe import Recipe
 from fastattn.spec import CheckpointError
 from tests.models.builders import FAMILIES, hf_model, save_gguf, save_hf
@@ -42,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def read_back(out: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Every tensor of a finished directory, dequantized by the index."""
+    """Every tensor of a finished directory, by the index alone: no loader; matrices dequantized."""
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     stored = {name: load_file(out / shard)[name] for name, shard in index.items()}
     found = {}
@@ -57,11 +61,11 @@ def read_back(out: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
 
 
 RECIPES = [
-    Recipe(),
+    Recipe(act_order="none"),
     Recipe(bits=2, group_size=32, sym=False, act_order="global"),
     Recipe(bits=3, group_size=32, act_order="head", format="gptq_v2"),
-    Recipe(bits=8, group_size=-1, act_order="global", static_groups=True),
-    Recipe(bits=4, group_size=64, method="rtn", search=False),
+    Recipe(bits=8, group_size=-1, sym=False),
+    Recipe(bits=4, group_size=64, method="rtn", act_order="none", search=False),
 ]
 
 
@@ -79,10 +83,12 @@ def test_the_directory_holds_the_model(directory: Path, recipe: Recipe, tmp_path
             assert not torch.equal(tensor, original)
         else:
             assert torch.equal(tensor, original), name
+    loaded = DenseWeights(open_checkpoint(tmp_path / "q"))
+    assert all(torch.equal(loaded.tensor(name), tensor) for name, tensor in found.items())
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     assert config.pop("quantization_config").items() >= {
         "quant_method": "gptq", "bits": recipe.bits, "group_size": recipe.group_size, "sym": recipe.sym,
-        "desc_act": bool(recipe.act_order) and not recipe.static_groups, "checkpoint_format": recipe.format,
+        "desc_act": recipe.act_order in ("global", "head"), "checkpoint_format": recipe.format,
     }.items()  # fmt: skip
     assert config == json.loads((directory / "config.json").read_text())
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -103,44 +109,63 @@ def test_the_directory_holds_the_model(directory: Path, recipe: Recipe, tmp_path
 
 
 def test_groups_follow_act_order(directory: Path, tmp_path: Path) -> None:
-    for order in ("", "global", "head"):
+    for order in ("none", "group", "global", "head"):
         quantize(directory, tmp_path / f"q{order}", Recipe(group_size=32, act_order=order), TEXT, **SMALL)
     held = {
-        o: load_file(tmp_path / f"q{o}" / "model-00002-of-00004.safetensors") for o in ("", "global", "head")
+        o: load_file(tmp_path / f"q{o}" / "model-00002-of-00004.safetensors")
+        for o in ("none", "group", "global", "head")
     }
-    for name in (n for n in held[""] if n.endswith("g_idx")):
-        trivial = torch.arange(held[""][name].numel()).int() // 32
-        assert torch.equal(held[""][name], trivial)
+    for name in (n for n in held["none"] if n.endswith("g_idx")):
+        trivial = torch.arange(held["none"][name].numel()).int() // 32
+        assert torch.equal(held["none"][name], trivial)
+        assert torch.equal(held["group"][name], trivial)
         assert not torch.equal(held["global"][name], trivial)
         # Heads of 16 hold no whole group of 32, so that nothing moves inside them.
         assert torch.equal(held["head"][name], trivial) == ("o_proj" in name)
 
 
+@pytest.mark.parametrize("order", ["group", "global", "head"])
+def test_what_is_written_runs(order: str, tmp_path: Path) -> None:
+    """Kernels compute what the dequantized weights say; "global" alone makes o permute its input."""
+    model = save_hf(hf_model("qwen3", head_dim=64, num_hidden_layers=1), tmp_path / "m")
+    recipe = Recipe(group_size=32, act_order=order)
+    report = quantize(model, tmp_path / "q", recipe, TEXT, **SMALL)
+    loaded = fastattn.load(tmp_path / "q")
+    weights = DenseWeights(open_checkpoint(tmp_path / "q"))
+    ids = [[5, 77, 9, 130, 250, 31, 8, 19, 44] * 4]
+    torch.testing.assert_close(nll(loaded, ids), layerwise_nll(weights, ids), atol=1e-4, rtol=1e-4)
+    attention, mlp = loaded.decoder.blocks[0]
+    assert (attention.o.weight.x_perm is None) == (order != "global")
+    assert mlp.down.weight.x_perm is None
+    g_idx = open_checkpoint(tmp_path / "q").groups("model.layers.0.self_attn.o_proj.weight")
+    c = loaded.config
+    if order == "head":
+        assert head_order(g_idx, c.num_heads, c.num_kv_heads, c.head_dim) is not None
+    elif order == "global":
+        assert head_order(g_idx, c.num_heads, c.num_kv_heads, c.head_dim) is None
+    else:
+        assert g_idx is None
+    assert report.tokens == driver.EVAL_CHUNKS * 24
+
+
 def test_gptq_beats_rounding(tmp_path: Path) -> None:
     """On a layer's own outputs: random weights leave perplexity to chance."""
     save_hf(hf_model("qwen2"), tmp_path / "m")
-    dense = DenseWeights(open_checkpoint(tmp_path / "m"))
-    reports: dict[str, Report] = {}
     for method in ("gptq", "rtn"):
-        recipe = Recipe(bits=3, group_size=32, method=method)
-        reports[method] = quantize(tmp_path / "m", tmp_path / method, recipe, TEXT, samples=40, seqlen=48)
-    from fastattn.models.layerwise import Layer, Sequences
-    from fastattn.models.perplexity import chunks
-
+        recipe = Recipe(bits=3, group_size=32, method=method, act_order="none")
+        quantize(tmp_path / "m", tmp_path / method, recipe, TEXT, samples=40, seqlen=48)
     ids = chunks(open_checkpoint(tmp_path / "m").tokenizer(), TEXT[-20_000:], 48, 20)
     outputs = {}
     with torch.inference_mode():
-        for name in ("dense", "gptq", "rtn"):
-            sequences = Sequences(dense, ids)
-            found = read_back(tmp_path / name, Recipe(bits=3, group_size=32)) if name != "dense" else {}
-            for i in range(dense.config.num_layers):
-                prefix = f"model.layers.{i}."
-                tensors = {n: found.get(prefix + n, t) for n, t in dense.tensors(prefix).items()}
-                layer = Layer(dense.config, i, tensors)
+        for name in ("m", "gptq", "rtn"):
+            weights = DenseWeights(open_checkpoint(tmp_path / name))
+            sequences = Sequences(weights, ids)
+            for i in range(weights.config.num_layers):
+                layer = Layer(weights.config, i, weights.tensors(f"model.layers.{i}."))
                 sequences.add_attention(layer)
                 sequences.add_mlp(layer)
             outputs[name] = torch.cat(sequences.residuals)
-    errors = {m: float((outputs[m] - outputs["dense"]).norm()) for m in ("gptq", "rtn")}
+    errors = {m: float((outputs[m] - outputs["m"]).norm()) for m in ("gptq", "rtn")}
     assert errors["gptq"] < 0.85 * errors["rtn"]
 
 
@@ -165,15 +190,9 @@ def test_a_gguf_file_gives_the_same_files_as_its_directory(tmp_path: Path) -> No
     quantize(tmp_path / "m.gguf", tmp_path / "b", recipe, TEXT, **SMALL)
     for path in (tmp_path / "a").glob("model*"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-    config = open_checkpoint(tmp_path / "m.gguf").config
-    values = json.loads((tmp_path / "b" / "config.json").read_text())
-    del values["quantization_config"]
-    (tmp_path / "b" / "config.json").write_text(json.dumps(values))
-    read = read_config(tmp_path / "b")
-    assert (read.hidden_size, read.eos_ids, read.rope.theta) == (64, config.eos_ids, config.rope.theta)
-    from fastattn.models.hf_tokenizer import read_tokenizer
-
-    ours, theirs = read_tokenizer(tmp_path / "b", read), open_checkpoint(tmp_path / "m.gguf").tokenizer()
+    ours, theirs = (open_checkpoint(tmp_path / name) for name in ("b", "m.gguf"))
+    assert replace(ours.config, rope=theirs.config.rope) == theirs.config
+    ours, theirs = ours.tokenizer(), theirs.tokenizer()
     assert ours.encode(TEXT) == theirs.encode(TEXT)
     messages = [{"role": "user", "content": "Hello"}]
     assert ours.chat(messages) == theirs.chat(messages)
@@ -306,11 +325,10 @@ def test_other_directories_are_left_alone(directory: Path, tmp_path: Path) -> No
     [
         ({"bits": 5}, "bits: 5, expected one of 2, 3, 4, 8"),
         ({"group_size": 0}, "group_size: 0, expected one of 32, 64, 128, -1"),
-        ({"act_order": "heads"}, "act_order: 'heads', expected one of '', 'global', 'head'"),
+        ({"act_order": "heads"}, "act_order: 'heads', expected one of 'none', 'group', 'global', 'head'"),
         ({"format": "gptq_p"}, "format: 'gptq_p', expected one of 'gptq', 'gptq_v2'"),
         ({"method": "awq"}, "method: 'awq', expected one of 'gptq', 'rtn'"),
         ({"damp": 0.0}, "damp: 0.0, expected"),
-        ({"static_groups": True}, "static_groups: needs act_order"),
         ({"method": "rtn", "act_order": "global"}, "act_order: 'global', but method 'rtn'"),
     ],
 )

@@ -24,7 +24,7 @@ def test_every_order_visits_all_and_fills_all_groups_but_the_last(
     for order in (
         orders.by_position(columns, group_size),
         orders.by_activation(energy, group_size),
-        orders.static_groups(energy, group_size),
+        orders.by_group(energy, group_size),
         orders.within_heads(energy, group_size, 1, 1),
     ):
         assert torch.equal(order.visit.sort().values, torch.arange(columns))
@@ -39,9 +39,9 @@ def test_act_order_follows_the_energy() -> None:
     order = orders.by_activation(energy, 2)
     assert order.visit.tolist() == [1, 3, 2, 0, 4]
     assert order.g_idx.tolist() == [1, 0, 1, 0, 2]
-    static = orders.static_groups(energy, 2)
-    assert static.visit.tolist() == [1, 3, 2, 0, 4]
-    assert static.g_idx.tolist() == [0, 0, 1, 1, 2]
+    in_place = orders.by_group(energy, 2)
+    assert in_place.visit.tolist() == [3, 2, 1, 0, 4]
+    assert in_place.g_idx.tolist() == [0, 0, 1, 1, 2]
 
 
 @given(

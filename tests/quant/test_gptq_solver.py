@@ -37,17 +37,16 @@ def min_max(w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return scale, zero.clamp(0, grid.top)
 
 
-def paper(w: Tensor, h: Tensor, grid: Grid, order: ColumnOrder, damp: float, static: bool = False) -> Tensor:
+def paper(w: Tensor, h: Tensor, grid: Grid, order: ColumnOrder, damp: float) -> Tensor:
     """Dequantized (out, in): eq. (2) and (3) column by column, with the explicit inverse."""
     w, inn = w.clone(), w.shape[1]
-    original = w.clone()
     inverse = torch.linalg.inv(h + damp * h.diagonal().mean() * torch.eye(inn))
     result = torch.empty_like(w)
     params: dict[int, tuple[Tensor, Tensor]] = {}
     for j in order.visit.tolist():
         group = int(order.g_idx[j])
         if group not in params:
-            params[group] = min_max((original if static else w)[:, order.g_idx == group], grid)
+            params[group] = min_max(w[:, order.g_idx == group], grid)
         scale, zero = params[group]
         q = ((w[:, j] / scale).round() + zero).clamp(0, grid.top)
         result[:, j] = (q - zero) * scale
@@ -74,18 +73,18 @@ CASES = [
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("out", "inn", "group_size"), CASES)
-@pytest.mark.parametrize("kind", ["position", "activation", "static", "heads"])
+@pytest.mark.parametrize("kind", ["position", "activation", "group", "heads"])
 def test_equals_the_paper(out: int, inn: int, group_size: int, bits: int, sym: bool, kind: str) -> None:
     w, h = problem(out, inn, seed=bits)
     grid, energy = Grid(bits, sym, search=False), h.diagonal()
     order = {
         "position": lambda: orders.by_position(inn, group_size),
         "activation": lambda: orders.by_activation(energy, group_size),
-        "static": lambda: orders.static_groups(energy, group_size),
+        "group": lambda: orders.by_group(energy, group_size),
         "heads": lambda: orders.within_heads(energy, group_size, 2 if inn % 2 == 0 else 1, 1),
     }[kind]()
-    q = solve(w, h, grid, order, damp=0.02, static_groups=kind == "static")
-    expected = paper(w, h, grid, order, 0.02, static=kind == "static")
+    q = solve(w, h, grid, order, damp=0.02)
+    expected = paper(w, h, grid, order, 0.02)
     plain = round_to_nearest(w, grid, order.g_idx).dequantize().double()
     assert torch.equal(q.dequantize().double(), better_of(w, h, expected, plain))
 
@@ -124,11 +123,11 @@ def test_a_diagonal_hessian_means_round_to_nearest(sym: bool, search: bool) -> N
 def test_never_worse_than_round_to_nearest(
     out: int, inn: int, bits: int, group_size: int, flags: tuple[bool, bool, bool], rows: int, seed: int
 ) -> None:
-    sym, search, static = flags
+    sym, search, in_place = flags
     w, h = problem(out, inn, seed, rows)
     grid, energy = Grid(bits, sym, search), h.diagonal()
-    order = (orders.static_groups if static else orders.by_activation)(energy, group_size)
-    q = solve(w, h, grid, order, static_groups=static)
+    order = (orders.by_group if in_place else orders.by_activation)(energy, group_size)
+    q = solve(w, h, grid, order)
     plain = round_to_nearest(w, grid, order.g_idx, energy.clamp(min=1e-30))
     assert bool((error(w, h, q) <= error(w, h, plain)).all())
     assert int(q.codes.max()) <= grid.top
