@@ -115,7 +115,9 @@ def write_quantized(
     seen = hashlib.sha256(repr(calibration).encode()).hexdigest()
     run = {"model": checkpoint.fingerprint(), "calibration": seen}
     files = QuantizedFiles(Path(out), weights.config, recipe, run)
-    files.write_dense({n: weights.tensor(n) for n in tensor_shapes(weights.config) if ".layers." not in n})
+    if not files.has_dense():
+        dense = [name for name in tensor_shapes(weights.config) if ".layers." not in name]
+        files.write_dense({name: weights.tensor(name) for name in dense})
     _quantize_layers(checkpoint.path, weights, files, calibration, progress)
     files.finish(checkpoint)
     return files

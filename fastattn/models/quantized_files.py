@@ -48,6 +48,10 @@ class QuantizedFiles:
         there = (self._shard(i + 1).exists() for i in range(self.config.num_layers))
         return next((i for i, found in enumerate(there) if not found), self.config.num_layers)
 
+    def has_dense(self) -> bool:
+        """Whether `write_dense` is done."""
+        return self._shard(0).exists()
+
     def write_dense(self, tensors: Mapping[str, Tensor]) -> None:
         """Everything outside the decoder layers, by whole names, in the model's dtype."""
         hf_write.write_tensors(self._shard(0), {n: t.to(self.config.dtype) for n, t in tensors.items()})

@@ -55,6 +55,23 @@ def test_json(folder: Path) -> None:
     assert facts["change"]["error"] > 0
 
 
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(folder: Path) -> None:
+    """Here a limit on the size of files, which a layer's shard exceeds and the embedding's does not."""
+    save_hf(hf_model("llama", intermediate_size=2048, num_hidden_layers=1), folder / "wide")
+    command = [sys.executable, "-m", "fastattn", "quantize", "wide", "full", *map(str, OPTIONS)]
+    limited = ["sh", "-c", 'ulimit -f 360; exec "$@"', "sh", *command]  # of 512 bytes
+    done = subprocess.run(limited, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    shard = "full/model-00002-of-00002.safetensors"
+    assert done.stderr.startswith(f"fastattn: error: {shard}: cannot be written: ")
+    assert done.stderr.count("\n") == 1
+    held = sorted(p.name for p in (folder / "full").iterdir())
+    assert held == ["model-00001-of-00002.safetensors", "quantize.json"]
+    again = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr
+    assert (folder / "full" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -199,6 +199,19 @@ def test_a_gguf_file_gives_the_same_files_as_its_directory(tmp_path: Path) -> No
     assert (ours.bos_id, ours.eos_ids) == (theirs.bos_id, theirs.eos_ids)
 
 
+def test_a_quantized_model_can_be_quantized_again(directory: Path, tmp_path: Path) -> None:
+    """8 bits of 4-bit weights: read dequantized, and what config.json said of the first time is gone."""
+    first, second = Recipe(group_size=32, act_order="global"), Recipe(bits=8, group_size=32)
+    quantize(directory, tmp_path / "4", first, TEXT, **SMALL)
+    quantize(tmp_path / "4", tmp_path / "8", second, TEXT, **SMALL)
+    four, eight = (DenseWeights(open_checkpoint(tmp_path / name)) for name in "48")
+    for name in tensor_shapes(four.config):
+        a, b = four.tensor(name), eight.tensor(name)
+        assert (a - b).norm() <= 0.01 * a.norm(), name
+    config = json.loads((tmp_path / "8" / "config.json").read_text())
+    assert (config["quantization_config"]["bits"], config["quantization_config"]["desc_act"]) == (8, False)
+
+
 # ------------------------------------------------------------------------------------------ resuming
 RESUMED = Recipe(group_size=32, act_order="global")
 
