@@ -27,7 +27,7 @@ from typing import Any
 
 from fastattn.spec import Link
 from lib import env
-from lib.args import DTYPES, link_name, links, positive, sweep
+from lib.args import DTYPES, link_name, links, policy, positive, sweep
 from lib.collectives_worker import PEER, TABLE, Row, choice, run
 from lib.network import Unavailable, network
 from lib.records import Record, write
@@ -53,7 +53,14 @@ def parser() -> argparse.ArgumentParser:
         "--link", type=links, default=links(LINKS), metavar="RATE/LATENCY,...", help=f"default: {LINKS}"
     )
     p.add_argument("--ranks", type=sweep, default=(2,), metavar="N,N", help="default: 2")
-    p.add_argument("--policy", nargs="+", default=POLICIES, help=f"default: {' '.join(POLICIES)}")
+    p.add_argument(
+        "--policy",
+        nargs="+",
+        type=policy,
+        default=POLICIES,
+        metavar="P",
+        help=f"default: {' '.join(POLICIES)}",
+    )  # fmt: skip
     p.add_argument("--bytes", type=sweep, metavar="N,N", help="sizes, instead of those of --seconds")
     p.add_argument(
         "--seconds", type=float, default=0.05, help="of the link's time, largest size; default: 0.05"
