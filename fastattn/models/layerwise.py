@@ -48,7 +48,7 @@ class Sequences:
         cache = PagedKvCache(1, pages, _PAGE, attention.kv_heads, self.config.head_dim)
         for x in self.residuals:
             step = cache.reserve([0], [len(x)])
-            forward = Forward(self.config, cache, step, *self._rope.upto(step.max_used))
+            forward = Forward(self.config, "prefill", cache, step, *self._rope.upto(step.max_used))
             yield AttentionHalf(attention, 0, attention.norm(x)[0], forward).gemm_input(0, len(x))
             cache.free(0)
 

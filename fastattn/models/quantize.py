@@ -158,7 +158,11 @@ def _quantize_layers(
                 sequences.add_mlp(layer)
                 bar.update(len(_SITES))
                 continue
-            layer = Layer(config, i, weights.tensors(prefix))
+            # Vectors as they will be read back: a run that goes on sees no others.
+            tensors = weights.tensors(prefix).items()
+            layer = Layer(
+                config, i, {n: t if t.ndim == 2 else t.to(config.dtype).float() for n, t in tensors}
+            )
             quantized: dict[str, Quantized] = {}
             for site in _SITES:
                 try:

@@ -100,7 +100,7 @@ def solve(
         raise ValueError(f"hessian: {tuple(hessian.shape)}, expected finite ({weight.shape[1]},) * 2")
     visit = order.visit
     hessian = hessian.to(weight.dtype)
-    factor = inverse_factor(hessian[visit][:, visit], damp)
+    factor = inverse_factor(hessian[visit[:, None], visit], damp)
     wt = weight.T[visit].contiguous()
     groups = order.g_idx[visit].long()
     charge = factor.diagonal().square().reciprocal()

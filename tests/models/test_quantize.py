@@ -222,6 +222,25 @@ def whole(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return out, quantize(directory, out, RESUMED, TEXT, **SMALL)
 
 
+def test_going_on_sees_vectors_as_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GGUF file of 16-bit matrices has float32 norms, which are written in 16 bits."""
+    save_gguf(hf_model("llama"), tmp_path / "m.gguf", "F16")
+    assert open_checkpoint(tmp_path / "m.gguf").config.dtype == torch.float16
+    quantize(tmp_path / "m.gguf", tmp_path / "whole", RESUMED, TEXT, **SMALL)
+    write = QuantizedFiles.write_layer
+
+    def interrupted(self: QuantizedFiles, layer: int, *rest: Any) -> None:
+        write(self, layer, *rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantizedFiles, "write_layer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tmp_path / "m.gguf", tmp_path / "again", RESUMED, TEXT, **SMALL)
+    quantize(tmp_path / "m.gguf", tmp_path / "again", RESUMED, TEXT, **SMALL)
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("layers", [0, 1, 3])
 def test_an_interrupted_run_goes_on_to_the_same_result(
     directory: Path,
