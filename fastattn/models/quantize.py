@@ -22,24 +22,13 @@ from ..quant import gptq, words
 from ..quant.gptq_solver import Hessian, Quantized
 from ..quant.recipe import Heads, Recipe
 from ..spec import CheckpointError
+from .calibration import cut_texts
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import ModelConfig, tensor_shapes
 from .dense import DenseWeights
 from .layerwise import Layer, Sequences, layerwise_nll
-from .perplexity import Perplexity, change, chunks, perplexity
+from .perplexity import Perplexity, change, perplexity
 from .quantized_files import QuantizedFiles
-from .tokenizer import Tokenizer
-
-SAMPLES = 128  # of calibration, where the text has so many
-EVAL_CHUNKS = 16
-_HELD_OUT = 10  # one part in so many of the text, its end, is for evaluation
-
-
-class Texts(NamedTuple):
-    """Token ids of chunks: what the Hessians see, and what perplexity is measured on."""
-
-    calibration: list[list[int]]
-    evaluation: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +76,7 @@ def quantize(
     Raises CheckpointError, ValueError, OSError.
     """
     checkpoint = open_checkpoint(model)
-    texts = _cut(checkpoint.tokenizer(), checkpoint.config, text, eval_text, samples, seqlen)
+    texts = cut_texts(checkpoint.tokenizer(), checkpoint.config, text, eval_text, samples, seqlen)
     files = write_quantized(checkpoint, out, recipe, texts.calibration, progress=progress)
     both = [DenseWeights(c) for c in (checkpoint, open_checkpoint(out))]
     layers = checkpoint.config.num_layers
@@ -193,37 +182,6 @@ def _quantize_site(
     for name, q in zip(site.names, parts, strict=True):
         layer.tensors[name] = q.dequantize()
     return dict(zip(site.names, parts, strict=True))
-
-
-def _cut(
-    tokenizer: Tokenizer,
-    config: ModelConfig,
-    text: str,
-    eval_text: str | None,
-    samples: int | None,
-    seqlen: int,
-) -> Texts:
-    """Raises ValueError that names the argument at fault."""
-    if not 4 <= seqlen <= config.max_position:
-        raise ValueError(f"seqlen: {seqlen}, expected 4 to the model's context, {config.max_position}")
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples: {samples}, expected at least 1")
-    if eval_text is None:
-        end = len(text) - len(text) // _HELD_OUT
-        text, eval_text = text[:end], text[end:]
-    cut = []
-    for name, part, wanted, most in (
-        ("text", text, samples, SAMPLES),
-        ("eval_text", eval_text, None, EVAL_CHUNKS),
-    ):
-        room = len(tokenizer.encode(part, add_special=False)) // (seqlen - len(tokenizer.encode("")))
-        if room < (wanted or 1):
-            raise ValueError(f"{name}: too short for {wanted or 1} sequences of {seqlen} tokens, has {room}")
-        made = chunks(tokenizer, part, seqlen, wanted or min(room, most))
-        if max(map(max, made)) >= config.vocab_size:
-            raise ValueError(f"{name}: has tokens outside the model's vocabulary of {config.vocab_size}")
-        cut.append(made)
-    return Texts(*cut)
 
 
 def _check_packable(path: str, config: ModelConfig, recipe: Recipe) -> None:
