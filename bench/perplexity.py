@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor
@@ -28,9 +27,8 @@ from torch.nn.functional import kl_div
 
 import fastattn
 from fastattn.models.generate import Model
-from fastattn.models.tokenizer import Tokenizer
 from fastattn.parallel.group import set_threads, single
-from lib import env
+from lib import corpus, env
 from lib.args import ACTS, DTYPES, names, positive
 from lib.records import Record, write
 from lib.table import Column, Table
@@ -98,23 +96,12 @@ def main() -> None:
     scores = [Score(d, a) for d, a in configurations]
     machine = env.capture(threads)
     print(f"{args.model}: {env.headline(machine)}")
-    for chunk in chunks(models[0].tokenizer, args.context, args.chunks):
+    for chunk in corpus.chunks(models[0].tokenizer, corpus.reference(), args.context, args.chunks):
         score(models, scores, chunk, args.step)
     report(scores)
     if args.json:
         what = f"context={args.context} chunks={args.chunks} step={args.step}"
         write(args.json, to_records(Path(args.model).name, what, scores, machine))
-
-
-def chunks(tokenizer: Tokenizer, context: int, count: int) -> list[list[int]]:
-    """``count`` pieces of the text of ``context`` tokens, evenly over it, each begun as texts begin."""
-    begin = tokenizer.encode("")
-    tokens = tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics)), add_special=False)
-    length = context - len(begin)
-    if length < 2 or count * length > len(tokens):
-        raise SystemExit(f"--context, --chunks: {context} x {count}, the text has {len(tokens)} tokens")
-    step = (len(tokens) - length) / max(1, count - 1)
-    return [[*begin, *tokens[int(i * step) : int(i * step) + length]] for i in range(count)]
 
 
 @torch.inference_mode()
