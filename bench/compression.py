@@ -32,11 +32,12 @@ from torch.nn.functional import cross_entropy
 
 import fastattn
 from fastattn.models.generate import Model
+from fastattn.models.perplexity import chunks
 from fastattn.parallel.calibrate import ChannelShares
 from fastattn.parallel.group import set_threads, single
 from fastattn.quant.codec import Codec
 from fastattn.spec import Point
-from lib import corpus, env
+from lib import env, text
 from lib.args import DTYPES, positive
 from lib.records import Record, write
 from lib.simulated_ranks import SimulatedRanks
@@ -128,19 +129,27 @@ class Change:
         return cls(*(100 * math.expm1(d) for d in (mean, mean - half, mean + half)))
 
 
+def pieces(model: Model, long: str, context: int, count: int) -> list[list[int]]:
+    """``count`` chunks of a text; SystemExit when it has too few tokens."""
+    try:
+        return chunks(model.tokenizer, long, context, count)
+    except ValueError as error:
+        raise SystemExit(f"--context, --chunks, --calibration_chunks: {error}") from None
+
+
 @torch.inference_mode()
 def losses(
     model: Model,
     ranks: SimulatedRanks,
     pick: Callable[[Point], Codec | None],
-    texts: Sequence[list[int]],
+    texts: Sequence[Sequence[int]],
 ) -> Tensor:
     """Negative log-likelihood (chunks, tokens) of every token but the first of each text."""
     ranks.codec = pick
     rows = []
-    for text in texts:
-        (logits,) = model.logits([text])
-        rows.append(cross_entropy(logits[:-1], torch.tensor(text[1:]), reduction="none"))
+    for ids in texts:
+        (logits,) = model.logits([ids])
+        rows.append(cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none"))
     return torch.stack(rows)
 
 
@@ -156,11 +165,11 @@ def main() -> None:
     print(f"{args.model}, {args.ranks} simulated ranks, {args.inference_data_type}: {env.headline(machine)}")
 
     ranks.shares = shares = ChannelShares()
-    calibration = corpus.chunks(model.tokenizer, corpus.docstrings(), args.context, args.calibration_chunks)
+    calibration = pieces(model, text.docstrings(), args.context, args.calibration_chunks)
     losses(model, ranks, lambda p: None, calibration)
     ranks.shares = None
 
-    texts = corpus.chunks(model.tokenizer, corpus.reference(), args.context, args.chunks)
+    texts = pieces(model, text.reference(), args.context, args.chunks)
     exact = losses(model, ranks, lambda p: None, texts)
     perplexity = float(exact.double().mean().exp())
     print(f"exact sums: perplexity {perplexity:.4f} over {exact.numel()} tokens")

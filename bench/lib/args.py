@@ -45,17 +45,18 @@ def names(accepted: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def sync(text: str) -> str:
-    """A policy, with a schedule or without, as ``fastattn generate --sync`` names it."""
+    """What ``fastattn generate --sync`` takes: a policy, with a schedule or without, or a plan's file."""
     try:
-        parse(text)
+        if not text.endswith(".json"):
+            parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 
 def policy(text: str) -> str:
-    """The same without a schedule."""
-    if parse(sync(text))[1].name != "plain":
+    """A policy without a schedule."""
+    if text.endswith(".json") or parse(sync(text))[1].name != "plain":
         raise argparse.ArgumentTypeError(f"{text!r}, expected a policy alone: a schedule needs a model")
     return text
 

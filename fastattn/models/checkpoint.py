@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..quant.cuts import check_cut
 from ..spec import CheckpointError, Cut, PackedWeight, Shard
 from .config import ModelConfig, tensor_shapes
-from .cuts import check_cut
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -71,6 +71,11 @@ class Checkpoint(ABC, Generic[Stored]):
         cut = Cut(entry.shape[0]) if cut is None else cut
         check_cut(cut, entry.shape[0], name)
         return self._vector(name, entry, cut).to(dtype, copy=True)
+
+    def groups(self, name: str) -> Tensor | None:
+        """The group of each column of a matrix (in,); None unless they are scattered (act-order)."""
+        self._entry(name, 2)
+        return None
 
     def _entry(self, name: str, ndim: int | None) -> Stored:
         if name not in self._entries:

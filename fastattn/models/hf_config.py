@@ -25,8 +25,8 @@ from .config import (
 )
 from .fields import Fields, read_json
 
-_CONFIG_LIMIT = 4 << 20  # bytes
-_ARCHITECTURES = {
+CONFIG_LIMIT = 4 << 20  # bytes
+ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -41,8 +41,8 @@ def read_config(directory: Path) -> ModelConfig:
     """config.json, with the stop tokens of generation_config.json where there is one."""
     path = directory / "config.json"
     generation_path = directory / "generation_config.json"
-    generation = read_json(generation_path, _CONFIG_LIMIT) if generation_path.exists() else {}
-    return parse_config(read_json(path, _CONFIG_LIMIT), path, Fields(generation_path, generation))
+    generation = read_json(generation_path, CONFIG_LIMIT) if generation_path.exists() else {}
+    return parse_config(read_json(path, CONFIG_LIMIT), path, Fields(generation_path, generation))
 
 
 def parse_config(values: Mapping[str, Any], path: Path, generation: Fields | None = None) -> ModelConfig:
@@ -52,7 +52,6 @@ def parse_config(values: Mapping[str, Any], path: Path, generation: Fields | Non
     if family not in FAMILIES:
         f.fail("model_type", f"is {family!r}, supported are {', '.join(FAMILIES)}")
     _check_architecture(f, family)
-    _check_quantization(f)
     act = f.string("hidden_act", "silu")
     if act not in ("silu", "swish"):
         f.fail("hidden_act", f"is {act!r}, only silu is supported")
@@ -103,19 +102,11 @@ def parse_config(values: Mapping[str, Any], path: Path, generation: Fields | Non
 
 def _check_architecture(f: Fields, family: str) -> None:
     names = f.values.get("architectures")
-    if names is not None and names != [_ARCHITECTURES[family]]:
+    if names is not None and names != [ARCHITECTURES[family]]:
         f.fail(
             "architectures",
-            f"is {str(names)[:80]}, expected [{_ARCHITECTURES[family]!r}] for a {family} model",
+            f"is {str(names)[:80]}, expected [{ARCHITECTURES[family]!r}] for a {family} model",
         )
-
-
-def _check_quantization(f: Fields) -> None:
-    if not f.has("quantization_config") and not f.has("compression_config"):
-        return
-    key = "quantization_config" if f.has("quantization_config") else "compression_config"
-    method = f.table(key).string("quant_method", "unnamed")
-    f.fail(key, f"the weights are quantized by method {method[:40]!r}, which is not supported in this format")
 
 
 def _optional_id(f: Fields, key: str, vocab: int) -> int | None:
