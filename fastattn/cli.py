@@ -68,6 +68,11 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--backend", help="use this backend for every op, or refuse (see fastattn info)")
     p.add_argument("--threads", type=int, help="per rank; default: this machine's cores over its ranks")
     p.add_argument("--split", type=_shares, help="shares of the work of the ranks, such as 2,1")
+    p.add_argument(
+        "--sync", default="exact", metavar="POLICY|PLAN.json",
+        help="how ranks sum their partial results: exact (default), star, direct, tiled, compressed, "
+        "fused_norm; joined as in token_weave+fused_norm or tiled+compressed:element=e2m1; or a plan's file",
+    )  # fmt: skip
     p.add_argument("--timeout", type=float, help="seconds a rank waits for another (default 60)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
 
@@ -120,7 +125,9 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
     progress = first and not args.json and sys.stderr.isatty()
     with use_backend(args.backend) if args.backend else nullcontext():
         begin = time.perf_counter()
-        model = load(args.model, dtype=args.dtype, act=args.act, group=group, progress=progress)
+        model = load(
+            args.model, dtype=args.dtype, act=args.act, group=group, sync=args.sync, progress=progress
+        )
         load_s = time.perf_counter() - begin
         prompts = _prompts(args, model.tokenizer) if first else []
         stream = first and not args.json and len(prompts) == 1

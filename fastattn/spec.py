@@ -465,12 +465,16 @@ class KvCache(Protocol):
 
 
 # ------------------------------------------------------------------------------------------ sync points
+Site = Literal["attn", "mlp"]
+Phase = Literal["prefill", "decode"]
+
+
 class Point(NamedTuple):
     """A place where the ranks' partial results are summed."""
 
     layer: int
-    site: Literal["attn", "mlp"]
-    phase: Literal["prefill", "decode"]
+    site: Site
+    phase: Phase
 
     def __str__(self) -> str:
         return f"layer {self.layer} {self.site} ({self.phase})"
@@ -521,6 +525,10 @@ class TPGroup(NamedTuple):
 class Work(Protocol):
     """An exchange under way."""
 
+    def overlap(self) -> Work:
+        """Lets it go on in the background, because the caller computes before it waits; returns itself."""
+        ...
+
     def wait(self) -> Stream:
         """Raises `SyncError` within the group's timeout."""
         ...
@@ -547,8 +555,13 @@ class SyncPolicy(Protocol):
 
     def reasons(self, p: Point, rows: int, hidden: int, dtype: torch.dtype, g: TPGroup) -> list[str]: ...
     def start(self, p: Point, make: Produce, s: Stream, e: Epilogue, g: TPGroup) -> Work: ...
-    def seconds(self, rows: int, hidden: int, link: Link, rate: Rates) -> float: ...
-    def wire_bytes(self, rows: int, hidden: int, world: int) -> int: ...
+    def seconds(self, rows: int, hidden: int, link: Link, rate: Rates) -> float:
+        """What the sync point adds to the time of its half-block."""
+        ...
+
+    def wire_bytes(self, rows: int, hidden: int, world: int) -> int:
+        """Bytes that the rank which sends most sends."""
+        ...
 
 
 class Link(NamedTuple):
@@ -556,24 +569,41 @@ class Link(NamedTuple):
 
     latency_s: float
     bytes_per_s: float
+    all_reduce_s: float | None = None  # latency of the backend's own all-reduce; None: of a ring's hops
 
 
 class Rates(NamedTuple):
-    """What this rank computes and reads, measured."""
+    """What a rank computes, measured."""
 
-    flops_per_s: float
-    bytes_per_s: float
+    fixed_s: float = 0.0  # of a half-block, whatever its rows
+    row_s: float = 0.0  # of a half-block, each row
+    value_s: float = 0.0  # to encode, decode or add one value of a message
     item_bytes: int = 4  # of an activation on the wire
     world: int = 1
 
+    def half_block(self, rows: int) -> float:
+        """Seconds."""
+        return self.fixed_s + rows * self.row_s
+
+
+class Schedule(Protocol):
+    """Whether, and where, the rows of a forward are split into two halves that pass the layers in turn."""
+
+    @property
+    def name(self) -> str: ...
+
+    def split(self, rows: int) -> int:
+        """Rows of the first half; 0: the forward is not split."""
+        ...
+
 
 class SyncPlan(NamedTuple):
-    """Policies and schedule of a model, kept as JSON."""
+    """Policies and schedule of a model, kept as JSON (`parallel.plan`)."""
 
-    version: int
-    model_hash: str
+    model_hash: str  # the checkpoint's fingerprint
     world: int
-    split: tuple[float, ...]
-    points: Mapping[Point, SyncPolicy]
-    schedule: Mapping[str, Mapping[str, Any]]  # phase -> {"name": "plain" | "token_weave", ...}
-    quality: Mapping[str, float]
+    split: tuple[float, ...]  # share of the work of each rank
+    points: Mapping[Point, SyncPolicy]  # every one of the model
+    schedule: Mapping[Phase, Schedule]
+    quality: Mapping[str, Any]  # text, tokens, perplexity of the exact model and of this plan
+    version: int = 1

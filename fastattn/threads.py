@@ -54,6 +54,13 @@ def machine(root: Path = Path("/"), cpus: Iterable[int] | None = None) -> Machin
     )
 
 
+def compute_on_one_thread() -> None:
+    """Keeps torch's and our own operations of the calling thread on it."""
+    from .native import kernels
+
+    kernels.compute_on_one_thread()
+
+
 def _mask() -> frozenset[int]:
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))

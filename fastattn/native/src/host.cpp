@@ -1,5 +1,6 @@
 #include "host.hpp"
 
+#include <omp.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -142,6 +143,8 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("isa", [] { return kernels().name; });
     m.def("available_isas", available);
     m.def("set_isa", set_isa, py::arg("name"));
+    // Of the calling thread only; torch.set_num_threads would bind every thread of the process.
+    m.def("compute_on_one_thread", [] { omp_set_num_threads(1); });
     m.def("build_info", [] {
         py::dict info;
         info["compiler"] = FASTATTN_COMPILER;

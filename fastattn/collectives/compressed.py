@@ -1,0 +1,56 @@
+"""The policy `compressed` (arXiv 2411.09510): partial results travel as blocks of few bits with a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..quant.codec import Codec
+from ..spec import Point, TPGroup
+from .pairwise import Pairwise
+from .policy import unsupported
+from .sums import Wire
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed(Pairwise):
+    """``codec`` says how; the paper's all-gather of codes with a local sum is the scheme ``one_step``.
+
+    Every rank decodes the same messages, its own among them, and adds them in the same order. NaN and
+    infinities come out as NaN, in their whole block.
+    """
+
+    codec: Codec = field(default_factory=Codec)
+
+    name: ClassVar[str] = "compressed"
+    exact: ClassVar[bool] = False
+
+    @property
+    def wire(self) -> Wire:
+        return CodecWire(self.codec)
+
+    def reasons(self, p: Point, rows: int, hidden: int, dtype: torch.dtype, g: TPGroup) -> list[str]:
+        """[] if the policy can run at point ``p``."""
+        return unsupported(dtype, (torch.float32, torch.bfloat16, torch.float16), g)
+
+
+class CodecWire(NamedTuple):
+    """A `sums.Wire` of encoded messages, made and read on one thread: the model has the cores."""
+
+    codec: Codec
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.codec.encode(x, threads=1)
+
+    def inbox(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.message_bytes(rows, hidden), dtype=torch.uint8)
+
+    def add(self, messages: Sequence[Tensor], rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        return self.codec.decode_sum(messages, rows, hidden, dtype, threads=1)
+
+    def message_bytes(self, rows: int, hidden: int) -> int:
+        return self.codec.message_bytes(rows, hidden)

@@ -1,0 +1,55 @@
+"""The alpha-beta model of the algorithms in `sums`: latency and bytes of each hop, work on each value.
+
+A hop takes the link's latency and the time of the bytes that the busiest rank sends or receives in it.
+"""
+
+from __future__ import annotations
+
+from ..spec import Link, Rates
+from .sums import Wire
+
+
+def hop(link: Link, sent: int) -> float:
+    """Seconds of one hop in which a rank sends ``sent`` bytes."""
+    return link.latency_s + sent / link.bytes_per_s
+
+
+def one_step_bytes(wire: Wire, rows: int, hidden: int, world: int) -> int:
+    """Bytes that each rank sends."""
+    return (world - 1) * wire.message_bytes(rows, hidden)
+
+
+def two_step_bytes(wire: Wire, rows: int, hidden: int, world: int) -> int:
+    """Bytes that the rank with the most sends: the other shares, and then its own to all others."""
+    share = -(-rows // world)
+    return (world - 1) * 2 * wire.message_bytes(share, hidden)
+
+
+def star_bytes(wire: Wire, rows: int, hidden: int, world: int) -> int:
+    """Bytes that the hub sends."""
+    return (world - 1) * wire.message_bytes(rows, hidden)
+
+
+def one_step_seconds(wire: Wire, rows: int, hidden: int, link: Link, rate: Rates) -> float:
+    """Encode one message, decode one a rank."""
+    if rate.world == 1:
+        return 0.0
+    values = rows * hidden * (1 + rate.world)
+    return hop(link, one_step_bytes(wire, rows, hidden, rate.world)) + values * rate.value_s
+
+
+def two_step_seconds(wire: Wire, rows: int, hidden: int, link: Link, rate: Rates) -> float:
+    """Encode and decode everything once, and a share of the rows once more."""
+    if rate.world == 1:
+        return 0.0
+    each = two_step_bytes(wire, rows, hidden, rate.world) // 2
+    values = hidden * (3 * rows + -(-rows // rate.world))
+    return 2 * hop(link, each) + values * rate.value_s
+
+
+def star_seconds(wire: Wire, rows: int, hidden: int, link: Link, rate: Rates) -> float:
+    """All messages meet on the hub's link, in both directions."""
+    if rate.world == 1:
+        return 0.0
+    values = rows * hidden * (3 + rate.world)
+    return 2 * hop(link, star_bytes(wire, rows, hidden, rate.world)) + values * rate.value_s

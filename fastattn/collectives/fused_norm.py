@@ -1,0 +1,65 @@
+"""The policy `fused_norm` (TokenWeave, arXiv 2505.11329): reduce-scatter, residual + RMSNorm, all-gather.
+
+Each rank adds the residual and normalises its share of the rows only, which divides that work by the ranks;
+the residual stays where it is, scattered, from one fused norm to the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..spec import Epilogue, Link, Point, Produce, Rates, Stream, TPGroup
+from .cost import two_step_bytes, two_step_seconds
+from .direct import Direct
+from .exchange import Lane
+from .pairwise import Pairwise
+from .policy import finish, own_residual, partial
+from .steps import Exchange, Steps
+from .sums import gather_rows, row_spans, scatter_sum
+
+
+@dataclass(frozen=True)
+class FusedNorm:
+    """``of`` says how values travel: `Direct` as they are, `Compressed` in fewer bits.
+
+    The normalised rows travel in the same form as the partial results, and every rank reads the same
+    messages: all have the same bits.
+    """
+
+    of: Pairwise = field(default_factory=Direct)
+
+    name: ClassVar[str] = "fused_norm"
+    scatters: ClassVar[bool] = True
+    needs_full_residual: ClassVar[bool] = False
+
+    @property
+    def exact(self) -> bool:
+        return self.of.exact
+
+    def reasons(self, p: Point, rows: int, hidden: int, dtype: torch.dtype, g: TPGroup) -> list[str]:
+        return self.of.reasons(p, rows, hidden, dtype, g)
+
+    def start(self, p: Point, make: Produce, s: Stream, e: Epilogue, g: TPGroup) -> Exchange[Stream]:
+        """Computes this rank's partial result of all rows and starts to sum it."""
+        return Exchange(self._steps(str(p), partial(make, s, 0, make.rows), s, e, g))
+
+    def _steps(self, where: str, x: Tensor, s: Stream, e: Epilogue, g: TPGroup) -> Steps[Stream]:
+        if g.world == 1:
+            return finish(x, s.residual, e)
+        lane, rows = Lane(g, where), x.shape[0]
+        share = yield from scatter_sum(lane, x, self.of.wire)
+        done = finish(share, own_residual(s, rows, g), e)
+        hidden = None
+        if done.hidden is not None:
+            hidden = yield from gather_rows(lane, done.hidden, rows, self.of.wire)
+        return Stream(done.residual, hidden, rows=row_spans(rows, g.world)[g.rank])
+
+    def seconds(self, rows: int, hidden: int, link: Link, rate: Rates) -> float:
+        return two_step_seconds(self.of.wire, rows, hidden, link, rate)
+
+    def wire_bytes(self, rows: int, hidden: int, world: int) -> int:
+        return two_step_bytes(self.of.wire, rows, hidden, world)

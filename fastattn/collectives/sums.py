@@ -1,0 +1,147 @@
+"""How the ranks' tensors are added up, as steps of messages between pairs of ranks.
+
+``x`` is (rows, hidden), of one shape and dtype on all ranks; a `Wire` says in which form values travel.
+Every rank adds the same messages in the same order, its own included, so all get the same bits. The number
+of hops decides where latency dominates, the bytes of the busiest rank where bandwidth does:
+
+=============  ====  ==========================  =======================================================
+algorithm      hops  bytes a rank sends (of x)
+=============  ====  ==========================  =======================================================
+`one_step`     1     N - 1                       all to all, everybody adds ("direct")
+`two_step`     2     2 (N - 1) / N               everybody adds a share of the rows and sends it to all
+`star`         2     hub N - 1, the others 1     TPI-LLM (arXiv 2410.00531)
+=============  ====  ==========================  =======================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .exchange import Lane
+from .steps import Steps
+
+Span = tuple[int, int]
+
+
+class Wire(Protocol):
+    """The form in which values travel: one contiguous message for a (rows, hidden) tensor."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The message of ``x``."""
+        ...
+
+    def inbox(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        """Room for the message of another rank's tensor."""
+        ...
+
+    def add(self, messages: Sequence[Tensor], rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        """Sum of what the messages hold, formed in float32 in the order given and rounded once."""
+        ...
+
+    def message_bytes(self, rows: int, hidden: int) -> int:
+        """Size of a message."""
+        ...
+
+
+class Plain(NamedTuple):
+    """Values travel as they are."""
+
+    item_bytes: int = 4  # for `message_bytes` alone
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+    def inbox(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((rows, hidden), dtype=dtype)
+
+    def add(self, messages: Sequence[Tensor], rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        first, *others = messages
+        if not others:
+            return first
+        wide = torch.promote_types(dtype, torch.float32)
+        total = torch.add(first.to(wide), others[0])
+        for x in others[1:]:
+            total += x
+        return total.to(dtype)
+
+    def message_bytes(self, rows: int, hidden: int) -> int:
+        return rows * hidden * self.item_bytes
+
+
+def row_spans(rows: int, world: int) -> list[Span]:
+    """Rows that each rank adds: contiguous, their numbers differing by one at most."""
+    return [(r * rows // world, (r + 1) * rows // world) for r in range(world)]
+
+
+def one_step(lane: Lane, x: Tensor, wire: Wire) -> Steps[Tensor]:
+    """Every rank sends all of its ``x`` to every other one."""
+    rows, hidden = x.shape
+    mine, me = wire.encode(x), lane.group.rank
+    others = [r for r in range(lane.group.world) if r != me]
+    messages = {r: wire.inbox(rows, hidden, x.dtype) for r in others}
+    yield lane.swap(dict.fromkeys(others, mine), messages)
+    return wire.add(_in_order(lane, mine, messages), rows, hidden, x.dtype)
+
+
+def two_step(lane: Lane, x: Tensor, wire: Wire) -> Steps[Tensor]:
+    """`scatter_sum`, then `gather_rows`."""
+    share = yield from scatter_sum(lane, x, wire)
+    return (yield from gather_rows(lane, share, x.shape[0], wire))
+
+
+def scatter_sum(lane: Lane, x: Tensor, wire: Wire) -> Steps[Tensor]:
+    """The sum of this rank's share of the rows (`row_spans`): a reduce-scatter in one hop, step 0."""
+    g = lane.group
+    spans = row_spans(x.shape[0], g.world)
+    lo, hi = spans[g.rank]
+    filled = {r: (a, b) for r, (a, b) in enumerate(spans) if r != g.rank and a < b}
+    outgoing = {r: wire.encode(x[a:b]) for r, (a, b) in filled.items()}
+    messages = {}
+    if lo < hi:
+        messages = {r: wire.inbox(hi - lo, x.shape[1], x.dtype) for r in range(g.world) if r != g.rank}
+    yield lane.swap(outgoing, messages)
+    if lo == hi:
+        return x[:0]
+    return wire.add(_in_order(lane, wire.encode(x[lo:hi]), messages), hi - lo, x.shape[1], x.dtype)
+
+
+def gather_rows(lane: Lane, share: Tensor, rows: int, wire: Wire, step: int = 1) -> Steps[Tensor]:
+    """All ``rows``, of which each rank brings the ``share`` that `row_spans` gives it, in one hop."""
+    g, hidden, dtype = lane.group, share.shape[1], share.dtype
+    sizes = {r: hi - lo for r, (lo, hi) in enumerate(row_spans(rows, g.world)) if lo < hi}
+    messages = {r: wire.inbox(n, hidden, dtype) for r, n in sizes.items() if r != g.rank}
+    outgoing = {}
+    if g.rank in sizes:
+        mine = wire.encode(share)
+        outgoing = {r: mine for r in range(g.world) if r != g.rank}
+    yield lane.swap(outgoing, messages, step)
+    if g.rank in sizes:
+        messages[g.rank] = mine
+    parts = [wire.add([messages[r]], n, hidden, dtype) for r, n in sizes.items()]
+    return torch.cat(parts) if parts else share
+
+
+def star(lane: Lane, x: Tensor, wire: Wire, hub: int) -> Steps[Tensor]:
+    """Every rank sends to ``hub``, which adds and sends the sum back to all."""
+    rows, hidden = x.shape
+    mine, g = wire.encode(x), lane.group
+    if g.rank != hub:
+        answer = wire.inbox(rows, hidden, x.dtype)
+        sent, answered = lane.swap({hub: mine}, {}), lane.swap({}, {hub: answer}, step=1)
+        yield sent
+        yield answered
+        return wire.add([answer], rows, hidden, x.dtype)
+    others = [r for r in range(g.world) if r != hub]
+    messages = {r: wire.inbox(rows, hidden, x.dtype) for r in others}
+    yield lane.swap({}, messages)
+    total = wire.encode(wire.add(_in_order(lane, mine, messages), rows, hidden, x.dtype))
+    yield lane.swap(dict.fromkeys(others, total), {}, step=1)
+    return wire.add([total], rows, hidden, x.dtype)
+
+
+def _in_order(lane: Lane, mine: Tensor, messages: Mapping[int, Tensor]) -> list[Tensor]:
+    return [mine if r == lane.group.rank else messages[r] for r in range(lane.group.world)]
