@@ -66,10 +66,10 @@ test-all: setup cross-tools ## also slow tests, network namespaces and the aarch
 
 # Tests that need one of these say so when they skip.
 cross-tools:
-	@for tool in aarch64-linux-gnu-g++ qemu-aarch64 ip; do \
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do \
 	    command -v $$tool >/dev/null 2>&1 || missing="$$missing $$tool"; \
 	done; \
-	packages="g++-aarch64-linux-gnu qemu-user iproute2"; \
+	packages="g++-aarch64-linux-gnu qemu-user"; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
 	    echo "installing $$packages (missing:$$missing)"; \

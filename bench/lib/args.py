@@ -1,11 +1,14 @@
-"""Types of command-line arguments: comma-separated sweeps, names of data types."""
+"""Types of command-line arguments: comma-separated sweeps, names of data types, network links."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+
+from fastattn.spec import Link
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ACTS = {"none": "", "int8": "int8"}  # may activations be quantized: to what, in `fastattn.load`'s terms
@@ -38,3 +41,47 @@ def names(accepted: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
         return chosen
 
     return parse
+
+
+_BITS_PER_S = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def link(text: str) -> Link:
+    """A rate and a one-way latency, in tc's units: "100mbit/1ms"."""
+    rate, _, latency = text.partition("/")
+    bits = _quantity(rate, _BITS_PER_S)
+    if not bits:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected a rate > 0 like 10gbit, 100mbit or 64kbit first"
+        )
+    return Link(_quantity(latency, _SECONDS), bits / 8)
+
+
+def links(text: str) -> tuple[Link, ...]:
+    """Links separated by commas."""
+    return tuple(link(item) for item in text.split(","))
+
+
+def duration(text: str) -> float:
+    """Seconds: "50us", "1.5ms", "2s"."""
+    return _quantity(text, _SECONDS)
+
+
+def link_name(given: Link) -> str:
+    """As `link` reads it."""
+    return f"{_name(8 * given.bytes_per_s, _BITS_PER_S)}/{_name(given.latency_s, _SECONDS)}"
+
+
+def _quantity(text: str, units: Mapping[str, float]) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([a-z]+)", text)
+    if not found or found[2] not in units:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number and one of {', '.join(units)}")
+    return float(found[1]) * units[found[2]]
+
+
+def _name(value: float, units: Mapping[str, float]) -> str:
+    """In the largest unit of which there is at least one."""
+    unit = max((u for u in units if units[u] <= value * (1 + 1e-9)), key=units.__getitem__, default="")
+    unit = unit or min(units, key=units.__getitem__)
+    return f"{value / units[unit]:.6g}{unit}"
