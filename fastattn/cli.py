@@ -1,4 +1,4 @@
-"""The command line: ``fastattn generate`` and ``fastattn info``."""
+"""The command line: ``fastattn generate``, ``fastattn quantize`` and ``fastattn info``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from . import __version__, info
+from . import __version__, cli_quantize, info
 from .parallel import group as ranks
 from .spec import CacheFull, SyncError, TPGroup
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, or 1 of `fastattn info`.
+    """Runs a command; returns the exit status.
 
     Errors of the user or the machine are one line on stderr and end the process with status 1. Ctrl-C and a
     reader of our output that has gone end it as the shell would report their signals, with 130 and 141.
@@ -31,9 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_generate(commands.add_parser("generate", help="complete a text with a model"))
     report = commands.add_parser("info", help="what runs here, and why the rest does not")
     info.add_arguments(report)
+    cli_quantize.add_arguments(commands.add_parser("quantize", help="make a GPTQ checkpoint of a model"))
+    run = {"generate": _generate, "quantize": cli_quantize.main, "info": info.main}
     args = parser.parse_args(argv)
     try:
-        status = info.main(args) if args.command == "info" else _generate(args)
+        status = run[args.command](args)
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
     except (KeyboardInterrupt, BrokenPipeError) as end:

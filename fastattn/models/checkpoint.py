@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..quant.cuts import check_cut
 from ..spec import CheckpointError, Cut, PackedWeight, Shard
 from .config import ModelConfig, tensor_shapes
-from .cuts import check_cut
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..quant import packed
+from ..quant.cuts import spans_of, take
 from ..spec import CheckpointError, Cut, PackedWeight, Shard
 from . import gguf_blocks
 from .checkpoint import Checkpoint, check_shapes
 from .config import tensor_shapes
-from .cuts import spans_of, take
 from .gguf_config import ROPE_FACTORS, parse_metadata
 from .gguf_header import GgufTensor, read_header
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..quant import packed
+from ..quant.cuts import take
 from ..spec import CheckpointError, Cut, PackedWeight, Shard
 from .checkpoint import Checkpoint, check_shapes
 from .config import tensor_shapes
-from .cuts import take
 from .fields import read_json
 from .hf_config import read_config
 

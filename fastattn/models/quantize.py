@@ -1,0 +1,222 @@
+"""Quantizing a model with GPTQ: layer by layer, from real text, into a Hugging Face directory.
+
+A layer's matrices are quantized in the order in which its inputs depend on them: q, k and v; o; gate and up;
+down. The inputs of each come from the matrices before it as they were quantized, so that later ones make up
+for errors of earlier ones. Held at one time are one layer's weights, one Hessian and the residuals of the
+calibration text; everything else is on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..quant import gptq, words
+from ..quant.gptq_solver import Hessian, Quantized
+from ..quant.recipe import Heads, Recipe
+from ..spec import CheckpointError
+from .checkpoint import open_checkpoint
+from .config import ModelConfig, tensor_shapes
+from .dense import DenseWeights
+from .layerwise import Layer, Sequences, layerwise_nll
+from .perplexity import Perplexity, change, chunks, perplexity
+from .quantized_files import QuantizedFiles
+from .tokenizer import Tokenizer
+
+SAMPLES = 128  # of calibration, where the text has so many
+EVAL_CHUNKS = 16
+_HELD_OUT = 10  # one part in so many of the text, its end, is for evaluation
+
+
+class Texts(NamedTuple):
+    """Token ids of chunks: what the Hessians see, and what perplexity is measured on."""
+
+    calibration: list[list[int]]
+    evaluation: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out. ``change``: of the perplexity, as a fraction of the dense model's."""
+
+    out: str
+    weights: int  # that were quantized
+    bits_per_weight: float  # of these, with scales, zero points and g_idx
+    nbytes: int  # of all shards
+    tokens: int  # that were scored
+    dense: Perplexity
+    quantized: Perplexity
+    change: Perplexity
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    text: str,
+    *,
+    eval_text: str | None = None,
+    samples: int | None = None,
+    seqlen: int = 512,
+    progress: bool = False,
+) -> Report:
+    """Quantizes every matrix of every decoder layer; embedding, norms and head stay dense.
+
+    Args:
+        model: as for `load`; any checkpoint, quantized ones are dequantized first.
+        out: a directory that is new, empty, or holds an unfinished run with the same arguments, which goes
+            on after its last finished layer and comes to the same result (with the same thread count).
+        recipe: how.
+        text: for calibration; without ``eval_text`` its last tenth is kept out and evaluated on.
+        samples: calibration sequences, evenly over the text; None: 128, or as many as it has.
+        seqlen: their tokens.
+        progress: show bars.
+
+    Raises CheckpointError, ValueError, OSError.
+    """
+    checkpoint = open_checkpoint(model)
+    weights = DenseWeights(checkpoint)
+    _check_packable(checkpoint.path, weights.config, recipe)
+    texts = _cut(checkpoint.tokenizer(), weights.config, text, eval_text, samples, seqlen)
+    seen = hashlib.sha256(repr(texts.calibration).encode()).hexdigest()
+    files = QuantizedFiles(
+        Path(out), weights.config, recipe, {"model": checkpoint.fingerprint(), "calibration": seen}
+    )
+    files.write_dense({n: weights.tensor(n) for n in tensor_shapes(weights.config) if ".layers." not in n})
+    _quantize_layers(checkpoint.path, weights, files, texts.calibration, progress)
+    files.finish(checkpoint)
+    layers = weights.config.num_layers
+    with tqdm(total=2 * layers, desc="perplexity", unit="layer", disable=not progress) as bar:
+        base, after = (layerwise_nll(w, texts.evaluation, bar.update) for w in (weights, files))
+    matrices = [s for n, s in tensor_shapes(weights.config).items() if ".layers." in n and len(s) == 2]
+    return Report(
+        str(out), sum(a * b for a, b in matrices), _bits_per_weight(matrices, recipe), files.nbytes(),
+        len(base), perplexity(base), perplexity(after), change(after, base),
+    )  # fmt: skip
+
+
+class _Site(NamedTuple):
+    """Matrices of a layer that share their input, in the order of `_SITES`."""
+
+    names: tuple[str, ...]
+    inputs: Callable[[Sequences, Layer], Iterator[Tensor]]
+    advance: Callable[[Sequences, Layer], None] | None = None  # once they are quantized
+
+
+_SITES = (
+    _Site(tuple(f"self_attn.{p}_proj.weight" for p in "qkv"), Sequences.attention_inputs),
+    _Site(("self_attn.o_proj.weight",), Sequences.o_inputs, Sequences.add_attention),
+    _Site(("mlp.gate_proj.weight", "mlp.up_proj.weight"), Sequences.mlp_inputs),
+    _Site(("mlp.down_proj.weight",), Sequences.down_inputs, Sequences.add_mlp),
+)
+
+
+@torch.inference_mode()
+def _quantize_layers(
+    path: str, weights: DenseWeights, files: QuantizedFiles, ids: Sequence[Sequence[int]], progress: bool
+) -> None:
+    config = weights.config
+    finished = files.finished()
+    looks = files.recipe.method != "rtn"
+    sequences = Sequences(weights, ids if looks else [])
+    with tqdm(
+        total=config.num_layers * len(_SITES), desc="quantize", unit="site", disable=not progress
+    ) as bar:
+        for i in range(config.num_layers):
+            prefix = f"model.layers.{i}."
+            if i < finished:
+                layer = Layer(config, i, files.tensors(prefix))
+                sequences.add_attention(layer)
+                sequences.add_mlp(layer)
+                bar.update(len(_SITES))
+                continue
+            layer = Layer(config, i, weights.tensors(prefix))
+            quantized: dict[str, Quantized] = {}
+            for site in _SITES:
+                try:
+                    quantized |= _quantize_site(config, files.recipe, sequences, layer, site)
+                except ValueError as error:
+                    raise CheckpointError(path, str(error), prefix + site.names[0]) from error
+                if site.advance is not None:
+                    site.advance(sequences, layer)
+                bar.update()
+            dense = {n: t for n, t in layer.tensors.items() if n not in quantized}
+            files.write_layer(i, quantized, dense)
+
+
+def _quantize_site(
+    config: ModelConfig, recipe: Recipe, sequences: Sequences, layer: Layer, site: _Site
+) -> dict[str, Quantized]:
+    """Quantizes the matrices of a site as one, and puts the result into the layer."""
+    sizes = [layer.tensors[name].shape[0] for name in site.names]
+    weight = torch.cat([layer.tensors[name] for name in site.names])
+    moments = None
+    if sequences.residuals:
+        hessian = Hessian(weight.shape[1])
+        for x in site.inputs(sequences, layer):
+            hessian.add(x)
+        moments = hessian.matrix()
+    heads = Heads(config.num_heads, config.num_kv_heads) if "self_attn.o_proj.weight" in site.names else None
+    parts = recipe.quantize(weight, moments, heads).split(sizes)
+    for name, q in zip(site.names, parts, strict=True):
+        layer.tensors[name] = q.dequantize()
+    return dict(zip(site.names, parts, strict=True))
+
+
+def _cut(
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    text: str,
+    eval_text: str | None,
+    samples: int | None,
+    seqlen: int,
+) -> Texts:
+    """Raises ValueError that names the argument at fault."""
+    if not 4 <= seqlen <= config.max_position:
+        raise ValueError(f"seqlen: {seqlen}, expected 4 to the model's context, {config.max_position}")
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples: {samples}, expected at least 1")
+    if eval_text is None:
+        end = len(text) - len(text) // _HELD_OUT
+        text, eval_text = text[:end], text[end:]
+    cut = []
+    for name, part, wanted, most in (
+        ("text", text, samples, SAMPLES),
+        ("eval_text", eval_text, None, EVAL_CHUNKS),
+    ):
+        room = len(tokenizer.encode(part, add_special=False)) // (seqlen - len(tokenizer.encode("")))
+        if room < (wanted or 1):
+            raise ValueError(f"{name}: too short for {wanted or 1} sequences of {seqlen} tokens, has {room}")
+        made = chunks(tokenizer, part, seqlen, wanted or min(room, most))
+        if max(map(max, made)) >= config.vocab_size:
+            raise ValueError(f"{name}: has tokens outside the model's vocabulary of {config.vocab_size}")
+        cut.append(made)
+    return Texts(*cut)
+
+
+def _check_packable(path: str, config: ModelConfig, recipe: Recipe) -> None:
+    """Readers of GPTQ files want whole 32-bit words."""
+    for name, shape in tensor_shapes(config).items():
+        if ".layers." not in name or len(shape) != 2:
+            continue
+        for axis, size in zip(("out", "in"), shape, strict=True):
+            if size * recipe.bits % 32 or (recipe.bits == 3 and size % 32):
+                unit = words.unit(recipe.bits)[0]
+                reason = f"has {size} {axis} features, {recipe.bits} bits need a multiple of {unit}"
+                raise CheckpointError(path, reason, name)
+
+
+def _bits_per_weight(matrices: Sequence[tuple[int, ...]], recipe: Recipe) -> float:
+    size = {"qweight": 32, "qzeros": 32, "scales": 16, "g_idx": 32}
+    bits = 0
+    for out, inn in matrices:
+        for name, shape in gptq.shapes(out, inn, recipe.bits, recipe.group_size).items():
+            bits += size[name] * torch.Size(shape).numel()
+    return bits / sum(out * inn for out, inn in matrices)
