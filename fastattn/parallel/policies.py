@@ -159,9 +159,35 @@ def _object(part: str, known: Mapping[str, Any]) -> dict[str, Any]:
     return value
 
 
+def to_text(item: SyncPolicy | Schedule) -> str:
+    """The short text of a policy or a schedule, as `parse` reads it; ValueError as `policy_to_json`."""
+    value: dict[str, Any] | None = _to_json(item, {**POLICIES, **SCHEDULES})
+    parts = []
+    while value is not None:
+        inner = value.pop("of", None)
+        parts.append(_part(value))
+        value = inner
+    return "+".join(parts)
+
+
+def _part(value: dict[str, Any]) -> str:
+    name, given = value.pop("name"), {**value.pop("codec", {}), **value}
+    listed = ",".join(f"{key}={_written(x)}" for key, x in given.items())
+    return f"{name}:{listed}" if listed else name
+
+
+def _written(x: Any) -> str:
+    """What `_literal` reads; a list of one has a slash behind it."""
+    if isinstance(x, list):
+        return "/".join(map(_written, x)) + "/" * (len(x) == 1)
+    if isinstance(x, bool):
+        return str(x).lower()
+    return str(x).replace("e+", "e") if isinstance(x, float) else str(x)  # "+" joins policies
+
+
 def _literal(text: str) -> Any:
     if "/" in text:
-        return [_literal(piece) for piece in text.split("/")]
+        return [_literal(piece) for piece in text.removesuffix("/").split("/")]
     if text in ("true", "false"):
         return text == "true"
     with suppress(ValueError):
