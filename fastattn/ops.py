@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import dispatch
 from .indices import check_indices
+from .quant import mx
 from .settings import settings
 from .spec import (
     AppendKvArgs,
@@ -293,29 +294,18 @@ _define(
 
 
 # ------------------------------------------------------------------------------------------------- MX
-MX_BITS = {"e2m1": 4, "e2m3": 6, "e3m2": 6, "e4m3": 8, "e5m2": 8, "int8": 8}
-MX_SCALES = ("floor", "even", "ceil")
-
-
-def _mx_shapes(lead: torch.Size, n: int, element: str, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return (*lead, (n * MX_BITS[element] + 7) // 8), (*lead, (n + block - 1) // block)
-
-
-def _check_mx(element: str, block: int) -> None:
-    if element not in MX_BITS:
-        raise ValueError(f"element: {element!r}, expected one of {', '.join(MX_BITS)}")
-    if block < 1:
-        raise ValueError(f"block: {block}, expected a positive number")
-
-
 def mx_pack(
-    x: Tensor, element: str, block: int = 32, scale: str = "floor", *, backend: str | None = None
+    x: Tensor,
+    element: str,
+    block: int = 32,
+    scale: str = "floor",
+    search: bool = False,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(codes, scales), both uint8, of ``x`` (..., n) in MX format; see `spec.MxPackArgs`."""
-    _check_mx(element, block)
-    if scale not in MX_SCALES:
-        raise ValueError(f"scale: {scale!r}, expected one of {', '.join(MX_SCALES)}")
-    codes, scales = _ops.mx_pack(x, element, block, scale, backend or "")
+    """(codes, scales), both uint8, of ``x`` (..., n) in a format of `quant.mx`; see `spec.MxPackArgs`."""
+    mx.check_format(element, block, scale, search)
+    codes, scales = _ops.mx_pack(x, element, block, scale, search, backend or "")
     return codes, scales
 
 
@@ -326,32 +316,39 @@ def mx_unpack(
     n: int,
     block: int = 32,
     dtype: torch.dtype = torch.float32,
+    scale: str = "floor",
     *,
     backend: str | None = None,
 ) -> Tensor:
     """The values (..., n) that `mx_pack` kept."""
-    _check_mx(element, block)
-    expected = _mx_shapes(codes.shape[:-1], n, element, block)
+    mx.check_format(element, block, scale)
+    expected = _mx_shapes(codes.shape[:-1], n, element, block, scale)
     if (tuple(codes.shape), tuple(scales.shape)) != expected:
         raise ValueError(f"codes, scales: {tuple(codes.shape)}, {tuple(scales.shape)}, expected {expected}")
-    return _ops.mx_unpack(codes, scales, element, block, n, dtype, backend or "")
+    return _ops.mx_unpack(codes, scales, element, block, n, dtype, scale, backend or "")
 
 
-def _mx_pack_fake(x, element, block, scale, backend):  # type: ignore[no-untyped-def]
-    codes, scales = _mx_shapes(x.shape[:-1], x.shape[-1], element, block)
+def _mx_shapes(
+    lead: torch.Size, n: int, element: str, block: int, scale: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (*lead, mx.code_bytes(n, element)), (*lead, mx.scale_bytes(n, block, scale))
+
+
+def _mx_pack_fake(x, element, block, scale, search, backend):  # type: ignore[no-untyped-def]
+    codes, scales = _mx_shapes(x.shape[:-1], x.shape[-1], element, block, scale)
     return x.new_empty(codes, dtype=torch.uint8), x.new_empty(scales, dtype=torch.uint8)
 
 
 _define(
-    "mx_pack(Tensor x, str element, int block, str scale, str backend) -> (Tensor, Tensor)",
+    "mx_pack(Tensor x, str element, int block, str scale, bool search, str backend) -> (Tensor, Tensor)",
     lambda *flat: dispatch.run("mx_pack", MxPackArgs(*flat[:-1]), flat[-1]),
     _mx_pack_fake,
 )
 _define(
-    "mx_unpack(Tensor codes, Tensor scales, str element, int block, int n, ScalarType dtype, str backend)"
-    " -> Tensor",
+    "mx_unpack(Tensor codes, Tensor scales, str element, int block, int n, ScalarType dtype, str scale,"
+    " str backend) -> Tensor",
     lambda *flat: dispatch.run("mx_unpack", MxUnpackArgs(*flat[:-1]), flat[-1]),
-    lambda codes, scales, element, block, n, dtype, backend: codes.new_empty(
+    lambda codes, scales, element, block, n, dtype, scale, backend: codes.new_empty(
         (*codes.shape[:-1], n), dtype=dtype
     ),
 )

@@ -7,20 +7,16 @@ They share no code with the backends. Each function takes the op's record; float
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from . import reference_mx
 from .spec import (
     AppendKvArgs,
     EmbeddingArgs,
     LinearArgs,
-    MxPackArgs,
-    MxUnpackArgs,
     Op,
     PackedWeight,
     RmsNormArgs,
@@ -115,111 +111,6 @@ def embedding(a: EmbeddingArgs) -> Tensor:
     return matrix(a.weight)[a.ids]
 
 
-# ------------------------------------------------------------------------------------------------- MX
-# Sign, exponent and mantissa bits, bias, emax, and codes that are no number (OCP MX v1.0, section 5.3).
-_FLOATS = {
-    "e2m1": (2, 1, 1, 2, ()),
-    "e2m3": (2, 3, 1, 2, ()),
-    "e3m2": (3, 2, 3, 4, ()),
-    "e4m3": (4, 3, 7, 8, (0x7F,)),
-    "e5m2": (5, 2, 15, 15, (0x7C, 0x7D, 0x7E, 0x7F)),
-}
-
-
-@cache
-def mx_values(element: str) -> tuple[np.ndarray, np.ndarray]:
-    """(codes, values) of every non-negative number of an element format, ascending."""
-    if element == "int8":
-        codes = np.arange(128)
-        return codes, codes / 64.0
-    exponent_bits, mantissa_bits, bias, _, excluded = _FLOATS[element]
-    pairs = []
-    for e, m in product(range(2**exponent_bits), range(2**mantissa_bits)):
-        code = e * 2**mantissa_bits + m
-        fraction = m / 2**mantissa_bits
-        value = 2.0 ** (1 - bias) * fraction if e == 0 else 2.0 ** (e - bias) * (1 + fraction)
-        if code not in excluded:
-            pairs.append((code, value))
-    return np.array([code for code, _ in pairs]), np.array([value for _, value in pairs])
-
-
-def mx_scale_exponents(amax: np.ndarray, element: str, scale: str) -> np.ndarray:
-    """Exponent of each block's scale, before it becomes a biased byte; ``amax`` is finite."""
-    emax = 0 if element == "int8" else _FLOATS[element][3]
-    mantissa_bits = 6 if element == "int8" else _FLOATS[element][1]
-    fraction, power = np.frexp(amax)  # amax = fraction * 2^power, fraction in [1/2, 1)
-    exponent = power.astype(np.int64) - 1 - emax
-    if scale == "even":
-        steps = np.rint(np.ldexp(fraction, mantissa_bits + 1))  # numpy rounds ties to even
-        exponent += steps == 2 ** (mantissa_bits + 1)
-    elif scale == "ceil":
-        largest = mx_values(element)[1][-1]
-        exponent -= 2
-        for _ in range(4):
-            exponent += np.ldexp(largest, exponent) < amax
-    return np.where(amax == 0, -127, exponent.clip(-127, 127))
-
-
-def mx_round(scaled: np.ndarray, element: str) -> np.ndarray:
-    """Codes of finite float64 values: the nearest of the table, ties to the even code, saturating."""
-    codes, values = mx_values(element)
-    size = np.abs(scaled)
-    above = np.searchsorted(values, size).clip(1, len(values) - 1)
-    low, high = values[above - 1], values[above]
-    to_low, to_high = size - low, high - size
-    tie_low = (to_low == to_high) & (codes[above - 1] % 2 == 0)
-    chosen = np.where((to_low < to_high) | tie_low, codes[above - 1], codes[above])
-    negative = np.signbit(scaled)
-    if element == "int8":
-        return np.where(negative, -chosen, chosen) % 256
-    exponent_bits, mantissa_bits = _FLOATS[element][:2]
-    return chosen + np.where(negative, 2 ** (exponent_bits + mantissa_bits), 0)
-
-
-def _mx_bits(element: str) -> int:
-    return 8 if element == "int8" else 1 + sum(_FLOATS[element][:2])
-
-
-def mx_pack(a: MxPackArgs) -> tuple[Tensor, Tensor]:
-    """(codes, scales) as the specification defines them."""
-    bits, n, lead = _mx_bits(a.element), a.x.shape[-1], a.x.shape[:-1]
-    rows, blocks = lead.numel(), -(-n // a.block)
-    padded = np.zeros((rows, blocks * a.block))
-    padded[:, :n] = a.x.double().reshape(rows, n).numpy()
-    blocked = padded.reshape(rows, blocks, a.block)
-    finite = np.asarray(np.isfinite(blocked).all(axis=-1))[..., None]
-    x = np.where(finite, blocked, 0.0)
-    exponents = mx_scale_exponents(np.abs(x).max(-1, initial=0.0), a.element, a.scale)
-    scales = np.where(finite[..., 0], exponents + 127, 255).astype(np.uint8)
-    numbers = mx_round(np.ldexp(x, -exponents[..., None]), a.element) * finite
-    stream = (numbers.reshape(rows, blocks * a.block)[:, :n, None] >> np.arange(bits)) & 1
-    codes = np.packbits(stream.astype(np.uint8).reshape(rows, n * bits), axis=1, bitorder="little")
-    return torch.from_numpy(codes).reshape(*lead, codes.shape[1]), torch.from_numpy(scales).reshape(
-        *lead, blocks
-    )
-
-
-def mx_unpack(a: MxUnpackArgs) -> Tensor:
-    """The values (..., n) in float64."""
-    bits = _mx_bits(a.element)
-    table = np.full(2**bits, np.nan)
-    codes, values = mx_values(a.element)
-    table[codes] = values
-    if a.element == "int8":
-        table[128:] = np.arange(-128, 0) / 64.0
-    else:
-        table[codes + 2 ** (bits - 1)] = -values
-    if a.element == "e5m2":
-        table[[0x7C, 0xFC]] = np.inf, -np.inf
-    lead = a.codes.shape[:-1]
-    data, scales = (t.reshape(lead.numel(), t.shape[-1]).numpy() for t in (a.codes, a.scales))
-    stream = np.unpackbits(data, axis=1, bitorder="little", count=a.n * bits)
-    index = (stream.reshape(lead.numel(), a.n, bits).astype(np.int64) << np.arange(bits)).sum(-1)
-    power = np.repeat(scales.astype(np.int64), a.block, axis=1)[:, : a.n]
-    out = np.where(power == 255, np.nan, np.ldexp(table[index], power - 127))
-    return torch.from_numpy(out).reshape(*lead, a.n)
-
-
 # ---------------------------------------------------------------------------------------- as a backend
 def _append_in_place(a: AppendKvArgs) -> None:
     k, v = append_kv(a)
@@ -245,6 +136,5 @@ OPS: dict[str, Op] = {
     "swiglu": Op(_rounded(swiglu)),
     "linear": Op(_rounded(linear), frozenset({"g_idx", "x_perm", "bias", "group_offset", "act"})),
     "embedding": Op(lambda a: embedding(a).to(a.dtype), frozenset({"g_idx", "x_perm"})),
-    "mx_pack": Op(mx_pack, frozenset({"even", "ceil"})),
-    "mx_unpack": Op(lambda a: mx_unpack(a).to(a.dtype)),
+    **reference_mx.OPS,
 }

@@ -288,15 +288,16 @@ class EmbeddingArgs(NamedTuple):
 
 
 class MxPackArgs(NamedTuple):
-    """Quantizes ``x`` (..., n) in blocks along the last dimension to an MX format (OCP MX v1.0)."""
+    """Quantizes ``x`` (..., n) in blocks along the last dimension; formats and scales are in quant/mx.py."""
 
     x: Tensor
-    element: str  # "e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "int8"
+    element: str  # "e1m1", "e2m1", "e2m2", "e2m3", "e3m2", "e4m3", "e5m2", "int4", "int8"
     block: int
-    scale: str = "floor"  # how the E8M0 exponent is chosen
+    scale: str = "floor"  # or "even", "ceil"; "e4m3", "fp16"
+    search: bool = False  # the scale of the least squared error, out of a few
 
     def features(self) -> frozenset[str]:
-        return frozenset() if self.scale == "floor" else frozenset({self.scale})
+        return _mx_features(self.scale, search=self.search)
 
     def signature(self) -> OpSignature:
         dims = (self.element, self.block, self.scale)
@@ -307,17 +308,67 @@ class MxUnpackArgs(NamedTuple):
     """The inverse of `MxPackArgs`: codes and scales back to (..., n) of ``dtype``."""
 
     codes: Tensor  # uint8, elements packed little-endian along the last dimension
-    scales: Tensor  # uint8 E8M0, one a block
+    scales: Tensor  # uint8, as quant/mx.py lays them out
     element: str
     block: int
     n: int
     dtype: torch.dtype
+    scale: str = "floor"
 
     def features(self) -> frozenset[str]:
-        return frozenset()
+        return _mx_features(self.scale) - {"even", "ceil"}
 
     def signature(self) -> OpSignature:
-        return OpSignature(self.codes.device, self.dtype, (), (self.element, self.block), frozenset())
+        return OpSignature(self.codes.device, self.dtype, (), (self.element, self.block), self.features())
+
+
+class EncodeArgs(NamedTuple):
+    """One message (uint8, contiguous) of ``x`` (rows, hidden); its layout is in quant/codec.py."""
+
+    x: Tensor
+    element: str
+    block: int
+    scale: str = "floor"
+    search: bool = False
+    rotate: int = 0  # 0, or the length of the blocks that are rotated by a Hadamard matrix
+    outliers: tuple[int, ...] = ()  # channels kept in bfloat16, ascending
+    threads: int = 1
+
+    def features(self) -> frozenset[str]:
+        flags = {"search": self.search, "rotate": self.rotate, "outliers": self.outliers}
+        return _mx_features(self.scale, **flags)
+
+    def signature(self) -> OpSignature:
+        return OpSignature(self.x.device, self.x.dtype, (), (self.element, self.block), self.features())
+
+
+class DecodeSumArgs(NamedTuple):
+    """The sum of messages of the same format, in the order given, as (rows, hidden) of ``dtype``."""
+
+    messages: tuple[Tensor, ...]
+    rows: int
+    hidden: int
+    dtype: torch.dtype
+    element: str
+    block: int
+    scale: str = "floor"
+    rotate: int = 0
+    outliers: tuple[int, ...] = ()
+    threads: int = 1
+    out: Tensor | None = None  # contiguous; written and returned
+
+    def features(self) -> frozenset[str]:
+        flags = {"rotate": self.rotate, "outliers": self.outliers}
+        return _mx_features(self.scale, **flags) - {"even", "ceil"}
+
+    def signature(self) -> OpSignature:
+        dims = (self.element, self.block)
+        return OpSignature(self.messages[0].device, self.dtype, (), dims, self.features())
+
+
+def _mx_features(scale: str, **flags: object) -> frozenset[str]:
+    names = [name for name, value in flags.items() if value]
+    return frozenset(names if scale == "floor" else [scale, *names])
 
 
 # -------------------------------------------------------------------------------------------- backends
@@ -582,6 +633,21 @@ class Rates(NamedTuple):
     item_bytes: int = 4  # of an activation on the wire
     world: int = 1
     norm_row_s: float = 0.0  # of row_s, the residual's addition and the norm behind the sync point
+
+    def half_block(self, rows: int) -> float:
+        """Seconds."""
+        return self.fixed_s + rows * self.row_s
+
+
+class Schedule(Protocol):
+    """Whether, and where, the rows of a forward are split into two halves that pass the layers in turn."""
+
+    @property
+    def name(self) -> str: ...
+
+    def split(self, rows: int) -> int:
+        """Rows of the first half; 0: the forward is not split."""
+        ...
 
     def half_block(self, rows: int) -> float:
         """Seconds."""

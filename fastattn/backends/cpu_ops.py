@@ -7,19 +7,15 @@ indices and raise ValueError. A call costs a few microseconds beyond its kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..native import kernels
-from ..quant import mx
 from ..spec import (
     AppendKvArgs,
     EmbeddingArgs,
     LinearArgs,
-    MxPackArgs,
-    MxUnpackArgs,
     Op,
     OpSignature,
     PackedWeight,
@@ -27,6 +23,7 @@ from ..spec import (
     RotaryArgs,
     SwigluArgs,
 )
+from . import cpu_mx
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Kernel = Callable[..., None]
@@ -130,38 +127,6 @@ def embedding(a: EmbeddingArgs) -> Tensor:
     return out
 
 
-# -------------------------------------------------------------------------------------------------- MX
-@lru_cache(maxsize=64)
-def _element(name: str, scale: str) -> tuple[tuple[int, ...], int]:
-    e = mx.element(name)
-    return (e.bits, e.exponent_bits, e.mantissa_bits, e.bias, e.emax, e.max_code), e.carry_above(scale)
-
-
-def mx_pack(a: MxPackArgs) -> tuple[Tensor, Tensor]:
-    """(codes, scales) of x (..., n), both uint8."""
-    mx.check_pack(a.x, a.element, a.block, a.scale)
-    facts, carry_above = _element(a.element, a.scale)
-    lead, n = a.x.shape[:-1], a.x.shape[-1]
-    rows = lead.numel()
-    codes = torch.empty((rows, mx.code_bytes(n, a.element)), dtype=torch.uint8)
-    scales = torch.empty((rows, mx.scale_bytes(n, a.block)), dtype=torch.uint8)
-    x = a.x.reshape(rows, n).contiguous()
-    kernels.mx_pack(x, codes, scales, facts, a.block, carry_above, torch.get_num_threads())
-    return codes.view(*lead, codes.shape[1]), scales.view(*lead, scales.shape[1])
-
-
-def mx_unpack(a: MxUnpackArgs) -> Tensor:
-    """The values (..., n)."""
-    mx.check_unpack(a.codes, a.scales, a.element, a.block, a.n, a.dtype)
-    lead = a.codes.shape[:-1]
-    rows = lead.numel()
-    out = torch.empty((rows, a.n), dtype=a.dtype)
-    codes = a.codes.reshape(rows, a.codes.shape[-1]).contiguous()
-    scales = a.scales.reshape(rows, a.scales.shape[-1]).contiguous()
-    kernels.mx_unpack(out, codes, scales, _element(a.element, "floor")[0], a.block, torch.get_num_threads())
-    return out.view(*lead, a.n)
-
-
 # -------------------------------------------------------------------------------------------- reasons
 def _float_reasons(s: OpSignature) -> list[str]:
     return [] if s.dtype in FLOATS else [f"dtype {s.dtype}: only float32, float16 and bfloat16"]
@@ -200,6 +165,5 @@ OPS: dict[str, Op] = {
     "swiglu": Op(swiglu, reasons=_float_reasons),
     "linear": Op(linear, frozenset({"g_idx", "x_perm", "bias", "group_offset", "act"}), _float_reasons),
     "embedding": Op(embedding, frozenset({"g_idx"}), _float_reasons),
-    "mx_pack": Op(mx_pack, frozenset({"even", "ceil"}), _float_reasons),
-    "mx_unpack": Op(mx_unpack, reasons=_float_reasons),
+    **cpu_mx.OPS,
 }

@@ -10,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quant import mx, packed
+from ..quant import packed
 from ..settings import settings
 from ..spec import (
     AppendKvArgs,
     EmbeddingArgs,
     LinearArgs,
-    MxPackArgs,
-    MxUnpackArgs,
     Op,
     OpSignature,
     PackedWeight,
@@ -25,6 +23,7 @@ from ..spec import (
     RotaryArgs,
     SwigluArgs,
 )
+from . import torch_mx
 
 # Values of a dequantized tile of a large weight: 64 MB in float32.
 TILE = 1 << 24
@@ -140,86 +139,6 @@ def embedding(a: EmbeddingArgs) -> Tensor:
     return packed.rows(a.weight, a.ids, a.dtype)
 
 
-# -------------------------------------------------------------------------------------------------- MX
-def mx_pack(a: MxPackArgs) -> tuple[Tensor, Tensor]:
-    """(codes, scales) of x (..., n): uint8 (..., ceil(n * bits / 8)) and uint8 (..., ceil(n / block))."""
-    e = mx.check_pack(a.x, a.element, a.block, a.scale)
-    n = a.x.shape[-1]
-    blocks = mx.scale_bytes(n, a.block)
-    x = F.pad(a.x.float(), (0, blocks * a.block - n)).unflatten(-1, (blocks, a.block))
-    amax = (
-        (x.view(torch.int32) & 0x7FFFFFFF).amax(-1) if n else x.new_empty((*x.shape[:-1],), dtype=torch.int32)
-    )
-    invalid = amax >= 0x7F800000
-
-    # A subnormal amax is m * 2^-149: m's own exponent and mantissa, as a float, normalise it.
-    normal = torch.where(amax < 0x800000, amax.float().view(torch.int32) - (149 << 23), amax)
-    exponent = (normal >> 23) - 127 - e.emax
-    exponent += (normal & 0x7FFFFF) > e.carry_above(a.scale)
-    exponent = exponent.clamp(-127, 127).masked_fill_(amax == 0, -127)
-    scales = (exponent + mx.SCALE_BIAS).masked_fill_(invalid, mx.SCALE_NAN).to(torch.uint8)
-
-    scaled = _times_power(x, -exponent[..., None])
-    scaled = torch.where(invalid[..., None], 0.0, scaled)
-    codes = _encode(scaled, e).flatten(-2)[..., :n]
-    return _pack_bits(codes, e.bits), scales
-
-
-def mx_unpack(a: MxUnpackArgs) -> Tensor:
-    """The values (..., n), computed in float32 and rounded once to ``dtype``."""
-    e = mx.check_unpack(a.codes, a.scales, a.element, a.block, a.n, a.dtype)
-    codes = _unpack_bits(a.codes, e.bits, a.n).long()
-    values = mx.decode_table(e.name).to(a.codes.device)[codes]
-    scales = a.scales.repeat_interleave(a.block, dim=-1)[..., : a.n]
-    values = _times_power(values, scales.int() - mx.SCALE_BIAS)
-    return torch.where(scales == mx.SCALE_NAN, torch.nan, values).to(a.dtype)
-
-
-def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
-    """``x * 2^exponent``, |exponent| <= 128, by two normal factors: neither flushes nor overflows early."""
-    half = exponent.div(2, rounding_mode="floor")
-    for part in (half, exponent - half):
-        x = x * ((part + 127) << 23).view(torch.float32)
-    return x
-
-
-def _encode(x: Tensor, e: mx.MxElement) -> Tensor:
-    """Code of each scaled value, int32: nearest, ties to even, saturating."""
-    if not e.exponent_bits:
-        return (x * 64).round().clamp(-e.max_code, e.max_code).int() & 255
-    bits = x.view(torch.int32)
-    # The element's own step at |x|: 2^(exponent - mantissa_bits), no finer than that of subnormals.
-    lowest = 1 - e.bias
-    exponent = (((bits >> 23) & 255) - 127).clamp(lowest)
-    steps = (x.abs() * ((e.mantissa_bits - exponent + 127) << 23).view(torch.float32)).round().int()
-    magnitude = steps + ((exponent - lowest) << e.mantissa_bits)
-    return magnitude.clamp(max=e.max_code) | ((bits < 0).int() << (e.bits - 1))
-
-
-def _pack_bits(codes: Tensor, bits: int) -> Tensor:
-    n = codes.shape[-1]
-    if bits == 8:
-        return codes.to(torch.uint8)
-    if bits == 4:
-        pairs = F.pad(codes, (0, n % 2)).unflatten(-1, ((n + 1) // 2, 2))
-        return (pairs[..., 0] | (pairs[..., 1] << 4)).to(torch.uint8)
-    quads = F.pad(codes, (0, -n % 4)).unflatten(-1, ((n + 3) // 4, 4))
-    word = quads[..., 0] | (quads[..., 1] << 6) | (quads[..., 2] << 12) | (quads[..., 3] << 18)
-    out = torch.stack([(word >> shift) & 255 for shift in (0, 8, 16)], dim=-1).to(torch.uint8)
-    return out.flatten(-2)[..., : (n * 6 + 7) // 8].contiguous()
-
-
-def _unpack_bits(data: Tensor, bits: int, n: int) -> Tensor:
-    if bits == 8:
-        return data
-    if bits == 4:
-        return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)[..., :n]
-    words = (n + 3) // 4
-    triples = F.pad(data, (0, words * 3 - data.shape[-1])).unflatten(-1, (words, 3)).int()
-    word = triples[..., 0] | (triples[..., 1] << 8) | (triples[..., 2] << 16)
-    return torch.stack([(word >> shift) & 63 for shift in (0, 6, 12, 18)], dim=-1).flatten(-2)[..., :n]
-
-
 APPEND_FEATURES = frozenset({"cos", "sin", "positions", "interleaved"})
 OPS: dict[str, Op] = {
     "append_kv": Op(append_kv, APPEND_FEATURES | {"k_scale", "v_scale"}, _append_reasons),
@@ -228,6 +147,5 @@ OPS: dict[str, Op] = {
     "swiglu": Op(swiglu),
     "linear": Op(linear, frozenset({"g_idx", "x_perm", "bias", "group_offset", "act"})),
     "embedding": Op(embedding, frozenset({"g_idx", "x_perm"})),
-    "mx_pack": Op(mx_pack, frozenset({"even", "ceil"})),
-    "mx_unpack": Op(mx_unpack),
+    **torch_mx.OPS,
 }

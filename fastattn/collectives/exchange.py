@@ -173,7 +173,7 @@ def broadcast(g: TPGroup, x: Tensor, where: str, src: int = 0) -> None:
     traffic.add("broadcast", x)
     with _errors(g, where):
         work = dist.broadcast(_lend(x), src=_global(g, src), group=g.pg, async_op=True)
-    Pending(g, where, [(src, work)]).wait()
+    Pending(g, where, [(None if g.rank == src else src, work)]).wait()
 
 
 def all_gather(g: TPGroup, x: Tensor, where: str) -> list[Tensor]:

@@ -68,7 +68,8 @@ def _to_json(item: Any, known: Mapping[str, Any]) -> dict[str, Any]:
         if field.name == "of":
             value = policy_to_json(value)
         elif isinstance(value, Codec):
-            value = value.to_json()
+            plain = Codec().to_json()
+            value = {key: x for key, x in value.to_json().items() if x != plain[key]}
         values[field.name] = list(value) if isinstance(value, tuple) else value
     return values
 

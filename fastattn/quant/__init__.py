@@ -1,5 +1,6 @@
-"""Low-bit weights and activations: layouts in memory (`packed`), MX formats (`mx`), formats on disk.
+"""Low-bit weights and activations: layouts in memory (`packed`), formats of few bits (`mx`), messages between
+ranks (`message`, `codec`), formats on disk.
 
-`packed` and `mx` hold facts and exact conversions only; they import nothing but `spec`, and every layer
-may use them.
+`packed`, `mx` and `message` hold facts and exact conversions only; they import nothing but `spec`, and every
+layer may use them. `codec` runs on the backends.
 """

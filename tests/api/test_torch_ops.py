@@ -77,9 +77,10 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "linear-int4-sdpa": (f.linear, (x, *linear, None, "", "sdpa")),
         "embedding": (f.embedding, (torch.tensor([3, 0, 23]), *linear, torch.bfloat16, "")),
         "embedding-sdpa": (f.embedding, (torch.tensor([3]), *dense, torch.float32, "sdpa")),
-        "mx-pack": (f.mx_pack, (x, "e2m1", 32, "floor", "")),
-        "mx-pack-6-bits": (f.mx_pack, (x[:, :50], "e3m2", 32, "even", "")),
-        "mx-unpack": (f.mx_unpack, (codes, scales, "e2m1", 32, 64, torch.bfloat16, "")),
+        "mx-pack": (f.mx_pack, (x, "e2m1", 32, "floor", False, "")),
+        "mx-pack-6-bits": (f.mx_pack, (x[:, :50], "e3m2", 32, "even", False, "")),
+        "mx-pack-search": (f.mx_pack, (x[:, :50], "e1m1", 16, "fp16", True, "")),
+        "mx-unpack": (f.mx_unpack, (codes, scales, "e2m1", 32, 64, torch.bfloat16, "floor", "")),
     }
 
 

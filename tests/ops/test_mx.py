@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastattn import reference_ops
-from fastattn.backends import torch_ops
+from fastattn import reference_mx
+from fastattn.backends import cpu_mx, torch_mx
 from fastattn.quant import mx
 from fastattn.spec import MxPackArgs, MxUnpackArgs
 
@@ -18,6 +18,7 @@ from .runners import FLOATS, random, run
 
 ELEMENTS = pytest.mark.parametrize("element", mx.ELEMENTS)
 SCALES = pytest.mark.parametrize("scale", mx.SCALES)
+SEARCH = pytest.mark.parametrize("search", [False, True], ids=["rule", "search"])
 SHAPES = [
     ((1,), 32),
     ((7, 33), 32),
@@ -45,44 +46,51 @@ def patterns(kind: str) -> torch.Tensor:
 
 
 @cache
-def expected(kind: str, element: str, scale: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference_ops.mx_pack(MxPackArgs(patterns(kind), element, block, scale))
+def expected(args: tuple[str, str, str, int, bool]) -> tuple[torch.Tensor, torch.Tensor]:
+    kind, element, scale, block, search = args
+    return reference_mx.mx_pack(MxPackArgs(patterns(kind), element, block, scale, search))
 
 
 @ELEMENTS
 @SCALES
+@SEARCH
 @pytest.mark.parametrize(
     ("kind", "block"),
     [("each its own block", 1), ("shuffled", 32), ("neighbours", 16), ("with NaN", 8)],
     ids=["single", "shuffled", "neighbours", "nan"],
 )
-def test_every_bfloat16_is_packed_as_specified(ops, element, scale, kind, block):
-    args = MxPackArgs(patterns(kind), element, block, scale)
+def test_every_bfloat16_is_packed_as_specified(ops, element, scale, search, kind, block):
+    args = MxPackArgs(patterns(kind), element, block, scale, search)
     codes, scales = run(ops, "mx_pack", args)
-    exact_codes, exact_scales = expected(kind, element, scale, block)
+    exact_codes, exact_scales = expected((kind, element, scale, block, search))
     assert torch.equal(scales, exact_scales)
     assert torch.equal(codes, exact_codes)
 
 
+def packed(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integers (..., n) as a little-endian bit stream, (..., n * bits / 8) bytes."""
+    stream = numbers[..., None] >> torch.arange(bits) & 1
+    return (stream.flatten(-2).unflatten(-1, (-1, 8)) << torch.arange(8)).sum(-1).to(torch.uint8)
+
+
 @ELEMENTS
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).replace("torch.", ""))
-def test_every_code_and_scale_is_unpacked_as_specified(ops, element, dtype):
+@pytest.mark.parametrize("scale", ["floor", "e4m3", "fp16"])
+def test_every_code_and_scale_is_unpacked_as_specified(ops, element, dtype, scale):
     bits = mx.element(element).bits
-    per_row = (1 << bits) * bits // 8
-    if bits == 6:  # all 64 codes in order, packed by hand
-        stream = torch.arange(64)[:, None] >> torch.arange(6) & 1
-        row = (stream.reshape(-1, 8) << torch.arange(8)).sum(1).to(torch.uint8)
-    elif bits == 4:
-        row = torch.arange(0, 16, 2) | (torch.arange(1, 16, 2) << 4)
-    else:
-        row = torch.arange(256)
-    codes = row.to(torch.uint8).expand(256, per_row)
-    scales = torch.arange(256).to(torch.uint8)[:, None].repeat(1, (1 << bits) // 4)
-    args = MxUnpackArgs(codes, scales, element, 4, 1 << bits, dtype)
-    ours, exact = run(ops, "mx_unpack", args), reference_ops.mx_unpack(args)
+    codes = packed(torch.arange(1 << bits), bits).expand(256, -1)
+    blocks = (1 << bits) // 4
+    if scale == "floor":
+        scales = torch.arange(256)[:, None].repeat(1, blocks)
+    else:  # every byte as the row's, and as the low or high byte of a block's
+        scales = torch.randint(256, (256, mx.scale_bytes(1 << bits, 4, scale)))
+        scales[:, :2] = torch.stack((torch.randperm(256), torch.arange(256)), 1)
+        scales[128:, :2] = torch.stack((torch.arange(128), torch.arange(100, 228)), 1)
+    args = MxUnpackArgs(codes, scales.to(torch.uint8), element, 4, 1 << bits, dtype, scale)
+    ours, exact = run(ops, "mx_unpack", args), reference_mx.mx_unpack(args)
     assert ours.dtype == dtype
     assert torch.equal(ours.isnan(), exact.isnan())
-    # Through float32, which holds every finite value but 2^128 and more.
+    # Through float32, which holds every finite value but 2^128 and more, and less than 2^-149.
     wanted = exact.float().to(dtype)
     assert torch.equal(ours.nan_to_num(nan=0.0), wanted.nan_to_num(nan=0.0))
 
@@ -94,7 +102,7 @@ def test_tails_and_shapes(ops, element, dtype, shape, block):
     x = random(*shape, seed=2, dtype=dtype, scale=3)
     args = MxPackArgs(x, element, block, "floor")
     codes, scales = run(ops, "mx_pack", args)
-    exact_codes, exact_scales = reference_ops.mx_pack(args)
+    exact_codes, exact_scales = reference_mx.mx_pack(args)
     assert codes.shape == (*shape[:-1], mx.code_bytes(shape[-1], element))
     assert torch.equal(codes, exact_codes)
     assert torch.equal(scales, exact_scales)
@@ -107,13 +115,14 @@ def test_tails_and_shapes(ops, element, dtype, shape, block):
 
 
 @SCALES
-def test_subnormal_blocks_and_many_rows(ops, scale):
+@SEARCH
+def test_subnormal_blocks_and_many_rows(ops, scale, search):
     x = random(400, 33, seed=3) * 1e-39
     x[:, 5] = 2.0**-149
     for element in mx.ELEMENTS:
-        args = MxPackArgs(x, element, 32, scale)
+        args = MxPackArgs(x, element, 32, scale, search)
         codes, scales = run(ops, "mx_pack", args)
-        exact_codes, exact_scales = reference_ops.mx_pack(args)
+        exact_codes, exact_scales = reference_mx.mx_pack(args)
         assert torch.equal(scales, exact_scales)
         assert torch.equal(codes, exact_codes)
 
@@ -123,11 +132,18 @@ def test_subnormal_blocks_and_many_rows(ops, scale):
     st.sampled_from(list(mx.ELEMENTS)),
     st.sampled_from(mx.SCALES),
     st.integers(1, 40),
+    st.booleans(),
 )
-def test_any_floats_at_all(values, element, scale, block):
-    args = MxPackArgs(torch.tensor(values), element, block, scale)
-    for ours, exact in zip(torch_ops.mx_pack(args), reference_ops.mx_pack(args), strict=True):
-        assert torch.equal(ours, exact)
+def test_any_floats_at_all(values, element, scale, block, search):
+    args = MxPackArgs(torch.tensor(values), element, block, scale, search)
+    exact = reference_mx.mx_pack(args)
+    for backend in (torch_mx, cpu_mx):
+        for ours, wanted in zip(backend.mx_pack(args), exact, strict=True):
+            assert torch.equal(ours, wanted)
+    unpack = MxUnpackArgs(*exact, element, block, len(values), torch.float32, scale)
+    wanted = reference_mx.mx_unpack(unpack).float()
+    for backend in (torch_mx, cpu_mx):
+        assert torch.equal(backend.mx_unpack(unpack).nan_to_num(nan=0.0), wanted.nan_to_num(nan=0.0))
 
 
 def test_values_that_the_format_holds_survive(ops):
@@ -155,11 +171,60 @@ def test_ceil_never_saturates_and_even_rarely(ops, scale):
             assert (x.abs().amax(1, keepdim=True).double() <= largest).all()
 
 
+@pytest.mark.parametrize("scale", ["floor", "e4m3", "fp16"])
+@pytest.mark.parametrize("element", ["e1m1", "int4", "e2m1", "e2m3"])
+def test_search_lowers_the_squared_error(ops, element, scale):
+    x = random(64, 96, seed=5).square() * random(64, 96, seed=6)  # a few large values, many small ones
+
+    def error(search):
+        codes, scales = run(ops, "mx_pack", MxPackArgs(x, element, 32, scale, search))
+        args = MxUnpackArgs(codes, scales, element, 32, 96, torch.float32, scale)
+        return (run(ops, "mx_unpack", args).double() - x.double()).square().unflatten(1, (3, 32)).sum(-1)
+
+    plain, searched = error(False), error(True)
+    assert float(searched.sum()) < float(plain.sum())
+    # A block gets worse at most by what rounding the errors to units hides.
+    assert (searched <= 1.2 * plain + 1e-6).all()
+
+
+@pytest.mark.parametrize("scale", ["e4m3", "fp16"])
+def test_finer_scales_put_the_largest_value_onto_the_largest_element(ops, scale):
+    x = random(32, 64, seed=7)
+    x[:, ::32] = 8 * x.abs().amax(1, keepdim=True) * torch.tensor([1.0, -0.3])
+    codes, scales = run(ops, "mx_pack", MxPackArgs(x, "e2m1", 32, scale))
+    back = run(ops, "mx_unpack", MxUnpackArgs(codes, scales, "e2m1", 32, 64, torch.float32, scale))
+    precision = {"e4m3": 2**-4, "fp16": 2**-11}[scale]
+    assert ((back / x)[:, ::32] - 1).abs().max() <= precision
+    assert ((back / x)[:, ::32] - 1).abs().max() > precision / 100
+
+
+def test_int4_and_e1m1_are_symmetric(ops):
+    x = torch.tensor([[1.75, -1.75, -2.0, 2.0, 0.124, 0.125, 0.126, 0.375]])
+    codes, scales = run(ops, "mx_pack", MxPackArgs(x, "int4", 8, "ceil"))
+    assert scales.tolist() == [[128]]  # 2.0 needs the next power of two
+    codes, scales = run(ops, "mx_pack", MxPackArgs(x, "int4", 8, "floor"))
+    assert scales.tolist() == [[128]]
+    codes, scales = run(ops, "mx_pack", MxPackArgs(x.clamp(-1.99, 1.99), "int4", 8, "floor"))
+    assert scales.tolist() == [[127]]
+    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten().tolist()
+    assert nibbles == [7, 9, 9, 7, 0, 0, 1, 2]  # saturated at -7; ties 0.125 -> 0, 0.375 -> 2 quarters
+    codes, _ = run(ops, "mx_pack", MxPackArgs(torch.tensor([[3.0, -3.0, 0.5, 1.5, 2.5, -1.0]]), "e1m1", 8))
+    numbers = [int(codes[0, :3].tolist()[i // 8] >> i % 8 & 1) for i in range(18)]
+    assert [sum(numbers[3 * i + b] << b for b in range(3)) for i in range(6)] == [3, 7, 0, 2, 2, 5]
+
+
 def test_sizes():
-    assert [mx.code_bytes(33, e) for e in mx.ELEMENTS] == [17, 25, 25, 33, 33, 33]
+    sizes = {e: mx.code_bytes(33, e) for e in mx.ELEMENTS}
+    assert sizes == {
+        "e1m1": 13, "e2m1": 17, "e2m2": 21, "e2m3": 25, "e3m2": 25, "e4m3": 33, "e5m2": 33, "int4": 17,
+        "int8": 33,
+    }  # fmt: skip
     assert [mx.scale_bytes(n, 32) for n in (0, 1, 32, 33)] == [0, 1, 1, 2]
+    assert [mx.scale_bytes(n, 32, "e4m3") for n in (0, 1, 32, 33)] == [1, 2, 2, 3]
+    assert [mx.scale_bytes(n, 32, "fp16") for n in (0, 1, 32, 33)] == [1, 3, 3, 5]
     assert {e: mx.element(e).max_value for e in mx.ELEMENTS} == {
-        "e2m1": 6.0, "e2m3": 7.5, "e3m2": 28.0, "e4m3": 448.0, "e5m2": 57344.0, "int8": 127 / 64,
+        "e1m1": 3.0, "e2m1": 6.0, "e2m2": 7.0, "e2m3": 7.5, "e3m2": 28.0, "e4m3": 448.0, "e5m2": 57344.0,
+        "int4": 7 / 4, "int8": 127 / 64,
     }  # fmt: skip
 
 
@@ -168,6 +233,7 @@ BAD = [
     ("element: 'e1m2'", "mx_pack", MxPackArgs(ONE, "e1m2", 32)),
     ("scale: 'round'", "mx_pack", MxPackArgs(ONE, "e2m1", 32, "round")),
     ("block: 0", "mx_pack", MxPackArgs(ONE, "e2m1", 0)),
+    ("block: 65537", "mx_pack", MxPackArgs(ONE, "e2m1", 65537, "floor", True)),
     ("x: torch.float64", "mx_pack", MxPackArgs(ONE.double(), "e2m1", 32)),
     ("x: a scalar", "mx_pack", MxPackArgs(torch.tensor(1.0), "e2m1", 32)),
     ("codes: torch.uint8", "mx_unpack", MxUnpackArgs(ONE.byte(), ONE.byte(), "e2m1", 32, 32, torch.float32)),

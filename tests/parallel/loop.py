@@ -1,5 +1,7 @@
 """A rank that exchanges without end, as generation does: `loop.py KIND TIMEOUT [SECONDS]`.
 
+KIND is all_reduce, sampling, or a sync policy as text.
+
 Given START in the environment, it first waits for the file of that name, so that a short timeout does not
 count the time that Python takes to load. Prints "ready" once exchanges work; a `SyncError` ends it through
 `abort`, and with SECONDS it leaves in good order after that time.
@@ -17,7 +19,9 @@ import torch
 from fastattn.collectives import exchange
 from fastattn.collectives.prompts import broadcast_tokens
 from fastattn.parallel import group
-from fastattn.spec import SyncError, TPGroup
+from fastattn.parallel.policies import parse
+from fastattn.spec import Epilogue, Point, Stream, SyncError, TPGroup
+from tests.parallel.policy_cases import Given
 
 
 def once(g: TPGroup, kind: str) -> None:
@@ -25,10 +29,18 @@ def once(g: TPGroup, kind: str) -> None:
         x = torch.ones(7, 576)
         exchange.all_reduce(g, x, "layer 0 attn (decode)").wait()
         assert torch.equal(x, torch.full_like(x, g.world))
-    if kind == "sampling":  # only rank 0 receives, the others run ahead to the broadcast
+    elif kind == "sampling":  # only rank 0 receives, the others run ahead to the broadcast
         sizes = [1000 + r for r in range(g.world)]
         exchange.gather_last(g, torch.ones(2, sizes[g.rank]), sizes, "logits")
         broadcast_tokens(g, torch.zeros(2, dtype=torch.int64) if g.rank == 0 else None, 2)
+    else:
+        x = torch.ones(7, 576)
+        policy, _ = parse(kind)
+        epilogue = Epilogue(None, lambda y, residual: (y, y if residual is None else y + residual))
+        work = policy.start(Point(0, "attn", "decode"), Given(x), Stream(x, None), epilogue, g)
+        hidden = work.overlap().wait().hidden
+        assert hidden is not None
+        torch.testing.assert_close(hidden, torch.full_like(hidden, g.world), rtol=0.05, atol=0)
 
 
 def main() -> None:

@@ -15,7 +15,17 @@ LOOP = HERE / "loop.py"
 
 @pytest.mark.parametrize(
     ("world", "victim", "kind"),
-    [(2, 0, "all_reduce"), (3, 0, "sampling"), (3, 2, "sampling"), (4, 2, "all_reduce")],
+    [
+        (2, 0, "all_reduce"),
+        (3, 0, "sampling"),
+        (3, 2, "sampling"),
+        (4, 2, "all_reduce"),
+        (3, 0, "star"),
+        (3, 1, "star"),
+        (2, 1, "direct"),
+        (3, 0, "tiled+direct:scheme=two_step"),
+        (3, 2, "fused_norm+compressed:element=int8"),
+    ],
     ids=str,
 )
 def test_killed_rank_ends_the_others_within_5_s(world: int, victim: int, kind: str, tmp_path: Path) -> None:
@@ -42,6 +52,36 @@ def test_stopped_rank_ends_the_others_within_the_timeout(tmp_path: Path) -> None
         # Whoever gives up first may end the other, whose message then tells of the ended rank.
         messages = ranks.err(0) + ranks.err(2)
         assert "no answer within 4 s: another rank is stopped or the link is cut" in messages
+
+
+@pytest.mark.parametrize("kind", ["direct:scheme=one_step", "tiled+direct:scheme=two_step", "fused_norm"])
+def test_rank_that_does_not_answer_is_named(kind: str, tmp_path: Path) -> None:
+    """Messages between pairs know who did not send."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import time, torch\n"
+        "from fastattn.collectives import exchange\n"
+        "from fastattn.parallel import group\n"
+        "from fastattn.parallel.policies import parse\n"
+        "from fastattn.spec import Epilogue, Point, Stream, SyncError\n"
+        "from tests.parallel.policy_cases import Given\n"
+        "g = group.init(3)\n"
+        "exchange.all_reduce(g, torch.ones(1), 'everybody is here').wait()\n"
+        "if g.rank == 1:\n"
+        "    time.sleep(60)\n"
+        "x, norm = torch.ones(6, 96), lambda y, r: (y, y if r is None else y + r)\n"
+        f"policy, _ = parse({kind!r})\n"
+        "try:\n"
+        "    point, epilogue = Point(7, 'mlp', 'prefill'), Epilogue(None, norm)\n"
+        "    policy.start(point, Given(x), Stream(x, None), epilogue, g).wait()\n"
+        "except SyncError as error:\n"
+        "    group.abort(g, error)\n"
+    )
+    with Ranks(program, [], 3, tmp_path) as ranks:
+        assert ranks.wait(40, [0, 2]) == {0: 1, 2: 1}, ranks.everything()
+        messages = ranks.err(0) + ranks.err(2)
+        assert "layer 7 mlp (prefill)" in messages
+        assert ", with rank 1: no answer within 3 s: another rank is stopped or the link is cut" in messages
 
 
 def test_missing_rank_ends_the_others_within_the_timeout(tmp_path: Path) -> None:

@@ -155,5 +155,6 @@ PYBIND11_MODULE(_kernels, m) {
     });
     bind_attention(m);
     bind_ops(m);
+    bind_mx(m);
     bind_decoder(m);
 }

@@ -1,9 +1,6 @@
 // Python functions of the small ops and of linear: every shape, dtype and index is checked here.
 #include "checks.hpp"
 
-#include <pybind11/stl.h>
-
-#include <array>
 #include <utility>
 
 namespace fastattn {
@@ -307,38 +304,6 @@ void dequantize(py::object out_, const char* format, py::object codes, py::objec
     kernels().ops.dequantize(a, threads, scratch);
 }
 
-// ----------------------------------------------------------------------------------------------- MX
-// `element`: (bits, exponent_bits, mantissa_bits, bias, emax, max_code) of quant.mx.MxElement.
-using Element = std::array<int, 6>;
-
-void mx(bool pack, py::object x_, py::object codes_, py::object scales_, const Element& e, int64_t block,
-        int carry_above, int threads) {
-    const Tensor x = tensor(x_, "x"), codes = tensor(codes_, "codes"), scales = tensor(scales_, "scales");
-    expect_dims(x, "x", 2);
-    expect_float(x, "x");
-    expect_contiguous(x, "x");
-    if (block < 1) throw bad("block", to_string(block), "at least 1");
-    const int64_t rows = x.shape[0], n = x.shape[1];
-    for (const auto& [t, name] : {std::pair{&codes, "codes"}, std::pair{&scales, "scales"}}) {
-        expect_dtype(*t, name, {DType::u8});
-        expect_contiguous(*t, name);
-    }
-    expect_shape(codes, "codes", {rows, (n * e[0] + 7) / 8});
-    expect_shape(scales, "scales", {rows, (n + block - 1) / block});
-    MxArgs a = {};
-    a.bits = e[0], a.exponent_bits = e[1], a.mantissa_bits = e[2];
-    a.bias = e[3], a.emax = e[4], a.max_code = e[5];
-    a.carry_above = carry_above;
-    a.rows = rows, a.n = n, a.block = block;
-    a.x = x.data, a.dtype = x.dtype;
-    a.codes = codes.as<uint8_t>(), a.scales = scales.as<uint8_t>();
-    if (!elements(x)) return;  // memory that may be null
-    threads = threads_for(rows * n, COSTLY, threads);
-    void* scratch = workspace(kernels().ops.mx_workspace(a, threads));
-    Running running(threads);
-    (pack ? kernels().ops.mx_pack : kernels().ops.mx_unpack)(a, threads, scratch);
-}
-
 }  // namespace
 
 void bind_ops(py::module_& m) {
@@ -349,11 +314,6 @@ void bind_ops(py::module_& m) {
     m.def("linear", linear);
     m.def("gemm", gemm);
     m.def("dequantize", dequantize);
-    m.def("mx_pack",
-          [](py::object x, py::object codes, py::object scales, const Element& e, int64_t block,
-             int carry_above, int threads) { mx(true, x, codes, scales, e, block, carry_above, threads); });
-    m.def("mx_unpack", [](py::object x, py::object codes, py::object scales, const Element& e, int64_t block,
-                          int threads) { mx(false, x, codes, scales, e, block, 0, threads); });
 }
 
 }  // namespace fastattn

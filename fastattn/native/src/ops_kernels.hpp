@@ -12,7 +12,7 @@ namespace FASTATTN_ISA {
 
 static constexpr OpsTable ops_table = {
     rms_norm,   swiglu,       rotary,  linear_workspace, linear, gemm_workspace, gemm, dequantize_workspace,
-    dequantize, mx_workspace, mx_pack, mx_unpack};
+    dequantize, mx_workspace, mx_encode, mx_decode_sum};
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

@@ -82,15 +82,39 @@ struct DequantizeArgs {
     DType dtype;
 };
 
-struct MxArgs {
-    int bits, mantissa_bits, exponent_bits;  // of the element format; INT8: exponent_bits 0
+enum class MxScale : int { e8m0, e4m3, fp16 };
+
+// A block format of quant/mx.py.
+struct MxFormat {
+    int bits, exponent_bits, mantissa_bits;  // of the element; integers: exponent_bits 0
     int bias, emax, max_code;
-    int32_t carry_above;  // the scale's exponent grows by 1 when amax's mantissa bits exceed this
-    int64_t rows, n, block;
-    const void* x;  // packing: (rows, n) contiguous; unpacking: the result
-    DType dtype;
+    MxScale scale;
+    int32_t carry_above;  // E8M0: the exponent grows by 1 when amax's mantissa bits exceed this
+    int top;              // finer: see FineScale
+    int64_t block;
+    // To search, or the only one. E8M0: added to the exponent; finer: times amax gives the scale.
+    int candidates;
+    float candidate[8];
+};
+
+// Codes, scales and outlier channels of all rows, each part contiguous.
+struct MxMessage {
     uint8_t* codes;
     uint8_t* scales;
+    uint8_t* outliers;  // bfloat16, at any address
+};
+
+struct MxArgs {
+    MxFormat format;
+    int64_t rows, n;          // n channels are quantized
+    int rotate;               // 0, or a power of two
+    const int64_t* outliers;  // ascending channels of n + outlier_count
+    int64_t outlier_count;
+    DType dtype;
+    const void* x;              // encoding: (rows, n + outlier_count), contiguous
+    void* out;                  // decoding: the sum, of the same shape
+    const MxMessage* messages;  // encoding: one
+    int64_t count;
 };
 
 struct OpsTable {
@@ -104,8 +128,8 @@ struct OpsTable {
     size_t (*dequantize_workspace)(const DequantizeArgs&, int threads);
     void (*dequantize)(const DequantizeArgs&, int threads, void* workspace);
     size_t (*mx_workspace)(const MxArgs&, int threads);
-    void (*mx_pack)(const MxArgs&, int threads, void* workspace);
-    void (*mx_unpack)(const MxArgs&, int threads, void* workspace);
+    void (*mx_encode)(const MxArgs&, int threads, void* workspace);
+    void (*mx_decode_sum)(const MxArgs&, int threads, void* workspace);
 };
 
 }  // namespace fastattn

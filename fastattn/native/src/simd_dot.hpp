@@ -8,7 +8,7 @@
 //   dot_nibbles(acc, lo, s, hi, t)   the same of lo * s and of hi * t
 //   load_ints store_ints set1_int + - ^ shift_left<N> shift_right<N> (logical)
 //   as_float as_int                  the same bits; to_int(a): the nearest integer
-//   store_low_bytes(p, a)            W bytes
+//   load_low_bytes(p)                W bytes as 0..255; store_low_bytes(p, a): the low byte of each lane
 //   max_of_fours(a)                  each lane: the largest of its 4 j .. 4 j + 3
 //   store_fours(p, a)                lanes 0, 4, 8 ..: W / 4 floats
 //   spread(p, index)                 lane i: p[index[i]] of float or f16; index in 0..3, p[0..3] is read

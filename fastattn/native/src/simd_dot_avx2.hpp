@@ -36,6 +36,7 @@ FA_INLINE vi shift_right(vi a) {
 FA_INLINE vf as_float(vi a) { return {_mm256_castsi256_ps(a.v)}; }
 FA_INLINE vi as_int(vf a) { return {_mm256_castps_si256(a.v)}; }
 FA_INLINE vi to_int(vf a) { return {_mm256_cvtps_epi32(a.v)}; }
+FA_INLINE vi load_low_bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
 FA_INLINE void store_low_bytes(int8_t* p, vi a) {
     const __m256i low = _mm256_shuffle_epi8(a.v, _mm256_set1_epi32(0x0c080400));
     const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));

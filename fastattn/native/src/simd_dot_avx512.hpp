@@ -43,6 +43,7 @@ FA_INLINE vi shift_right(vi a) {
 FA_INLINE vf as_float(vi a) { return {_mm512_castsi512_ps(a.v)}; }
 FA_INLINE vi as_int(vf a) { return {_mm512_castps_si512(a.v)}; }
 FA_INLINE vi to_int(vf a) { return {_mm512_cvtps_epi32(a.v)}; }
+FA_INLINE vi load_low_bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 FA_INLINE void store_low_bytes(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
 FA_INLINE vf max_of_fours(vf a) {
     a = max(a, {_mm512_permute_ps(a.v, 0xb1)});

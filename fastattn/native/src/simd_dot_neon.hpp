@@ -35,6 +35,7 @@ FA_INLINE vi shift_right(vi a) {
 FA_INLINE vf as_float(vi a) { return {vreinterpretq_f32_s32(a.v)}; }
 FA_INLINE vi as_int(vf a) { return {vreinterpretq_s32_f32(a.v)}; }
 FA_INLINE vi to_int(vf a) { return {vcvtnq_s32_f32(a.v)}; }
+FA_INLINE vi load_low_bytes(const uint8_t* p) { return {vreinterpretq_s32_u32(widen_u8(p))}; }
 FA_INLINE void store_low_bytes(int8_t* p, vi a) {
     const int16x4_t half = vmovn_s32(a.v);
     const int8x8_t low = vmovn_s16(vcombine_s16(half, half));

@@ -47,6 +47,7 @@ FA_INLINE vi shift_right(vi a) {
 FA_INLINE vf as_float(vi a) { return {(nf)a.v}; }
 FA_INLINE vi as_int(vf a) { return {(ni)a.v}; }
 FA_INLINE vi to_int(vf a) { return {__builtin_convertvector((a + copysign(set1(0.5f), a)).v, ni)}; }
+FA_INLINE vi load_low_bytes(const uint8_t* p) { return {ni{p[0], p[1], p[2], p[3]}}; }
 FA_INLINE void store_low_bytes(int8_t* p, vi a) {
     for (int i = 0; i < 4; i++) p[i] = int8_t(a.v[i]);
 }
