@@ -649,21 +649,6 @@ class Schedule(Protocol):
         """Rows of the first half; 0: the forward is not split."""
         ...
 
-    def half_block(self, rows: int) -> float:
-        """Seconds."""
-        return self.fixed_s + rows * self.row_s
-
-
-class Schedule(Protocol):
-    """Whether, and where, the rows of a forward are split into two halves that pass the layers in turn."""
-
-    @property
-    def name(self) -> str: ...
-
-    def split(self, rows: int) -> int:
-        """Rows of the first half; 0: the forward is not split."""
-        ...
-
 
 class SyncPlan(NamedTuple):
     """Policies and schedule of a model, kept as JSON (`parallel.plan`)."""

@@ -16,7 +16,7 @@ from .generate import PAGE_SIZE, PREFILL_TOKENS, Model
 
 
 class Trials:
-    """Prefill of one prompt of ``prefill_tokens``, and a decode step of ``batch`` sequences behind such prompts.
+    """Prefill of a prompt of ``prefill_tokens``, and a decode step of ``batch`` sequences after one.
 
     Token ids are drawn at random, the same on every rank: the arithmetic does not depend on them. Raises
     ValueError for sizes that do not fit the model's context, `CacheFull` for those that do not fit memory.
@@ -24,10 +24,9 @@ class Trials:
 
     def __init__(self, model: Model, prefill_tokens: int, batch: int) -> None:
         config = model.config
-        if not 2 <= prefill_tokens < config.max_position:
-            raise ValueError(
-                f"prefill_tokens: {prefill_tokens}, expected 2 to {config.max_position - 1}, the model's context"
-            )
+        most = config.max_position - 1
+        if not 2 <= prefill_tokens <= most:
+            raise ValueError(f"prefill_tokens: {prefill_tokens}, expected 2 to {most}, the model's context")
         if batch < 1:
             raise ValueError(f"batch: {batch}, expected at least 1")
         self.model, self.num_layers, self.batch = model, config.num_layers, batch

@@ -50,6 +50,11 @@ class Candidate:
         """Whether no point rounds to fewer bits."""
         return all(p.exact for p in (*self.attn, *self.mlp))
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is `Exact` for all points, which everything is compared with."""
+        return isinstance(self.schedule, Plain) and all(isinstance(p, Exact) for p in (*self.attn, *self.mlp))
+
     def __str__(self) -> str:
         """As `policies.parse` reads it where it is uniform."""
         sites = {s: _runs(p) for s, p in (("attn", self.attn), ("mlp", self.mlp))}
@@ -72,11 +77,13 @@ def candidates(
     With ``codecs`` also what sends in these formats.
     """
     sums = list(_sums(rows, g, item_bytes, codecs))
-    fused = [FusedNorm(s) for s in sums if isinstance(s, Pairwise)] if rows >= g.world else []
-    found: list[tuple[SyncPolicy, Schedule]] = [(p, Plain()) for p in (*sums, *fused)]
+    whole: list[SyncPolicy] = [*sums]
+    if rows >= g.world:
+        whole += [FusedNorm(s) for s in sums if isinstance(s, Pairwise)]
+    found: list[tuple[SyncPolicy, Schedule]] = [(p, Plain()) for p in whole]
     if rows > 1:
         weave = TokenWeave(min_tokens=max(2, rows // 2), multiple=16 if rows >= 64 else 1)
-        found += [(p, weave) for p in (*sums, *fused)]
+        found += [(p, weave) for p in whole]
     if phase == "prefill":
         fitting = [t for t in TILINGS if rows >= 16 * len(t)]
         found += [(Tiled(s, t), Plain()) for s in sums for t in fitting]

@@ -7,8 +7,7 @@ half's sums are under way.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..collectives.exact import Exact
 from ..quant.codec import Codec
@@ -33,6 +32,14 @@ class Costs(NamedTuple):
         return rate if codec is None else rate._replace(value_s=self.codec_value_s[codec])
 
 
+class _Stage(NamedTuple):
+    """A half-block and its sync point."""
+
+    compute_s: float
+    busy_s: float  # of the link
+    latency_s: float  # behind that
+
+
 def codec_of(policy: SyncPolicy) -> Codec | None:
     """In which format a policy sends; None: values as they are."""
     inner = policy
@@ -47,27 +54,28 @@ def seconds(c: Candidate, rows: int, costs: Costs) -> float:
     split = c.schedule.split(rows)
     halves = (split, rows - split) if split else (rows,)
 
-    @cache
-    def stages(site: Site, policy: SyncPolicy) -> tuple[tuple[float, float, float], ...]:
-        return tuple(_stage(site, policy, n, costs) for n in halves)
-
-    points = [stages(site, p) for pair in zip(c.attn, c.mlp, strict=True) for site, p in zip(SITES, pair, strict=True)]
+    known: dict[Any, list[_Stage]] = {}  # most layers have the same policies
+    for site, policy in zip(SITES, (c.attn, c.mlp), strict=True):
+        for p in policy:
+            if (site, p) not in known:
+                known[site, p] = [_stage(site, p, n, costs) for n in halves]
+    layers = zip(c.attn, c.mlp, strict=True)
+    points = [known[site, p] for layer in layers for site, p in zip(SITES, layer, strict=True)]
     computed, link_free = 0.0, 0.0
     ready = [0.0] * len(halves)
     for stage in points:
-        for i, (compute_s, busy_s, latency_s) in enumerate(stage):
-            computed = max(computed, ready[i]) + compute_s
-            link_free = max(link_free, computed) + busy_s
-            ready[i] = link_free + latency_s
+        for i, part in enumerate(stage):
+            computed = max(computed, ready[i]) + part.compute_s
+            link_free = max(link_free, computed) + part.busy_s
+            ready[i] = link_free + part.latency_s
     return max(ready)
 
 
-def _stage(site: Site, policy: SyncPolicy, rows: int, costs: Costs) -> tuple[float, float, float]:
-    """Of a half-block and its sync point: compute, what keeps the link busy, and the latency behind it."""
+def _stage(site: Site, policy: SyncPolicy, rows: int, costs: Costs) -> _Stage:
     rate = costs.rate(site, policy)
     total = policy.seconds(rows, costs.hidden, costs.link, rate)
     latency = min(max(0.0, policy.seconds(0, costs.hidden, costs.link, rate)), max(0.0, total))
-    return rate.half_block(rows), total - latency, latency
+    return _Stage(rate.half_block(rows), total - latency, latency)
 
 
 def wire_bytes(c: Candidate, rows: int, hidden: int, world: int) -> int:
@@ -78,7 +86,7 @@ def wire_bytes(c: Candidate, rows: int, hidden: int, world: int) -> int:
 
 
 def communication_share(rows: int, costs: Costs) -> float:
-    """Share of the modelled time that `Exact` spends in communication; above one half, it bounds the model."""
-    sync = {s: Exact(costs.rates[s].item_bytes).seconds(rows, costs.hidden, costs.link, costs.rates[s]) for s in SITES}
-    compute = sum(costs.rates[s].half_block(rows) for s in SITES)
-    return sum(sync.values()) / (sum(sync.values()) + compute)
+    """Share of the modelled time that `Exact` spends in communication."""
+    rates = costs.rates.values()
+    sync = sum(Exact(r.item_bytes).seconds(rows, costs.hidden, costs.link, r) for r in rates)
+    return sync / (sync + sum(r.half_block(rows) for r in rates))

@@ -13,7 +13,6 @@ from time import perf_counter
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..collectives.exchange import Lane, all_gather, all_reduce
 from ..collectives.policy import finish
@@ -198,5 +197,3 @@ def rates(found: Sequence[HalfBlock], value_s: float, item_bytes: int, world: in
     fixed_s, row_s = fit([(h.rows, h.partial_s + h.norm_s) for h in found])
     norm_row_s = statistics.median(h.norm_s / h.rows for h in found)
     return Rates(fixed_s, row_s, value_s, item_bytes, world, norm_row_s)
-
-

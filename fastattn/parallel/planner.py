@@ -18,6 +18,7 @@ import torch
 
 from ..collectives.compressed import CodecWire
 from ..collectives.sums import Plain as PlainWire
+from ..collectives.sums import Wire
 from ..quant.codec import Codec
 from ..spec import Link, Phase, Point, Schedule, Site, SyncPolicy, TPGroup
 from . import measure
@@ -85,10 +86,8 @@ def costs(
     rows = subject.rows(phase)[0]
     counts = sorted({max(2, rows // 4), max(2, rows // 2), rows}) if phase == "prefill" else [rows]
     found = [measure.half_blocks(g, _alone(subject, phase, n), n) for n in counts]
-    value_s, *coded = [
-        measure.value_s(g, wire, rows, hidden, dtype)
-        for wire in (PlainWire(dtype.itemsize), *map(CodecWire, codecs))
-    ]
+    wires: list[Wire] = [PlainWire(dtype.itemsize), *map(CodecWire, codecs)]
+    value_s, *coded = [measure.value_s(g, wire, rows, hidden, dtype) for wire in wires]
     rates = {
         site: measure.rates([h[site] for h in found], value_s, dtype.itemsize, g.world) for site in SITES
     }
@@ -104,7 +103,9 @@ def forecasts(found: Iterable[Candidate], rows: Sequence[int], costs: Costs) -> 
     world = next(iter(costs.rates.values())).world
     trials = [
         Trial(
-            c, sum(seconds(c, n, costs) for n in rows), sum(wire_bytes(c, n, costs.hidden, world) for n in rows)
+            c,
+            sum(seconds(c, n, costs) for n in rows),
+            sum(wire_bytes(c, n, costs.hidden, world) for n in rows),
         )
         for c in found
     ]
@@ -128,20 +129,22 @@ def shortlist(trials: Sequence[Trial], exact: Candidate, best: int = 4) -> list[
 
 
 def choose(
-    g: TPGroup, subject: Subject, phase: Phase, found: Sequence[Candidate], costs: Costs, budget_s: float = 20.0,
-    *, everything: bool = False,
+    g: TPGroup, subject: Subject, phase: Phase, found: Sequence[Candidate], costs: Costs,
+    budget_s: float = 20.0, *, everything: bool = False,
+    permits: Callable[[Candidate], bool] = lambda _: True,
 ) -> Choice:  # fmt: skip
     """Models all candidates, measures the promising ones (or ``everything``), and takes the fastest measured.
 
     ``found``: the first is `Exact` for all points, which everything is compared with. ``budget_s``: about
-    what measuring may take; each candidate is measured at least three times whatever it takes.
+    what measuring may take; each candidate is measured at least three times whatever it takes. ``permits``:
+    whether the policies of two candidates, one for each site, may be joined to a new one.
     """
     exact, rows = found[0], subject.rows(phase)
     trials = forecasts(found, rows, costs)
     listed = trials if everything else shortlist(trials, exact)
     measure_all(g, subject, phase, listed, budget_s, prune=not everything)
     merged = best_of_sites(listed)
-    if merged is not None and merged not in found:
+    if merged is not None and merged not in found and permits(merged):
         trial = forecasts([merged], rows, costs)[0]
         trials.append(trial)
         finalists = {id(t): t for t in (_of(listed, exact), fastest(listed), trial)}
@@ -185,8 +188,7 @@ def measure_all(
             return
         if prune and n == 1:
             limit = _HOPELESS * min(min(t.samples) for t in running)
-            exact = [t for t in running if t.candidate.exact and family(t.candidate)[1:3] == ("exact",) * 2]
-            running = [t for t in running if min(t.samples) <= limit or t in exact]
+            running = [t for t in running if min(t.samples) <= limit or t.candidate.is_baseline]
 
 
 def _sample(g: TPGroup, subject: Subject, phase: Phase, trial: Trial) -> float:
