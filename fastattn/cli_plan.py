@@ -142,7 +142,7 @@ def _rates(costs: Costs, rows: int) -> str:
     from .parallel.forecast import communication_share
 
     sites = [
-        f"{site} {1e3 * r.half_block(rows):.3f} ms ({1e3 * r.fixed_s:.3f} ms and {1e6 * r.row_s:.2f} us a row)"
+        f"{site} {1e3 * r.half_block(rows):.3f} ms ({1e3 * r.fixed_s:.3f} + {1e6 * r.row_s:.2f} us a row)"
         for site, r in costs.rates.items()
     ]
     share = communication_share(rows, costs)

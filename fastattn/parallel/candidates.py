@@ -15,6 +15,7 @@ from ..collectives.star import Star
 from ..collectives.tiled import Tiled
 from ..quant.codec import Codec
 from ..spec import Phase, Point, Schedule, SyncPolicy, TPGroup
+from .plan import with_item_bytes
 from .policies import to_text
 from .schedule import Plain, TokenWeave
 
@@ -65,8 +66,8 @@ class Candidate:
 
 
 def _runs(policies: Sequence[SyncPolicy]) -> str:
-    names = list(dict.fromkeys(map(to_text, policies)))
-    return names[0] if len(names) == 1 else " or ".join(names)
+    """Each policy once; the size of an activation is the model's and needs no mention."""
+    return " or ".join(dict.fromkeys(to_text(with_item_bytes(p, 4)) for p in policies))
 
 
 def candidates(
@@ -92,7 +93,7 @@ def candidates(
 
 def _sums(rows: int, g: TPGroup, item_bytes: int, codecs: Sequence[Codec]) -> Iterator[Sum]:
     yield Exact(item_bytes)
-    schemes = ["one_step", "two_step"] if g.world > 2 and rows >= g.world else ["one_step"]
+    schemes = ("one_step", "two_step") if g.world > 2 and rows >= g.world else ("auto",)
     for scheme in schemes:
         yield Direct(item_bytes=item_bytes, scheme=scheme)
     yield from (Star(hub, item_bytes) for hub in range(g.world))

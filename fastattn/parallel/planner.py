@@ -27,7 +27,7 @@ from .forecast import SITES, Costs, seconds, wire_bytes
 from .schedule import Plain
 
 MARGIN = 0.97  # of exact's time: what is not faster than that does not replace it
-_ROUNDS = (3, 15)  # at least and at most
+_ROUNDS = (3, 40)  # at least and at most
 _HOPELESS = 1.3  # times the fastest after two rounds: not measured further
 _WITHIN = 1.5  # times the fastest by the model: still worth measuring, one of each family
 

@@ -183,7 +183,9 @@ def _written(x: Any) -> str:
         return "/".join(map(_written, x)) + "/" * (len(x) == 1)
     if isinstance(x, bool):
         return str(x).lower()
-    return str(x).replace("e+", "e") if isinstance(x, float) else str(x)  # "+" joins policies
+    if isinstance(x, float):
+        return str(int(x)) if x.is_integer() and x < 1e15 else str(x).replace("e+", "e")  # "+" joins policies
+    return str(x)
 
 
 def _literal(text: str) -> Any:
