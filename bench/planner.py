@@ -1,9 +1,9 @@
 """What `fastattn plan` chooses, against every candidate measured, over emulated links.
 
-For each link and number of ranks, prefill and decode of a real model's first --layers layers (all of a model's
-are alike), exact sums only. The planner chooses as the command does. Then all its candidates are measured, each
-as often as --budget allows, and after them, because the least of many noisy medians is too low, the fastest
-five, exact and the choice again, in turn:
+For each link and number of ranks, prefill and decode of a real model's first --layers layers (all are alike),
+exact sums only. The planner chooses as the command does. Then all its candidates are measured, each as often
+as --budget allows; and then, because the least of many noisy medians is too low, the fastest five, exact and
+the choice again, in turn:
 
   ms, exact ms, best ms   the choice, exact sums and the fastest candidate, in those last rounds
   x exact                 exact over the choice (never below 0.97)
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--budget",
         type=float,
         default=3.0,
-        help="seconds of the planner, a phase; thrice that after it; default: 3",
+        help="seconds of the planner, a phase; three times that after it; default: 3",
     )
     p.add_argument("--threads", type=positive, default=1, help="of each rank; default: 1")
     p.add_argument("--verbose", action="store_true", help="show every candidate")

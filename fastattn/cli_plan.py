@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from .parallel.planner import Choice
 
 
+_CONTEXT = 512  # tokens of a chunk of --text
+_CHUNKS = 16  # at most
+
+
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command line of ``fastattn plan``."""
     p.description = (
@@ -96,9 +100,14 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
 
 
 def _quality(args: argparse.Namespace, model: Model, text: str | None) -> Quality:
+    from .models.perplexity import chunks
     from .models.quality import Quality
 
-    return Quality(model, text, args.max_increase)
+    if text is None:
+        return Quality(model, None, args.max_increase)
+    context = min(_CONTEXT, model.config.max_position)
+    count = min(_CHUNKS, len(model.tokenizer.encode(text)) // context)
+    return Quality(model, chunks(model.tokenizer, text, context, max(1, count)), args.max_increase)
 
 
 def _read(path: str) -> str:

@@ -13,39 +13,28 @@ from tqdm import tqdm
 
 from ..collectives.exact import Exact
 from ..collectives.exchange import broadcast, device_of
-from ..collectives.prompts import broadcast_prompts, refuse_prompts
+from ..collectives.prompts import broadcast_prompts
 from ..parallel.candidates import Candidate
 from ..parallel.plan import PHASES
 from ..parallel.schedule import Plain
 from .generate import Model
-from .perplexity import Perplexity, change, chunks, nll, perplexity
+from .perplexity import Perplexity, change, nll, perplexity
 from .trial import deciding
 
-CONTEXT = 512  # tokens of a chunk
 _Z = 1.645  # one-sided 95 %
 
 
 class Quality:
     """The text, and its likelihood under exact sums.
 
-    ``text``: of rank 0, the others pass None. ``count``: chunks of it that are scored. ``max_increase``: of
-    the perplexity that a plan may cost, relative; the upper end of its 95 % confidence interval counts.
-    Raises ValueError on every rank when the text is too short.
+    ``ids``: chunks of the text (`perplexity.chunks`), of rank 0; the others pass None. ``max_increase``: of the
+    perplexity, relative, that a plan may cost; the upper end of its 95 % confidence interval counts.
     """
 
-    def __init__(self, model: Model, text: str | None, max_increase: float, count: int = 16) -> None:
+    def __init__(self, model: Model, ids: Sequence[Sequence[int]] | None, max_increase: float) -> None:
         if not 0 < max_increase < float("inf"):
             raise ValueError(f"max_increase: {max_increase}, expected a positive share of the perplexity")
         self.model, self.max_increase = model, max_increase
-        context = min(CONTEXT, model.config.max_position)
-        ids = None
-        if model.group.rank == 0:
-            try:
-                assert text is not None
-                ids = chunks(model.tokenizer, text, context, count)
-            except Exception:
-                refuse_prompts(model.group)
-                raise
         self.ids = broadcast_prompts(model.group, ids)
         exact = Candidate.uniform(Exact(model.dtype.itemsize), Plain(), model.config.num_layers)
         self._exact = self._nll(exact, self.ids)
