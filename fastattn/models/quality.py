@@ -27,7 +27,7 @@ _Z = 1.645  # one-sided 95 %
 class Quality:
     """The text, and its likelihood under exact sums.
 
-    ``ids``: chunks of the text (`perplexity.chunks`), of rank 0; the others pass None. ``max_increase``: of the
+    ``ids``: chunks of the text (`perplexity.chunks`), of rank 0, None of others. ``max_increase``: of the
     perplexity, relative, that a plan may cost; the upper end of its 95 % confidence interval counts.
     """
 

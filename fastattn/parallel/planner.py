@@ -150,10 +150,11 @@ def choose(
         finalists = {id(t): t for t in (_of(listed, exact), fastest(listed), trial)}
         measure_all(g, subject, phase, list(finalists.values()), budget_s / 3, prune=False)
     base, best = _of(trials, exact), fastest(trials)
-    return Choice(*_decide(base, best), trials)
+    return Choice(*decide(base, best), trials)
 
 
-def _decide(base: Trial, best: Trial) -> tuple[Trial, str]:
+def decide(base: Trial, best: Trial) -> tuple[Trial, str]:
+    """``best``, if it is clearly faster than ``base``, exact sums, which stays otherwise; and why."""
     assert base.measured_s is not None
     assert best.measured_s is not None
     gain = base.measured_s / best.measured_s
