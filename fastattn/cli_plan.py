@@ -78,6 +78,8 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
     from .parallel import plan as plans
 
     first = group.rank == 0
+    if first and not Path(args.out).absolute().parent.is_dir():  # before minutes of measuring
+        raise ValueError(f"--out: {Path(args.out).parent}: no such folder")
     say: Callable[[str], None] = _print if first else _keep_quiet
     text = _read(args.text) if first and args.text else None
     threads = ranks.set_threads(group, args.threads)

@@ -14,7 +14,7 @@ from fastattn.parallel import measure
 from fastattn.parallel.candidates import candidates
 from fastattn.parallel.group import init, set_threads, shutdown
 from fastattn.parallel.plan import PHASES
-from fastattn.parallel.planner import Trial, choose, costs, fastest, forecasts, measure_all
+from fastattn.parallel.planner import Trial, by_time, choose, costs, forecasts, measure_all
 from fastattn.spec import Link, Phase, TPGroup
 
 from .args import link_name
@@ -69,7 +69,7 @@ def _phase(
     finalists = [
         Trial(t.candidate, t.modelled_s, t.wire_bytes)
         for t in every
-        if t in sorted(every, key=lambda t: t.measured_s or 0.0)[:FINALISTS]
+        if t in by_time(every)[:FINALISTS]
         or t.candidate in (chosen, by_model.candidate)
         or t.candidate.is_baseline
     ]
@@ -78,7 +78,7 @@ def _phase(
         next(t for t in finalists if t.candidate == c)
         for c in (chosen, next(c for c in found if c.is_baseline), by_model.candidate)
     )
-    best = fastest(finalists)
+    best = by_time(finalists)[0]
     ms, exact_ms, best_ms, model_ms = (1e3 * (t.measured_s or 0.0) for t in (ours, exact, best, model))
     if g.rank == 0:
         shown = (ms, exact_ms, best_ms, exact_ms / ms, ms / best_ms, model_ms / best_ms)
@@ -92,5 +92,5 @@ def _phase(
 
 def _show(every: list[Trial]) -> None:
     print(f"{'model ms':>10} {'ms':>10}  candidate")
-    for t in sorted(every, key=lambda t: t.measured_s or 0.0):
+    for t in by_time(every):
         print(f"{1e3 * t.modelled_s:10.3f} {1e3 * (t.measured_s or 0.0):10.3f}  {t.candidate}")

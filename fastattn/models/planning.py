@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from ..collectives.compressed import Compressed
 from ..parallel import measure
-from ..parallel.candidates import Candidate, candidates
+from ..parallel.candidates import Candidate
+from ..parallel.candidates import candidates as found_by
 from ..parallel.forecast import Costs, codec_of
 from ..parallel.plan import PHASES, points_of
 from ..parallel.planner import MARGIN, Choice, Trial, choose, costs, forecasts
@@ -51,6 +52,8 @@ class Planner:
         budget_s: float = 20.0,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
+        if not 0 < budget_s < float("inf"):
+            raise ValueError(f"budget_s: {budget_s}, expected seconds > 0")
         self.model, self.group, self.trials = model, model.group, trials
         self.fingerprint, self.budget_s = fingerprint, budget_s
         self.formats = None if quality is None else Formats(quality, say)
@@ -59,7 +62,7 @@ class Planner:
     def plan(self) -> Findings:
         """The plan, with all that led to it. Every rank calls it and gets the same."""
         if self.group.world == 1:
-            exact = self._candidates("decode")[0]
+            exact = self.candidates("decode")[0]
             alone = Choice(Trial(exact, 0.0, 0), "one rank has nothing to sum", [])
             return self._findings(None, {}, dict.fromkeys(PHASES, alone))
         link, measured, choices = measure.link(self.group), dict[Phase, Costs](), dict[Phase, Choice]()
@@ -68,22 +71,23 @@ class Planner:
                 self.group, self.trials, phase, link, self.model.config.hidden_size, self.model.dtype,
                 () if self.formats is None else CODECS,
             )  # fmt: skip
-            found = self._candidates(phase)
-            found += self._lossy(phase, found, measured[phase])
+            found = self.candidates(phase)
+            found += self.lossy(phase, found, measured[phase])
             choices[phase] = choose(
                 self.group, self.trials, phase, found, measured[phase], self.budget_s, permits=self._permits
             )
         return self._findings(link, measured, choices)
 
-    def _candidates(self, phase: Phase, *codecs: Codec) -> list[Candidate]:
+    def candidates(self, phase: Phase, *codecs: Codec) -> list[Candidate]:
+        """What a phase is chosen from."""
         rows, layers = self.trials.rows(phase)[0], self.model.config.num_layers
-        return candidates(phase, rows, layers, self.group, self.model.dtype.itemsize, codecs)
+        return found_by(phase, rows, layers, self.group, self.model.dtype.itemsize, codecs)
 
     def _sending(self, phase: Phase, codec: Codec) -> list[Candidate]:
         """The candidates in that format."""
-        return [c for c in self._candidates(phase, codec) if codec_of(c.attn[0]) == codec]
+        return [c for c in self.candidates(phase, codec) if codec_of(c.attn[0]) == codec]
 
-    def _lossy(self, phase: Phase, exact: list[Candidate], costs: Costs) -> list[Candidate]:
+    def lossy(self, phase: Phase, exact: list[Candidate], costs: Costs) -> list[Candidate]:
         """Candidates in the formats that the text allows, as long as the model sees them ahead."""
         if self.formats is None:
             return []

@@ -28,7 +28,8 @@ from .schedule import Plain
 
 MARGIN = 0.97  # of exact's time: what is not faster than that does not replace it
 _ROUNDS = (3, 40)  # at least and at most
-_HOPELESS = 1.3  # times the fastest after two rounds: not measured further
+_HOPELESS = 1.3  # times the fastest after one or two rounds: not measured further
+_FINALISTS = 3  # of the fastest measured
 _WITHIN = 1.5  # times the fastest by the model: still worth measuring, one of each family
 
 
@@ -109,7 +110,7 @@ def forecasts(found: Iterable[Candidate], rows: Sequence[int], costs: Costs) -> 
         )
         for c in found
     ]
-    return sorted(trials, key=lambda t: t.modelled_s)
+    return forecast_order(trials)
 
 
 def shortlist(trials: Sequence[Trial], exact: Candidate, best: int = 4) -> list[Trial]:
@@ -142,36 +143,40 @@ def choose(
     exact, rows = found[0], subject.rows(phase)
     trials = forecasts(found, rows, costs)
     listed = trials if everything else shortlist(trials, exact)
-    measure_all(g, subject, phase, listed, budget_s, prune=not everything)
+    measure_all(g, subject, phase, listed, budget_s / 2, prune=not everything)
+    finalists = [exact, *(t.candidate for t in by_time(listed)[:_FINALISTS])]
     merged = best_of_sites(listed)
     if merged is not None and merged not in found and permits(merged):
-        trial = forecasts([merged], rows, costs)[0]
-        trials.append(trial)
-        finalists = {id(t): t for t in (_of(listed, exact), fastest(listed), trial)}
-        measure_all(g, subject, phase, list(finalists.values()), budget_s / 3, prune=False)
-    base, best = _of(trials, exact), fastest(trials)
-    return Choice(*decide(base, best), trials)
+        finalists.append(merged)
+    # Anew: of many noisy medians the least is too low.
+    final = forecasts(dict.fromkeys(finalists), rows, costs)
+    measure_all(g, subject, phase, final, budget_s / 2, prune=False)
+    base = next(t for t in final if t.candidate == exact)
+    others = [t for t in trials if t.candidate not in finalists]
+    return Choice(*decide(base, by_time(final)[0]), forecast_order([*final, *others]))
 
 
 def decide(base: Trial, best: Trial) -> tuple[Trial, str]:
-    """``best``, if it is clearly faster than ``base``, exact sums, which stays otherwise; and why."""
-    assert base.measured_s is not None
-    assert best.measured_s is not None
-    gain = base.measured_s / best.measured_s
+    """``best``, if it is clearly faster than ``base``, exact sums, which stays otherwise; and why.
+
+    Compared round by round: both were measured in turn, and what slows the machines meets both.
+    """
     if best is base:
         return base, "nothing measured was faster"
-    if best.measured_s > MARGIN * base.measured_s:
+    gain = 1 / statistics.median(b / a for a, b in zip(base.samples, best.samples, strict=True))
+    if gain * MARGIN < 1:
         return base, f"the fastest measured, {best.candidate}, is only {gain:.3f}x as fast"
     return best, f"measured {gain:.2f}x as fast as exact"
 
 
-def fastest(trials: Iterable[Trial]) -> Trial:
-    """Of the measured ones."""
-    return min((t for t in trials if t.samples), key=lambda t: statistics.median(t.samples))
+def by_time(trials: Iterable[Trial]) -> list[Trial]:
+    """The measured ones, the fastest first."""
+    return sorted((t for t in trials if t.samples), key=lambda t: statistics.median(t.samples))
 
 
-def _of(trials: Iterable[Trial], candidate: Candidate) -> Trial:
-    return next(t for t in trials if t.candidate == candidate)
+def forecast_order(trials: Iterable[Trial]) -> list[Trial]:
+    """The fastest by the model first."""
+    return sorted(trials, key=lambda t: t.modelled_s)
 
 
 # -------------------------------------------------------------------------------------------- measuring
@@ -187,7 +192,8 @@ def measure_all(
         spent_s += sum(taken)
         if n + 1 >= least and spent_s + sum(taken) > budget_s:
             return
-        if prune and n == 1:
+        # The longer a forward, the less noise there is in it, and the more there is to save.
+        if prune and n == (0 if spent_s > budget_s / 3 else 1):
             limit = _HOPELESS * min(min(t.samples) for t in running)
             running = [t for t in running if min(t.samples) <= limit or t.candidate.is_baseline]
 

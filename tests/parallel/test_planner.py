@@ -15,7 +15,7 @@ from fastattn.collectives.tiled import Tiled
 from fastattn.parallel.candidates import Candidate, candidates, family
 from fastattn.parallel.forecast import Costs, codec_of, communication_share, seconds, wire_bytes
 from fastattn.parallel.measure import HalfBlock, fit, rates
-from fastattn.parallel.planner import Trial, best_of_sites, decide, fastest, forecasts, shortlist
+from fastattn.parallel.planner import Trial, best_of_sites, by_time, decide, forecasts, shortlist
 from fastattn.parallel.schedule import Plain, TokenWeave
 from fastattn.quant.codec import Codec
 from fastattn.spec import Link, Rates, TPGroup
@@ -180,8 +180,16 @@ STAR, DIRECT = (Candidate.uniform(p, Plain(), 3) for p in (Star(0, 2), Direct(it
 def test_the_fastest_measured_is_chosen_not_the_fastest_modelled() -> None:
     base, star, direct = trial(EXACT, 1.0), trial(STAR, 0.9, 0.5, 0.6), trial(DIRECT, 0.7, 0.8, 0.1)
     direct.modelled_s = 0.01
-    assert fastest([base, star, direct, trial(EXACT)]) is star  # medians 1.0, 0.6, 0.7; one not measured
-    assert decide(base, star) == (star, "measured 1.67x as fast as exact")
+    # Medians 1.0, 0.6, 0.7; one is not measured.
+    assert by_time([base, star, direct, trial(EXACT)]) == [star, direct, base]
+
+
+def test_the_choice_is_compared_with_exact_round_by_round() -> None:
+    """The machine became slower from round to round: of both the last is three times the first."""
+    base, star = trial(EXACT, 1.0, 2.0, 3.0), trial(STAR, 0.5, 1.0, 2.5)
+    assert decide(base, star) == (star, "measured 2.00x as fast as exact")
+    base, star = trial(EXACT, 1.0, 2.0, 9.0), trial(STAR, 1.0, 1.99, 1.0)
+    assert decide(base, star)[0] is base
 
 
 def test_exact_stays_unless_it_is_clearly_slower() -> None:
