@@ -28,7 +28,7 @@ from .schedule import Plain
 
 MARGIN = 0.97  # of exact's time: what is not faster than that does not replace it
 _ROUNDS = (3, 40)  # at least and at most
-_HOPELESS = 1.3  # times the fastest after one or two rounds: not measured further
+_HOPELESS = 1.3  # times the fastest: not measured further
 _FINALISTS = 3  # of the fastest measured
 _WITHIN = 1.5  # times the fastest by the model: still worth measuring, one of each family
 
@@ -131,10 +131,9 @@ def shortlist(trials: Sequence[Trial], exact: Candidate, best: int = 4) -> list[
 
 def choose(
     g: TPGroup, subject: Subject, phase: Phase, found: Sequence[Candidate], costs: Costs,
-    budget_s: float = 20.0, *, everything: bool = False,
-    permits: Callable[[Candidate], bool] = lambda _: True,
+    budget_s: float = 20.0, *, permits: Callable[[Candidate], bool] = lambda _: True,
 ) -> Choice:  # fmt: skip
-    """Models all candidates, measures the promising ones (or ``everything``), and takes the fastest measured.
+    """Models all candidates, measures the promising ones, and takes the fastest measured.
 
     ``found``: the first is `Exact` for all points, which everything is compared with. ``budget_s``: about
     what measuring may take; each candidate is measured at least three times whatever it takes. ``permits``:
@@ -142,8 +141,8 @@ def choose(
     """
     exact, rows = found[0], subject.rows(phase)
     trials = forecasts(found, rows, costs)
-    listed = trials if everything else shortlist(trials, exact)
-    measure_all(g, subject, phase, listed, budget_s / 2, prune=not everything)
+    listed = shortlist(trials, exact)
+    measure_all(g, subject, phase, listed, budget_s / 2, prune=True)
     finalists = [exact, *(t.candidate for t in by_time(listed)[:_FINALISTS])]
     merged = best_of_sites(listed)
     if merged is not None and merged not in found and permits(merged):
@@ -192,8 +191,8 @@ def measure_all(
         spent_s += sum(taken)
         if n + 1 >= least and spent_s + sum(taken) > budget_s:
             return
-        # The longer a forward, the less noise there is in it, and the more there is to save.
-        if prune and n == (0 if spent_s > budget_s / 3 else 1):
+        # One sample is enough of long forwards: there is less noise in them, and more to save.
+        if prune and (n > 0 or spent_s > budget_s / 3):
             limit = _HOPELESS * min(min(t.samples) for t in running)
             running = [t for t in running if min(t.samples) <= limit or t.candidate.is_baseline]
 

@@ -73,7 +73,8 @@ def test_one_rank_gets_the_exact_plan_and_the_reason(model: Path, tmp_path: Path
     run(tmp_path / "b", 1, "generate", str(model), *prompt)
     _, errors = run(tmp_path / "c", 2, "generate", str(model), *prompt, fails=True)
     assert "the plan is for 1 ranks, there are 2" in errors
-    other = save_hf(hf_model("llama", seed=9, num_hidden_layers=3), tmp_path / "other")
+    wider = hf_model("llama", num_hidden_layers=3, intermediate_size=192)
+    other = save_hf(wider, tmp_path / "other")
     _, errors = run(tmp_path / "d", 1, "generate", str(other), *prompt, fails=True)
     assert "the plan is for another model" in errors
 
