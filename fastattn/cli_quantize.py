@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +26,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--bits", type=int, default=4, help="2, 3, 4 (default) or 8")
     p.add_argument("--group-size", type=int, default=128, help="32, 64, 128 (default), or -1: whole rows")
     p.add_argument(
-        "--act-order", nargs="?", const="global", default="",
-        help="quantize the columns with the largest activations first: more accurate. 'head': inside heads "
-        "where attention's output projection is concerned, so that tensor parallelism needs no permutation",
+        "--act-order", nargs="?", const="global", default="group", metavar="ORDER",
+        help="fill groups with columns of like activations, the largest first ('global'); 'head': inside "
+        "heads in attention's output projections, which tensor parallelism needs to run them without a "
+        "permutation; default: 'group', groups stay in place; 'none': as columns lie",
     )  # fmt: skip
-    p.add_argument("--static-groups", action="store_true", help="with --act-order: groups stay in place")
     symmetry = p.add_mutually_exclusive_group()
     symmetry.add_argument("--sym", action="store_true", default=True, help="no zero points (default)")
     symmetry.add_argument("--asym", dest="sym", action="store_false", help="a zero point a group")
@@ -55,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
         ranks.set_threads(ranks.single(), args.threads)
         recipe = Recipe(
             bits=args.bits, group_size=args.group_size, sym=args.sym, act_order=args.act_order,
-            static_groups=args.static_groups, damp=args.damp, format=args.format,
+            damp=args.damp, format=args.format,
         )  # fmt: skip
         report = quantize(
             args.model, args.out, recipe, _read(args.text),
@@ -67,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"fastattn: error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(asdict(report)) if args.json else _show(report))
+    print(json.dumps(report.to_json()) if args.json else _show(report))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from .records import Record
@@ -11,18 +12,19 @@ from .records import Record
 Curve = dict[int, float]
 
 
-def figure(panels: int) -> tuple[Any, Any]:
-    """A figure with ``panels`` axes side by side, drawn without a display."""
+def figure(panels: int, rows: int = 1) -> tuple[Any, Any]:
+    """A figure with ``panels`` axes side by side (``rows`` times), drawn without a display."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    drawing, axes = pyplot.subplots(1, panels, figsize=(6 * panels, 7), layout="constrained", squeeze=False)
-    return drawing, axes[0]
+    size = (6 * panels, 7 * rows)
+    drawing, axes = pyplot.subplots(rows, panels, figsize=size, layout="constrained", squeeze=False)
+    return drawing, axes.flatten()
 
 
-def draw(ax: Any, curves: dict[str, Curve], x_label: str, y_label: str) -> None:
+def draw(ax: Any, curves: dict[str, Curve], x_label: str, y_label: str, *, log_y: bool = False) -> None:
     """One line a curve over logarithmic x, the legend below."""
     for name, curve in sorted(curves.items()):
         xs = sorted(curve)
@@ -31,7 +33,11 @@ def draw(ax: Any, curves: dict[str, Curve], x_label: str, y_label: str) -> None:
     ticks = sorted({x for curve in curves.values() for x in curve})
     ax.set_xticks(ticks, [str(x) for x in ticks])
     ax.minorticks_off()
-    ax.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
+    ax.set(xlabel=x_label, ylabel=y_label)
+    if log_y:
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(0, None)
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
 
@@ -90,6 +96,25 @@ def attention(records: Sequence[Record], path: str) -> None:
 def quant(records: Sequence[Record], path: str) -> None:
     """Time of a linear layer over the rows of x."""
     drawing, (ax,) = figure(1)
-    draw(ax, by(records, "time", "rows"), "rows of x", "ms")
-    ax.set_yscale("log")
+    draw(ax, by(records, "time", "rows"), "rows of x", "ms", log_y=True)
+    drawing.savefig(path, dpi=130)
+
+
+def collectives(records: Sequence[Record], path: str) -> None:
+    """Time over the size, a row of panels each number of ranks and a panel each link."""
+    times = [r for r in records if r.metric == "time"]
+    blocks = list(dict.fromkeys(tuple(r.case.split()[:2]) for r in times))  # link, ranks
+    columns = list(dict.fromkeys(link for link, _ in blocks))
+    rows = list(dict.fromkeys(ranks for _, ranks in blocks))
+    drawing, axes = figure(len(columns), len(rows))
+    for ax, (ranks, link) in zip(axes, product(rows, columns), strict=True):
+        curves: dict[str, Curve] = defaultdict(dict)
+        for r in times:
+            if r.case.split()[:2] == [link, ranks]:
+                words = dict(word.split("=", 1) for word in r.case.split() if "=" in word)
+                size = int(words["bytes"])
+                curves[words["policy"]][size] = r.ours
+                curves[r.peer][size] = r.peer_value or 0.0
+        draw(ax, dict(curves), "bytes", "ms", log_y=True)
+        ax.set_title(f"{link}, {ranks}")
     drawing.savefig(path, dpi=130)

@@ -11,6 +11,7 @@ from ..spec import Link, Rates
 from .exchange import Lane, all_reduce
 from .policy import Sum
 from .steps import Steps
+from .sums import Partial
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Exact(Sum):
 
     name: ClassVar[str] = "exact"
 
-    def steps(self, lane: Lane, x: Tensor) -> Steps[Tensor]:
-        yield all_reduce(lane.group, x, lane.where)
-        return x
+    def steps(self, lane: Lane, x: Partial) -> Steps[Tensor]:
+        total = x.compute()
+        yield all_reduce(lane.group, total, lane.where)
+        return total
 
     def seconds(self, rows: int, hidden: int, link: Link, rate: Rates) -> float:
         """Ring all-reduce: 2 (N - 1) steps, each one hop and one N-th of the bytes."""

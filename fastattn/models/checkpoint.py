@@ -72,6 +72,11 @@ class Checkpoint(ABC, Generic[Stored]):
         check_cut(cut, entry.shape[0], name)
         return self._vector(name, entry, cut).to(dtype, copy=True)
 
+    def groups(self, name: str) -> Tensor | None:
+        """The group of each column of a matrix (in,); None unless they are scattered (act-order)."""
+        self._entry(name, 2)
+        return None
+
     def _entry(self, name: str, ndim: int | None) -> Stored:
         if name not in self._entries:
             raise CheckpointError(self.path, "no such tensor", name)

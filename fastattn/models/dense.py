@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +11,7 @@ from torch import Tensor
 from ..quant import packed
 from ..spec import Cut, Shard
 from .checkpoint import Checkpoint
-from .config import ModelConfig, tensor_shapes
-
-
-class Weights(Protocol):
-    """A model that can be read a layer at a time."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    def tensors(self, prefix: str) -> Mapping[str, Tensor]:
-        """float32 tensors whose names begin with ``prefix``, by the rest of their names."""
-        ...
+from .config import tensor_shapes
 
 
 class DenseWeights:
@@ -39,6 +27,7 @@ class DenseWeights:
         self._shapes = tensor_shapes(self.config)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """float32 tensors whose names begin with ``prefix``, by the rest of their names."""
         return {n.removeprefix(prefix): self.tensor(n) for n in self._shapes if n.startswith(prefix)}
 
     def tensor(self, name: str) -> Tensor:

@@ -92,8 +92,10 @@ def reasons_against(decoder: Decoder) -> list[str]:
         reasons.append("weights are not on the CPU")
     if decoder.embedding.dtype not in FLOATS:
         reasons.append(f"dtype {decoder.embedding.dtype}")
-    if any(w.x_perm is not None for w in weights):
-        reasons.append("x_perm: columns in another order than the input's")
+    if decoder.embedding.weight.x_perm is not None:
+        reasons.append("x_perm: columns of the embedding in another order")
+    if any(mlp.align is not None for _, mlp in decoder.blocks):
+        reasons.append("an exchange between the GEMMs of the MLP")
     if len({(a.heads, a.kv_heads) for a, _ in decoder.blocks}) != 1:
         reasons.append("layers with different numbers of heads")
     return reasons
@@ -118,4 +120,5 @@ def _norm(norm: RmsNorm | None) -> tuple[Tensor, float] | None:
 
 def _matrix(w: PackedWeight, dtype: torch.dtype, act: str = "") -> tuple[Any, ...]:
     bias = None if w.bias is None else w.bias.contiguous()
-    return (*native_weight(w), w.shape[1], bias, act == "int8", gemm_rows(w, dtype, act))
+    x_perm = None if w.x_perm is None else w.x_perm.long().contiguous()
+    return (*native_weight(w), w.shape[1], bias, act == "int8", gemm_rows(w, dtype, act), x_perm)

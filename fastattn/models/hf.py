@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..quant import packed
+from ..quant import grouped, packed
 from ..quant.cuts import take
 from ..spec import CheckpointError, Cut, PackedWeight, Shard
 from .checkpoint import Checkpoint, check_shapes
 from .config import tensor_shapes
 from .fields import read_json
 from .hf_config import read_config
+from .hf_entries import Entry, PackedEntry, gather
+from .hf_quant import read_format
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -24,39 +26,58 @@ if TYPE_CHECKING:
 _INDEX_LIMIT = 64 << 20  # bytes
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = ("F32", "F16", "BF16")
 
 
-class _Entry(NamedTuple):
-    file: Path
-    stored: str  # name within the file
-    dtype: str  # safetensors' name of it
-    shape: tuple[int, ...]
+class HfCheckpoint(Checkpoint[Entry | PackedEntry]):
+    """A directory as `transformers` saves it.
 
-
-class HfCheckpoint(Checkpoint[_Entry]):
-    """A directory as `transformers` saves it. Weights are dense, in the dtype of the file."""
+    Weights are dense, in the dtype of the file, or quantized (`hf_quant`), in all layers or in some.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.path = str(directory)
         self._directory = directory
         self.config = read_config(directory)
         self._sizes: dict[str, int] = {}
-        stored: dict[str, _Entry] = {}
+        stored: dict[str, Entry] = {}
         for file, names in _weight_files(directory).items():
             stored |= self._read_header(file, names)
         if self.config.tie_embeddings:
             _tie(stored)
-        check_shapes(directory, self.config, {name: e.shape for name, e in stored.items()})
-        wanted = [*tensor_shapes(self.config), *(["lm_head.weight"] if self.config.tie_embeddings else [])]
-        self._entries = {name: stored[name] for name in wanted}
+        shapes = tensor_shapes(self.config)
+        entries = gather(stored, shapes, read_format(directory))
+        self._drop_zero_biases(entries, shapes)
+        check_shapes(directory, self.config, {name: e.shape for name, e in entries.items()})
+        wanted = [*shapes, *(["lm_head.weight"] if self.config.tie_embeddings else [])]
+        self._entries = {name: entries[name] for name in wanted}
         for name, entry in self._entries.items():
-            if entry.dtype not in _DTYPES:
-                raise CheckpointError(
-                    entry.file, f"has dtype {entry.dtype}, supported are {', '.join(_DTYPES)}", name
-                )
+            if isinstance(entry, Entry) and entry.dtype not in _FLOATS:
+                reason = f"has dtype {entry.dtype}, supported are {', '.join(_FLOATS)}"
+                raise CheckpointError(entry.file, reason, name)
 
-    def _read_header(self, file: Path, expected: set[str] | None) -> dict[str, _Entry]:
+    def groups(self, name: str) -> Tensor | None:
+        entry = self._entry(name, 2)
+        if not isinstance(entry, PackedEntry):
+            return None
+        with self._parts(name, entry) as tensors:
+            found = entry.format.g_idx(tensors, entry.shape[1])
+            return None if found is None else found.clone()
+
+    def _drop_zero_biases(
+        self, entries: dict[str, Entry | PackedEntry], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """AutoGPTQ gives every quantized layer a bias; those that the model has no place for are zero."""
+        for name in [n for n, e in entries.items() if isinstance(e, PackedEntry)]:
+            bias = name.removesuffix("weight") + "bias"
+            entry = entries.get(bias)
+            if bias in shapes or not isinstance(entry, Entry) or entry.dtype not in _FLOATS:
+                continue
+            with self._mapped(bias, entry) as values:
+                if not bool(values.any()):
+                    del entries[bias]
+
+    def _read_header(self, file: Path, expected: set[str] | None) -> dict[str, Entry]:
         """The tensors of one file; ``expected`` are those the index says it holds."""
         entries = {}
         with _opened(file) as handle:
@@ -66,15 +87,19 @@ class HfCheckpoint(Checkpoint[_Entry]):
                 raise CheckpointError(file, f"is missing, though {_INDEX} says it is here", name)
             for name in sorted(names if expected is None else names & expected):
                 piece = handle.get_slice(name)
-                entries[name] = _Entry(file, name, piece.get_dtype(), tuple(piece.get_shape()))
+                entries[name] = Entry(file, name, piece.get_dtype(), tuple(piece.get_shape()))
         return entries
 
-    def _matrix(self, name: str, entry: _Entry, shard: Shard) -> PackedWeight:
+    def _matrix(self, name: str, entry: Entry | PackedEntry, shard: Shard) -> PackedWeight:
+        if isinstance(entry, PackedEntry):
+            with self._parts(name, entry) as tensors:
+                return grouped.pack(entry.format.read(tensors, shard.out, shard.inn))
         with self._mapped(name, entry) as matrix:
             piece = take(take(matrix, shard.out, 0), shard.inn, 1)
             return packed.dense(piece.clone(memory_format=torch.contiguous_format))
 
-    def _vector(self, name: str, entry: _Entry, cut: Cut) -> Tensor:
+    def _vector(self, name: str, entry: Entry | PackedEntry, cut: Cut) -> Tensor:
+        assert isinstance(entry, Entry)  # a vector
         with self._mapped(name, entry) as stored:
             return take(stored, cut).clone()
 
@@ -84,11 +109,26 @@ class HfCheckpoint(Checkpoint[_Entry]):
         return read_tokenizer(self._directory, self.config)
 
     def _table(self) -> Any:
-        tensors = [[name, e.file.name, e.dtype, e.shape] for name, e in sorted(self._entries.items())]
+        tensors = []
+        for name, e in sorted(self._entries.items()):
+            parts = e.parts if isinstance(e, PackedEntry) else {"": e}
+            kind = repr(e.format) if isinstance(e, PackedEntry) else "dense"
+            tensors += [[name, kind, n, p.file.name, p.dtype, p.shape] for n, p in sorted(parts.items())]
         return ["safetensors", tensors, self._sizes]
 
     @contextmanager
-    def _mapped(self, name: str, entry: _Entry) -> Iterator[Tensor]:
+    def _parts(self, name: str, entry: PackedEntry) -> Iterator[Mapping[str, Tensor]]:
+        """The tensors of a quantized matrix as `_mapped`; what contradicts itself is a CheckpointError."""
+        try:
+            with ExitStack() as stack:
+                yield {n: stack.enter_context(self._mapped(name, e)) for n, e in entry.parts.items()}
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(entry.file, str(error), name) from error
+
+    @contextmanager
+    def _mapped(self, name: str, entry: Entry) -> Iterator[Tensor]:
         """The whole tensor as a view of the mapped file: only what is copied out of it is read.
 
         The file is mapped for one tensor at a time, so that pages read do not stay in the process.
@@ -99,7 +139,7 @@ class HfCheckpoint(Checkpoint[_Entry]):
             yield handle.get_slice(entry.stored)[:]
 
 
-def _tie(stored: dict[str, _Entry]) -> None:
+def _tie(stored: dict[str, Entry]) -> None:
     """One matrix is embedding and head, whichever of the two names the file has."""
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     if embed in stored:
@@ -130,6 +170,9 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
         return _indexed_files(directory)
     if (directory / _SINGLE).exists():
         return {directory / _SINGLE: None}
+    found = sorted(directory.glob("*.safetensors"))
+    if len(found) == 1:  # AutoGPTQ puts bits and group size into the name
+        return {found[0]: None}
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
         reason = "holds only pickled weights, which can run code when loaded; save them as safetensors"
         raise CheckpointError(directory, reason)

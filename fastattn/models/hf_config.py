@@ -52,7 +52,6 @@ def parse_config(values: Mapping[str, Any], path: Path, generation: Fields | Non
     if family not in FAMILIES:
         f.fail("model_type", f"is {family!r}, supported are {', '.join(FAMILIES)}")
     _check_architecture(f, family)
-    _check_quantization(f)
     act = f.string("hidden_act", "silu")
     if act not in ("silu", "swish"):
         f.fail("hidden_act", f"is {act!r}, only silu is supported")
@@ -108,14 +107,6 @@ def _check_architecture(f: Fields, family: str) -> None:
             "architectures",
             f"is {str(names)[:80]}, expected [{ARCHITECTURES[family]!r}] for a {family} model",
         )
-
-
-def _check_quantization(f: Fields) -> None:
-    if not f.has("quantization_config") and not f.has("compression_config"):
-        return
-    key = "quantization_config" if f.has("quantization_config") else "compression_config"
-    method = f.table(key).string("quant_method", "unnamed")
-    f.fail(key, f"the weights are quantized by method {method[:40]!r}, which is not supported in this format")
 
 
 def _optional_id(f: Fields, key: str, vocab: int) -> int | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..spec import CheckpointError
 from .checkpoint import Checkpoint
-from .config import ModelConfig
+from .config import ModelConfig, RopeConfig
 from .fields import read_json
 from .hf import HfCheckpoint
 from .hf_config import ARCHITECTURES, CONFIG_LIMIT, parse_config
@@ -51,8 +52,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A JSON file, whole or not at all; OSError names it and the reason."""
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    _replace(path, lambda unfinished: unfinished.write_text(text, "utf-8"))
+    _write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_index(directory: Path, shards: Sequence[str]) -> None:
@@ -73,12 +73,13 @@ def write_index(directory: Path, shards: Sequence[str]) -> None:
 def write_companions(directory: Path, checkpoint: Checkpoint[Any]) -> None:
     """The tokenizer and what else belongs beside the weights: copied, or made of what a GGUF file holds."""
     if not isinstance(checkpoint, HfCheckpoint):
-        checkpoint.tokenizer().save(directory)
+        for name, content in checkpoint.tokenizer().files().items():
+            _write_text(directory / name, content)
         return
     for name in _COMPANIONS:
         source = Path(checkpoint.path) / name
         if source.exists():
-            _replace(directory / name, lambda unfinished, source=source: shutil.copyfile(source, unfinished))
+            _replace(directory / name, partial(shutil.copyfile, source))
 
 
 def config_values(checkpoint: Checkpoint[Any], config: ModelConfig) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def to_config_json(path: object, config: ModelConfig) -> dict[str, Any]:
         "torch_dtype": str(config.dtype).removeprefix("torch."),
     }
     if config.rope.kind != "default":
-        values["rope_scaling"] = {"rope_type": config.rope.kind, **config.rope.params}
+        values["rope_scaling"] = {"rope_type": config.rope.kind, **_rope_params(config.rope)}
     if family != "llama":
         values["sliding_window"] = next((w for w in config.windows if w), None)
     if family in ("qwen2", "qwen3"):
@@ -133,13 +134,26 @@ def to_config_json(path: object, config: ModelConfig) -> dict[str, Any]:
     return values
 
 
+def _rope_params(rope: RopeConfig) -> dict[str, Any]:
+    """Numbers and flags of the types that Hugging Face gives them."""
+    params: dict[str, Any] = dict(rope.params)
+    for key, kind in (("original_max_position_embeddings", int), ("truncate", bool)):
+        if key in params:
+            params[key] = kind(params[key])
+    return params
+
+
 def remove_unfinished(directory: Path) -> None:
     """Deletes what a run that was killed left half-written."""
     for path in directory.glob(f"*{_UNFINISHED}"):
         path.unlink()
 
 
-def _replace(path: Path, write: Any) -> None:
+def _write_text(path: Path, text: str) -> None:
+    _replace(path, lambda unfinished: unfinished.write_text(text, "utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write`` with another name, and renames once everything is on the disk."""
     unfinished = path.with_name(path.name + _UNFINISHED)
     try:

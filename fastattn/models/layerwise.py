@@ -1,7 +1,7 @@
 """Many sequences through a decoder one layer at a time, so that no more than one layer's weights are held.
 
 What is kept between layers is the residual of every token. The half-blocks are those of llama.py; a layer's
-weights are dense and come from `dense.Weights`, so that a layer can be changed between looking at the
+weights are dense and come from `DenseWeights`, so that a layer can be changed between looking at the
 inputs of one of its linear layers and going on.
 """
 
@@ -18,7 +18,7 @@ from ..parallel.linear import ColumnLinear, RowLinear
 from ..quant import packed
 from ..spec import PackedWeight
 from .config import ModelConfig
-from .dense import Weights
+from .dense import DenseWeights
 from .llama import Attention, AttentionHalf, Forward, Mlp, MlpHalf, RmsNorm
 from .perplexity import token_nll
 from .rope import RopeTables
@@ -29,7 +29,7 @@ _PAGE = 32
 class Sequences:
     """The residuals (len, hidden), float32, of every sequence, before some layer."""
 
-    def __init__(self, weights: Weights, ids: Sequence[Sequence[int]]) -> None:
+    def __init__(self, weights: DenseWeights, ids: Sequence[Sequence[int]]) -> None:
         """Before layer 0. ``ids``: token ids of each sequence, all within the vocabulary."""
         self.config = weights.config
         (table,) = weights.tensors("model.embed_tokens.").values()
@@ -44,11 +44,11 @@ class Sequences:
     def o_inputs(self, layer: Layer) -> Iterator[Tensor]:
         """Inputs of o."""
         attention = layer.attention()
-        pages = -(-max(map(len, self.residuals)) // _PAGE)
+        pages = -(-max(map(len, self.residuals), default=0) // _PAGE)
         cache = PagedKvCache(1, pages, _PAGE, attention.kv_heads, self.config.head_dim)
         for x in self.residuals:
             step = cache.reserve([0], [len(x)])
-            forward = Forward(self.config, cache, step, *self._rope.upto(step.max_used))
+            forward = Forward(self.config, "prefill", cache, step, *self._rope.upto(step.max_used))
             yield AttentionHalf(attention, 0, attention.norm(x)[0], forward).gemm_input(0, len(x))
             cache.free(0)
 
@@ -70,7 +70,7 @@ class Sequences:
         """Goes on to the next layer."""
         self._add(layer.mlp().down, self.down_inputs(layer))
 
-    def nll(self, weights: Weights, ids: Sequence[Sequence[int]]) -> Tensor:
+    def nll(self, weights: DenseWeights, ids: Sequence[Sequence[int]]) -> Tensor:
         """After the last layer: `perplexity.nll` of the sequences, which are ``ids``."""
         c = self.config
         (norm,) = weights.tensors("model.norm.").values()
@@ -125,7 +125,7 @@ class Layer:
 
 @torch.inference_mode()
 def layerwise_nll(
-    weights: Weights, ids: Sequence[Sequence[int]], on_layer: Callable[[], object] = lambda: None
+    weights: DenseWeights, ids: Sequence[Sequence[int]], on_layer: Callable[[], object] = lambda: None
 ) -> Tensor:
     """`perplexity.nll` in float32 of a model that need not fit in memory; ``on_layer``: after each layer."""
     sequences = Sequences(weights, ids)

@@ -19,6 +19,7 @@ from .. import dispatch
 from ..collectives.exact import Exact
 from ..memory.attend import attend, narrow
 from ..ops import rms_norm, rotary, swiglu
+from ..parallel.act_order import Align
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..parallel.schedule import one_after_another, woven
 from ..parallel.vocab import VocabParallelEmbedding, VocabParallelHead
@@ -76,6 +77,7 @@ class Mlp:
     norm: RmsNorm
     gate_up: ColumnLinear
     down: RowLinear
+    align: Align | None = None  # brings the input of down into its order; layout "naive" only
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ class MlpHalf:
 
     def gemm_input(self, lo: int, hi: int) -> Tensor:
         """Gated activations (hi - lo, columns of this rank)."""
-        return swiglu(self.weights.gate_up(self.hidden[lo:hi]))
+        gated = swiglu(self.weights.gate_up(self.hidden[lo:hi]))
+        return gated if self.weights.align is None else self.weights.align(gated)
 
     def partial(self, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
         """This rank's partial result of rows [lo, hi)."""

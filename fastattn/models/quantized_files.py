@@ -48,6 +48,10 @@ class QuantizedFiles:
         there = (self._shard(i + 1).exists() for i in range(self.config.num_layers))
         return next((i for i, found in enumerate(there) if not found), self.config.num_layers)
 
+    def has_dense(self) -> bool:
+        """Whether `write_dense` is done."""
+        return self._shard(0).exists()
+
     def write_dense(self, tensors: Mapping[str, Tensor]) -> None:
         """Everything outside the decoder layers, by whole names, in the model's dtype."""
         hf_write.write_tensors(self._shard(0), {n: t.to(self.config.dtype) for n, t in tensors.items()})
@@ -61,10 +65,9 @@ class QuantizedFiles:
                 held[f"{prefix}{name.removesuffix('weight')}{kind}"] = tensor
         hf_write.write_tensors(self._shard(layer + 1), held)
 
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """As `dense.Weights`: float32, quantized matrices dequantized."""
-        layers = prefix.startswith("model.layers.")
-        stored = _read(self._shard(int(prefix.split(".")[2]) + 1 if layers else 0), prefix)
+    def layer(self, layer: int) -> dict[str, Tensor]:
+        """Of a finished layer, as `DenseWeights.tensors`: float32, quantized matrices dequantized."""
+        stored = _read(self._shard(layer + 1), f"model.layers.{layer}.")
         dense = {}
         for name, tensor in stored.items():
             if name.endswith(".qweight"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..spec import CheckpointError
@@ -70,20 +69,18 @@ class Tokenizer:
             text: str = self._core.decode(listed, skip_special_tokens=skip_special)
         return text
 
-    def save(self, directory: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, from which `hf_tokenizer.read_tokenizer` reads it.
-
-        Raises OSError when they cannot be written.
-        """
+    def files(self) -> dict[str, str]:
+        """Names and contents of the files of which `hf_tokenizer.read_tokenizer` makes the same one."""
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **self._special_tokens,
             **({"chat_template": self._template_source} if self._template_source is not None else {}),
         }
-        (directory / "tokenizer.json").write_text(self._core.to_str(), "utf-8")
-        text = json.dumps(settings, indent=2, ensure_ascii=False)
-        (directory / "tokenizer_config.json").write_text(text + "\n", "utf-8")
+        return {
+            "tokenizer.json": self._core.to_str(),
+            "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
+        }
 
     def stream(self) -> Stream:
         """A detokenizer for ids that arrive one by one."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gptq import trivial_g_idx
+from .grouped import trivial_g_idx
 
 
 class ColumnOrder(NamedTuple):
@@ -33,9 +33,13 @@ def by_activation(energy: Tensor, group_size: int) -> ColumnOrder:
     return ColumnOrder(visit, trivial_g_idx(len(visit), group_size)[_inverse(visit)])
 
 
-def static_groups(energy: Tensor, group_size: int) -> ColumnOrder:
-    """Columns by energy, groups by position: needs scales that are known before the first column."""
-    return ColumnOrder(_descending(energy), trivial_g_idx(len(energy), group_size))
+def by_group(energy: Tensor, group_size: int) -> ColumnOrder:
+    """Groups as they lie in the matrix, visited by their energy, and the columns within them too.
+
+    Most of what act-order gains, at no cost at run time. GPTQ's static groups are the same idea, but fix all
+    scales before the first column; here they are fitted to what is left when a group is reached.
+    """
+    return _group_by_group(energy, trivial_g_idx(len(energy), group_size))
 
 
 def within_heads(energy: Tensor, group_size: int, num_heads: int, num_kv_heads: int) -> ColumnOrder:
@@ -43,21 +47,24 @@ def within_heads(energy: Tensor, group_size: int, num_heads: int, num_kv_heads: 
 
     ``argsort(g_idx, stable)`` then permutes columns inside each head only, in the same way for all query
     heads of one KV head: the one kind of permutation that can be moved into the rows of v_proj, because a
-    row of V is mixed by one softmax and shared by those heads. Where heads hold no whole number of groups no
-    such order exists but the columns' own. Groups are visited by their energy, columns within a group too.
+    row of V is mixed by one softmax and shared by those heads. Where heads hold no whole number of groups,
+    none but the columns' own order is of that kind: `by_group`.
     """
-    head_dim = len(energy) // num_heads
-    g_idx = trivial_g_idx(len(energy), group_size)
-    if group_size > 0 and head_dim % group_size == 0:
-        sharing = num_heads // num_kv_heads
-        shared = energy.view(num_kv_heads, sharing, head_dim).sum(1)
-        rank = torch.stack([_inverse(_descending(e)) for e in shared]).repeat_interleave(sharing, 0)
-        g_idx = g_idx[(torch.arange(num_heads)[:, None] * head_dim + rank).flatten()]
-    groups = int(g_idx.max()) + 1
-    total = torch.zeros(groups, dtype=energy.dtype).index_add_(0, g_idx.long(), energy)
-    place = _inverse(_descending(total))[g_idx.long()]
-    inside = _descending(energy)
-    return ColumnOrder(inside[place[inside].argsort(stable=True)], g_idx)
+    head_dim, sharing = len(energy) // num_heads, num_heads // num_kv_heads
+    if group_size < 1 or head_dim % group_size:
+        return by_group(energy, group_size)
+    shared = energy.view(num_kv_heads, sharing, head_dim).sum(1)
+    rank = torch.stack([_inverse(_descending(e)) for e in shared]).repeat_interleave(sharing, 0)
+    place = (torch.arange(num_heads)[:, None] * head_dim + rank).flatten()
+    return _group_by_group(energy, trivial_g_idx(len(energy), group_size)[place])
+
+
+def _group_by_group(energy: Tensor, g_idx: Tensor) -> ColumnOrder:
+    group = g_idx.long()
+    total = energy.new_zeros(int(group.max()) + 1).index_add_(0, group, energy)
+    turn = _inverse(_descending(total))[group]
+    columns = _descending(energy)
+    return ColumnOrder(columns[turn[columns].argsort(stable=True)], g_idx)
 
 
 def _descending(x: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ How a zero is stored (``zeros=``):
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from torch import Tensor
 from ..spec import Cut
 from . import words
 from .cuts import take
+from .grouped import Grouped, Tensors, check_g_idx, num_groups, trivial_g_idx
 
 ZEROS = ("v2", "v1", "words")
 # What gptqmodel (convert_gptq_v1_to_v2_format) adds to a word of zeros, by the word's place.
@@ -44,9 +47,44 @@ class GptqTensors(NamedTuple):
     g_idx: Tensor | None  # None: files without act-order may leave it out
 
 
-def num_groups(inn: int, group_size: int) -> int:
-    """Rows of scales and zeros; the last group may be short. ``group_size`` -1: all columns are one."""
-    return 1 if group_size == -1 else -(-inn // group_size)
+@dataclass(frozen=True)
+class Gptq:
+    """A `grouped.Format`: how the matrices of one checkpoint are stored."""
+
+    bits: int
+    group_size: int  # -1: one group a row
+    act_order: bool
+    zeros: str
+    name: ClassVar[str] = "gptq"
+    tensors: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+
+    @property
+    def optional(self) -> frozenset[str]:
+        return frozenset() if self.act_order else frozenset({"g_idx"})
+
+    def shapes(self, out: int, inn: int) -> Mapping[str, tuple[int, ...]]:
+        return shapes(out, inn, self.bits, self.group_size)
+
+    def dtypes(self, tensor: str) -> tuple[torch.dtype, ...]:
+        if tensor == "scales":
+            return torch.float16, torch.bfloat16, torch.float32
+        return (torch.int32,)
+
+    def g_idx(self, tensors: Tensors, inn: int) -> Tensor | None:
+        stored = tensors.get("g_idx")
+        return None if stored is None else check_g_idx(stored, self.group_size, self.act_order)
+
+    def read(self, tensors: Tensors, out: Cut, inn: Cut) -> Grouped:
+        qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
+        g_idx = self.g_idx(tensors, inn.size)
+        return Grouped(
+            self.bits,
+            self.group_size if self.group_size > 0 else inn.size,
+            unpack_q(qweight, self.bits, out, inn),
+            take(scales, out, 1).t(),
+            unpack_zeros(qzeros, self.bits, out, self.zeros),
+            take(trivial_g_idx(inn.size, self.group_size) if g_idx is None else g_idx, inn),
+        )
 
 
 def shapes(out: int, inn: int, bits: int, group_size: int) -> dict[str, tuple[int, ...]]:
@@ -58,11 +96,6 @@ def shapes(out: int, inn: int, bits: int, group_size: int) -> dict[str, tuple[in
         "scales": (groups, out),
         "g_idx": (inn,),
     }
-
-
-def trivial_g_idx(inn: int, group_size: int) -> Tensor:
-    """``g_idx`` without act-order, int32 (in,)."""
-    return torch.arange(inn, dtype=torch.int32) // (max(inn, 1) if group_size == -1 else group_size)
 
 
 def pack(q: Tensor, scales: Tensor, zero: Tensor, g_idx: Tensor, bits: int, zeros: str = "v1") -> GptqTensors:

@@ -10,7 +10,7 @@ Columns run in blocks, and a block's errors reach the columns after it in one ma
 from the paper: U comes from one factorization of H (below) and not from that of an explicit inverse; the
 scale of a group minimizes ``sum_j (W[:, j] - Q[:, j])^2 / U[j, j]^2``, the loss that eq. (2) charges for the
 group's columns; columns that were never active are rounded like any other and not set to zero; and a row for
-which plain rounding does better under H keeps that one, so that the result is never worse.
+which plain rounding does better under H is rounded plainly.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class Hessian:
 def round_to_nearest(
     weight: Tensor, grid: Grid, g_idx: Tensor, importance: Tensor | None = None
 ) -> Quantized:
-    """Every weight of ``weight`` (out, in), float32, to the nearest value of its group's grid.
+    """Every weight of ``weight`` (out, in) to the nearest value of its group's grid.
 
     ``importance`` (in,) weighs the columns' errors where scales are searched; default: all alike.
     """
     _check_weight(weight)
     wt = weight.T.contiguous()
-    each = torch.ones(len(wt)) if importance is None else importance
+    each = wt.new_ones(len(wt)) if importance is None else importance.to(wt.dtype)
     params = _fit_all(wt, grid, g_idx, each)
     groups = g_idx.long()
     codes = round_to(wt, Params(params.scale[groups], params.zero[groups]), grid)
@@ -85,26 +85,26 @@ def round_to_nearest(
 
 
 def solve(
-    weight: Tensor, hessian: Tensor, grid: Grid, order: ColumnOrder, *, damp: float = 0.01,
-    static_groups: bool = False,
-) -> Quantized:  # fmt: skip
-    """Quantizes ``weight`` (out, in), float32, for inputs of second moments ``hessian`` (in, in).
+    weight: Tensor, hessian: Tensor, grid: Grid, order: ColumnOrder, *, damp: float = 0.01
+) -> Quantized:
+    """Quantizes ``weight`` (out, in) for inputs of second moments ``hessian`` (in, in).
 
-    ``damp``: of the mean diagonal of H, added to the diagonal. ``static_groups``: all scales come from the
-    weights as they are, before errors move them; otherwise ``order`` has to visit group after group, and the
-    scales of each are fitted when it is reached. Raises ValueError when weights or H are not finite, or H is
-    not positive definite in spite of ``damp``.
+    Computes in the dtype of ``weight``, float32 or float64. Each row keeps the better of GPTQ and rounding to
+    nearest, so that ``error`` is never above that of `round_to_nearest`.
+
+    ``order`` has to visit group after group. ``damp``: of the mean diagonal of H, added to the diagonal.
+    Raises ValueError when weights or H are not finite, or H is not positive definite in spite of ``damp``.
     """
     _check_weight(weight)
     if hessian.shape != (weight.shape[1],) * 2 or not bool(hessian.isfinite().all()):
         raise ValueError(f"hessian: {tuple(hessian.shape)}, expected finite ({weight.shape[1]},) * 2")
     visit = order.visit
-    factor = inverse_factor(hessian[visit][:, visit], damp)
+    hessian = hessian.to(weight.dtype)
+    factor = inverse_factor(hessian[visit[:, None], visit], damp)
     wt = weight.T[visit].contiguous()
     groups = order.g_idx[visit].long()
     charge = factor.diagonal().square().reciprocal()
-    known = _fit_all(wt, grid, groups, charge) if static_groups else None
-    codes, params = _sweep(wt, factor, groups, grid, charge, known)
+    codes, params = _sweep(wt, factor, groups, grid, charge)
     by_column = torch.empty_like(codes)
     by_column[visit] = codes
     solved = _quantized(by_column, params, order.g_idx)
@@ -113,16 +113,16 @@ def solve(
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Upper triangular U with ``U^T U = (H + damp mean(diag H) I)^-1``, float32.
+    """Upper triangular U with ``U^T U = (H + damp mean(diag H) I)^-1``, in the dtype of H.
 
     H in reversed order has a Cholesky factor L; L reversed back is an upper triangular R with H = R R^T, and
     U = R^-1: one factorization, whose error grows with the condition of H and not with its square. In
     float64 where float32 would leave less than two digits.
     """
     mean = float(hessian.diagonal().mean())
-    if mean <= 0:  # no input was ever active: nothing tells the columns apart
-        return torch.eye(len(hessian))
-    for dtype in (torch.float32, torch.float64):
+    if mean == 0:  # no input was ever active: nothing tells the columns apart
+        return torch.eye(len(hessian), dtype=hessian.dtype)
+    for dtype in dict.fromkeys((hessian.dtype, torch.float64)):
         flipped = hessian.to(dtype).flip(0, 1)
         flipped.diagonal().add_(damp * mean)
         lower, info = torch.linalg.cholesky_ex(flipped)
@@ -133,25 +133,22 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
         spread = float((diagonal.max() / diagonal.min()).square())
         if dtype == torch.float64 or spread * len(hessian) ** 0.5 * torch.finfo(dtype).eps < _CONDITION:
             eye = torch.eye(len(hessian), dtype=dtype)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).float()
+            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).to(hessian.dtype)
     raise ValueError(f"hessian: not positive definite with damp {damp:g}; use a larger one")
 
 
-def _sweep(
-    wt: Tensor, factor: Tensor, groups: Tensor, grid: Grid, charge: Tensor, known: Params | None
-) -> tuple[Tensor, Params]:
+def _sweep(wt: Tensor, factor: Tensor, groups: Tensor, grid: Grid, charge: Tensor) -> tuple[Tensor, Params]:
     """Algorithm 1 on the rows of ``wt`` (in, out), which it overwrites: codes, and params by group."""
-    columns, out = wt.shape
-    codes = torch.empty(columns, out)
-    count = int(groups.max()) + 1
-    params = known or Params(torch.zeros(count, out), torch.zeros(count, out))
-    spans = _spans(groups.tolist(), static=known is not None)
+    out = wt.shape[1]
+    codes = torch.empty_like(wt)
+    params = Params(*wt.new_zeros(2, int(groups.max()) + 1, out))
+    spans = _spans(groups.tolist())
     for lo, hi in _blocks(spans):
-        w, errors = wt[lo:hi].clone(), torch.empty(hi - lo, out)
+        w, errors = wt[lo:hi].clone(), wt.new_empty(hi - lo, out)
         u = factor[lo:hi, lo:hi]
         for i in range(hi - lo):
             column, group = lo + i, groups[lo + i]
-            if known is None and (end := spans.get(column)):
+            if end := spans.get(column):
                 fresh = w[i : end - lo] if end <= hi else wt[column:end]  # a long group begins its block
                 scale, zero = fit(fresh, grid, charge[column:end])
                 params.scale[group], params.zero[group] = scale, zero
@@ -163,11 +160,11 @@ def _sweep(
     return codes, params
 
 
-def _spans(groups: list[int], static: bool) -> dict[int, int]:
-    """First column of each run of one group, in visiting order, to one past its last."""
+def _spans(groups: list[int]) -> dict[int, int]:
+    """First column of each group, in visiting order, to one past its last."""
     starts = [i for i, g in enumerate(groups) if i == 0 or groups[i - 1] != g]
-    if not static and len({groups[i] for i in starts}) != len(starts):
-        raise ValueError("order: leaves a group and returns to it, which needs static_groups")
+    if len({groups[i] for i in starts}) != len(starts):
+        raise ValueError("order: leaves a group and returns to it, expected group after group")
     return dict(zip(starts, [*starts[1:], len(groups)], strict=True))
 
 
@@ -209,13 +206,15 @@ def _better_rows(weight: Tensor, hessian: Tensor, a: Quantized, b: Quantized) ->
 
 
 def error(weight: Tensor, hessian: Tensor, q: Quantized) -> Tensor:
-    """What rounding adds to the squared output of each row, summed over the inputs: float32 (out,)."""
-    change = weight - q.dequantize()
+    """What rounding changes each row's output by, squared and summed over the inputs: (out,)."""
+    change = weight - q.dequantize().to(weight.dtype)
     return (change @ hessian).mul_(change).sum(1)
 
 
 def _check_weight(weight: Tensor) -> None:
-    if weight.ndim != 2 or weight.dtype != torch.float32 or not weight.numel():
-        raise ValueError(f"weight: {weight.dtype} {tuple(weight.shape)}, expected float32 (out, in)")
+    if weight.ndim != 2 or weight.dtype not in (torch.float32, torch.float64) or not weight.numel():
+        raise ValueError(
+            f"weight: {weight.dtype} {tuple(weight.shape)}, expected float32 or float64 (out, in)"
+        )
     if not bool(weight.isfinite().all()):
         raise ValueError("weight: holds values that are not finite")

@@ -31,14 +31,14 @@ class Grid(NamedTuple):
 
 
 class Params(NamedTuple):
-    """Scale and zero point of a group, float32 (out,) each; the scale is a float16 value."""
+    """Scale and zero point of a group, (out,) each; the scale is a float16 value."""
 
     scale: Tensor
     zero: Tensor
 
 
 def round_to(w: Tensor, p: Params, grid: Grid) -> Tensor:
-    """The nearest q of each weight (..., out), float32."""
+    """The nearest q of each weight (..., out), in the weights' dtype."""
     return w.div(p.scale).round_().add_(p.zero).clamp_(0, grid.top)
 
 
@@ -79,7 +79,7 @@ def _span(low: Tensor, high: Tensor, ratio: float, grid: Grid) -> Params:
     if not bool((scale.abs() <= _LARGEST).all()):  # NaN is not
         raise ValueError(f"weight: a group spans {float(width.max()):g}, beyond float16 scales")
     # A group of zeros, or of weights below every float16, still needs a grid.
-    scale = torch.where(scale.abs() < _TINY, _TINY, scale).half().float()
+    scale = torch.where(scale.abs() < _TINY, _TINY, scale).half().to(low.dtype)
     if grid.sym:
         return Params(scale, torch.full_like(scale, (grid.top + 1) / 2))
     return Params(scale, (-low * ratio / scale).round().clamp(0, grid.top))

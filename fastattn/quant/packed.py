@@ -151,7 +151,7 @@ def _dequantize_stored(w: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 def _pack_nibbles(q: Tensor) -> Tensor:
     pairs = q.reshape(q.shape[0], q.shape[1] // CHUNK, 2, 16)
-    return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).flatten(1)
+    return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).flatten(1).contiguous()
 
 
 def _unpack_nibbles(codes: Tensor) -> Tensor:

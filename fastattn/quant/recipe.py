@@ -12,9 +12,10 @@ from . import column_order, gptq
 from .column_order import ColumnOrder
 from .gptq_solver import Quantized, round_to_nearest, solve
 from .grid import BITS, Grid
+from .grouped import trivial_g_idx
 
 GROUP_SIZES = (32, 64, 128, -1)
-ACT_ORDERS = ("", "global", "head")
+ACT_ORDERS = ("none", "group", "global", "head")
 METHODS = ("gptq", "rtn")
 _STORED_ZEROS = {"gptq": "v1", "gptq_v2": "v2"}  # quant.gptq's names
 
@@ -34,10 +35,11 @@ class Recipe:
         bits: of a weight: 2, 3, 4 or 8.
         group_size: columns that share a scale: 32, 64, 128, or -1 for all; the last group may be shorter.
         sym: the zero point is the middle of the grid; otherwise each group has its own.
-        act_order: "global" takes columns in the order of their activations, most accurate; "head" does so
-            too but keeps that of attention output projections inside heads, the same for all query heads of
-            a KV head, so that tensor parallelism can fold it into v_proj; "" leaves columns in place.
-        static_groups: with act_order, columns are taken in that order but stay in the groups they lie in.
+        act_order: in which order columns are quantized, and put into groups (`column_order`). "group": by
+            their activations, in groups of neighbours, which costs nothing at run time. "global": groups
+            too follow the activations, ``desc_act`` in the file. "head": as global, but inside heads for
+            attention output projections, the same for all query heads of a KV head, so that tensor
+            parallelism can fold the permutation into v_proj. "none": as columns lie.
         damp: added to the Hessian's diagonal, as a share of its mean.
         search: scales minimize the weighted error; otherwise they span the largest weight of their group.
         format: "gptq" stores zero points minus 1, "gptq_v2" as they are.
@@ -47,8 +49,7 @@ class Recipe:
     bits: int = 4
     group_size: int = 128
     sym: bool = True
-    act_order: str = ""
-    static_groups: bool = False
+    act_order: str = "group"
     damp: float = 0.01
     search: bool = True
     format: str = "gptq"
@@ -64,9 +65,7 @@ class Recipe:
                 raise ValueError(f"{name}: {found!r}, expected one of {', '.join(map(repr, accepted))}")
         if not 0 < self.damp < 1:
             raise ValueError(f"damp: {self.damp}, expected a share between 0 and 1")
-        if self.static_groups and not self.act_order:
-            raise ValueError("static_groups: needs act_order, which they keep out of the groups")
-        if self.method == "rtn" and self.act_order:
+        if self.method == "rtn" and self.act_order != "none":
             raise ValueError(f"act_order: {self.act_order!r}, but method 'rtn' knows no activations")
 
     def quantize(self, weight: Tensor, hessian: Tensor | None, heads: Heads | None = None) -> Quantized:
@@ -76,19 +75,18 @@ class Recipe:
         """
         grid = Grid(self.bits, self.sym, self.search)
         if self.method == "rtn" or hessian is None:
-            return round_to_nearest(weight, grid, gptq.trivial_g_idx(weight.shape[1], self.group_size))
+            return round_to_nearest(weight, grid, trivial_g_idx(weight.shape[1], self.group_size))
         order = self._order(hessian.diagonal(), heads)
-        return solve(weight, hessian, grid, order, damp=self.damp, static_groups=self.static_groups)
+        return solve(weight, hessian, grid, order, damp=self.damp)
 
     def _order(self, energy: Tensor, heads: Heads | None) -> ColumnOrder:
-        size = self.group_size
-        if not self.act_order:
-            return column_order.by_position(len(energy), size)
-        if self.static_groups:
-            return column_order.static_groups(energy, size)
-        if heads is not None and self.act_order == "head":
-            return column_order.within_heads(energy, size, *heads)
-        return column_order.by_activation(energy, size)
+        if self.act_order == "none":
+            return column_order.by_position(len(energy), self.group_size)
+        if self.act_order == "group":
+            return column_order.by_group(energy, self.group_size)
+        if self.act_order == "head" and heads is not None:
+            return column_order.within_heads(energy, self.group_size, *heads)
+        return column_order.by_activation(energy, self.group_size)
 
     def pack(self, q: Quantized) -> gptq.GptqTensors:
         """The tensors of a matrix as they go to disk."""
@@ -107,8 +105,8 @@ class Recipe:
             "quant_method": "gptq",
             "bits": self.bits,
             "group_size": self.group_size,
-            "desc_act": bool(self.act_order) and not self.static_groups,
-            "static_groups": self.static_groups,
+            "desc_act": self.act_order in ("global", "head"),
+            "static_groups": False,
             "sym": self.sym,
             "true_sequential": True,
             "damp_percent": self.damp,

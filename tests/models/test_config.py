@@ -194,7 +194,6 @@ HOSTILE: list[tuple[str, Any]] = [
     ("rope_scaling.long_factor", {**LONG, "rope_type": "longrope", "long_factor": [NAN] * 8}),
     ("rope_scaling.mrope_section", {"rope_type": "default", "mrope_section": [1, 2]}),
     ("rope_scaling", {"full_attention": {"rope_type": "default"}}),
-    ("quantization_config", {"quant_method": "gptq", "bits": 4}),
 ]
 
 
@@ -204,11 +203,6 @@ def test_refused_values_are_named(key: str, value: Any) -> None:
         parse_config({**LLAMA, key.partition(".")[0]: value}, PATH)
     assert caught.value.tensor == key
     assert len(str(caught.value)) < 400
-
-
-def test_quantization_method_is_named() -> None:
-    with pytest.raises(CheckpointError, match="'awq'"):
-        parse_config({**LLAMA, "quantization_config": {"quant_method": "awq"}}, PATH)
 
 
 @pytest.mark.parametrize(

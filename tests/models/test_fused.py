@@ -23,11 +23,15 @@ from fastattn.models.fused import FusedDecoder, reasons_against
 from fastattn.models.generate import Model
 from fastattn.models.llama import Decoder
 from fastattn.native import kernels
+from fastattn.parallel.act_order import Align
 from fastattn.parallel.linear import ColumnLinear
+from fastattn.parallel.vocab import VocabParallelEmbedding
 from fastattn.quant.packed import dense, dequantize, slice_out
 from fastattn.spec import Epilogue, Point, Produce, Stream, TPGroup
 from tests.models.builders import hf_model, save_gguf, save_hf
+from tests.models.quantized import save_quantized
 from tests.models.test_parity import CONFIGS
+from tests.quant.stored import Spec
 
 SEQUENCES = (0, 1, 2)
 
@@ -185,7 +189,7 @@ def test_a_model_that_is_dropped_is_freed(tmp_path: Path) -> None:
 
 def test_a_decoder_without_blocks_is_refused(model: Model) -> None:
     weight = (model.decoder.norm.weight, 1e-5)
-    embedding = ("dense", torch.zeros(8, 64), None, None, None, 0, 0, 64, None, False, 1)
+    embedding = ("dense", torch.zeros(8, 64), None, None, None, 0, 0, 64, None, False, 1, None)
     empty = kernels.Decoder("float32", 64, 4, 4, 16, False, 1.0, embedding, weight)
     with pytest.raises(ValueError, match="decoder: no blocks"):
         kernels.DecoderStep(empty, *[torch.zeros(1)] * 9)
@@ -194,13 +198,51 @@ def test_a_decoder_without_blocks_is_refused(model: Model) -> None:
 def test_reasons(model: Model) -> None:
     assert reasons_against(model.decoder) == []
     (attention, mlp), *rest = model.decoder.blocks
-    (qkv,) = attention.qkv.weights
-    permuted = replace(attention, qkv=ColumnLinear(qkv._replace(x_perm=torch.arange(qkv.shape[1]))))
+    table = model.decoder.embedding
+    permuted = table.weight._replace(x_perm=torch.arange(table.weight.shape[1]))
     other = Decoder(
-        model.config, model.decoder.embedding, [(permuted, mlp), *rest], model.decoder.norm,
-        model.decoder.head, model.decoder.group, model.decoder.policy, model.decoder.schedule,
+        model.config, VocabParallelEmbedding(permuted, [(0, 320)], table.group, table.dtype),
+        [(attention, replace(mlp, align=Align(model.decoder.group, torch.zeros(160), [(0, 160)]))), *rest],
+        model.decoder.norm, model.decoder.head, model.decoder.group, model.decoder.policy,
+        model.decoder.schedule,
     )  # fmt: skip
-    assert reasons_against(other) == ["x_perm: columns in another order than the input's"]
+    assert reasons_against(other) == [
+        "x_perm: columns of the embedding in another order",
+        "an exchange between the GEMMs of the MLP",
+    ]
+
+
+ACT_ORDER = {
+    "gptq": Spec("gptq", act_order=True),
+    "gptq-int8": Spec("gptq", 8, act_order=True),
+    "asymmetric": Spec("compressed-tensors", 4, 32, True, False),
+}
+
+
+@pytest.mark.parametrize("layout", ["tp_aware", "local_sort"])
+@pytest.mark.parametrize("kind", ACT_ORDER)
+def test_act_order(kind: str, layout: str, dtype: str, isa: str, tmp_path: Path) -> None:
+    """Layers whose columns are sorted gather their input natively, q, k, v together or one by one."""
+    theirs = hf_model("llama", num_hidden_layers=2)
+    save_quantized(theirs, tmp_path, ACT_ORDER[kind], dense=("0.self_attn.k_proj", "1.mlp.up_proj"))
+    model = fastattn.load(tmp_path, dtype=dtype, layout=layout)
+    for attention, mlp in model.decoder.blocks:
+        assert any(w.x_perm is not None for w in attention.qkv.weights)
+        assert (mlp.down.weight.x_perm is None) == (layout == "tp_aware")
+    assert_equal_both_ways(model, 1)
+
+
+@pytest.mark.parametrize(
+    ("x_perm", "message"),
+    [(torch.arange(63), "x_perm: shape"), (torch.arange(64).int(), "x_perm: int32, expected int64"),
+     (torch.arange(64) + 1, "x_perm: value 64 at 63, expected 0 to 63"),
+     (torch.arange(64), "embedding: x_perm")],
+    ids=["short", "int32", "range", "embedding"],
+)  # fmt: skip
+def test_a_wrong_order_is_refused(x_perm: Tensor, message: str) -> None:
+    embedding = ("dense", torch.zeros(8, 64), None, None, None, 0, 0, 64, None, False, 1, x_perm)
+    with pytest.raises(ValueError, match=message):
+        kernels.Decoder("float32", 64, 4, 4, 16, False, 1.0, embedding, (torch.ones(64), 1e-5))
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastattn.quant import gptq, words
+from fastattn.quant.grouped import num_groups, trivial_g_idx
 from fastattn.spec import Cut
 from tests.quant import naive
 
 
 def problem(bits: int, out: int, inn: int, group_size: int, seed: int) -> tuple[Tensor, ...]:
     rng = torch.Generator().manual_seed(seed)
-    groups = gptq.num_groups(inn, group_size)
+    groups = num_groups(inn, group_size)
     q = torch.randint(0, 1 << bits, (out, inn), generator=rng)
     scales = (torch.rand(out, groups, generator=rng) + 0.1).half()
     zero = torch.randint(0, 1 << bits, (out, groups), generator=rng)
-    g_idx = gptq.trivial_g_idx(inn, group_size)[torch.randperm(inn, generator=rng)]
+    g_idx = trivial_g_idx(inn, group_size)[torch.randperm(inn, generator=rng)]
     return q, scales, zero, g_idx
 
 

@@ -96,7 +96,7 @@ struct Namespace {
 };
 
 // Address 10.213.0.(1 + number), MAC 02:00:00:00:00:number. ``burst``: the largest, 0: frames of kMtu only.
-// ``queue``: how many bursts (frames) that are not read yet the device keeps.
+// ``queue``: how many frames or bursts the device keeps until they are read.
 inline Namespace make_namespace(int number, uint32_t burst, int queue) {
     check(unshare(CLONE_NEWNET), "a new network namespace", kUnavailable);
     const int tap = check(open("/dev/net/tun", O_RDWR | O_NONBLOCK), "/dev/net/tun", kUnavailable);

@@ -17,11 +17,13 @@
 // b / rate + latency, and the rate bounds what a host sends and, apart from that, what it receives. b counts
 // Ethernet headers, not preamble and gap.
 //
-// Hosts hand over bursts that a network card would segment: what the cable carries in kBurst. b counts the headers
-// of every segment. Slow cables have none, so that no short message waits for a long burst.
+// Hosts hand over bursts that a network card would segment, of what the cable carries in kBurst or in a quarter of
+// the latency: large enough to be cheap, too small for others that wait behind one to notice. b counts the headers
+// of every segment.
 //
 // A cable's queue is bounded in time (kQueue), as a switch's buffer is: what would wait longer for the receiver's
-// cable is dropped, and so is what the sender's device cannot keep while its own cable is busy.
+// cable is dropped. While its own cable is busy, the sender's device keeps kQueue worth of bursts of one frame, which
+// is more than TCP hands over in larger ones.
 
 #include <poll.h>
 #include <sys/prctl.h>
@@ -184,14 +186,14 @@ int main(int argc, char** argv) {
         return 2;
     }
     const Link link{1e-9 * std::atof(argv[2]), 1e9 * std::atof(argv[3]), 1e9 * std::atof(argv[4])};
-    const double carried = std::min(65536.0, link.bytes_per_ns * kBurst);
+    const double carried = std::min(65536.0, link.bytes_per_ns * std::max(kBurst, link.latency / 4));
     const uint32_t burst = carried < 2 * kMtu ? 0 : static_cast<uint32_t>(carried);
-    const double queue = kQueue * link.bytes_per_ns / (burst ? burst : kMtu);
+    const double queue = kQueue * link.bytes_per_ns / kMtu;
     prctl(PR_SET_TIMERSLACK, 1);  // the threads inherit both
     setpriority(PRIO_PROCESS, 0, -20);
     std::vector<Port> ports(std::strtoul(argv[1], nullptr, 10));
     for (size_t i = 0; i < ports.size(); ++i) {
-        ports[i].host = make_namespace(static_cast<int>(i), burst, std::clamp(static_cast<int>(queue), 100, 10000));
+        ports[i].host = make_namespace(static_cast<int>(i), burst, std::clamp(static_cast<int>(queue), 500, 10000));
         ports[i].random.seed(i);
     }
     for (size_t i = 0; i < ports.size(); ++i) {

@@ -17,22 +17,26 @@ size_t aligned(size_t bytes) { return (bytes + 63) & ~size_t(63); }
 DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const KernelTable& kernels,
                        int threads)
     : d_(decoder), s_(step), kernels_(kernels), threads_(threads), item_(item_size(decoder.dtype)) {
-    int64_t part = 0, inner = 0;
+    int64_t part = 0, inner = 0, sorted = 0;
     bool head_norms = false;
+    const auto use = [&](const Matrix& m) {
+        need_scratch(m);
+        if (m.x_perm) sorted = std::max(sorted, m.args.w.in);
+    };
     for (const AttentionWeights& w : d_.attention) {
         head_norms |= w.q_norm.weight || w.k_norm.weight;
         for (const Matrix& m : w.qkv.parts) {
-            need_scratch(m);
+            use(m);
             if (w.qkv.parts.size() > 1) part = std::max(part, m.args.w.out);
         }
-        need_scratch(w.o);
+        use(w.o);
     }
     for (const MlpWeights& w : d_.mlp) {
         for (const Matrix& m : w.gate_up.parts) {
-            need_scratch(m);
+            use(m);
             if (w.gate_up.parts.size() > 1) part = std::max(part, m.args.w.out);
         }
-        need_scratch(w.down);
+        use(w.down);
         inner = std::max(inner, w.gate_up.width);
     }
     int64_t left = -2;
@@ -48,6 +52,7 @@ DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const K
     streams_[0] = take(d_.hidden);
     streams_[1] = take(d_.hidden);
     part_ = take(part);
+    sorted_ = take(sorted);
     // One half-block's buffers lie where the other's do.
     const size_t shared = scratch_offset_;
     qkv_ = take(d_.qkv_width());
@@ -153,6 +158,12 @@ LinearArgs DecoderRun::on_rows(const Matrix& matrix, const void* x, void* out) c
 }
 
 void DecoderRun::linear(const Matrix& matrix, const void* x, void* out) const {
+    if (matrix.x_perm) {
+        const int64_t width = matrix.args.w.in;
+        const GatherArgs g = {x, matrix.x_perm, at(sorted_), d_.dtype, s_.rows, width};
+        kernels_.ops.gather(g, threads_for(s_.rows * width, CHEAP, threads_));
+        x = at(sorted_);
+    }
     const LinearArgs a = on_rows(matrix, x, out);
     const int64_t values = a.w.out * a.w.in;
     char* scratch = memory_ + scratch_offset_;

@@ -21,6 +21,7 @@ struct NormWeight {
 struct Matrix {
     LinearArgs args;    // but x and what depends on it
     int64_t gemm_rows;  // rows of x from which `gemm` multiplies, below it `linear`
+    const int64_t* x_perm;  // the order of x's columns that args.w is stored in; null: x's own
 };
 
 // Matrices that read the same input, their outputs side by side: q, k, v or gate, up, as one or as several.
@@ -120,7 +121,8 @@ private:
     size_t item_;  // bytes of an activation
     char* memory_ = nullptr;
     size_t scratch_offset_ = 0, scratch_bytes_ = 0;
-    Buffer embedded_, hidden_, partial_, streams_[2], qkv_, part_, q_norm_, k_norm_, q_, mixed_, gate_up_, gated_;
+    Buffer embedded_, hidden_, partial_, streams_[2], qkv_, part_, q_norm_, k_norm_, q_, mixed_, gate_up_, gated_,
+        sorted_;
 };
 
 }  // namespace fastattn

@@ -17,9 +17,9 @@ using std::to_string;
 
 // (weight, eps) | None
 using Norm = std::optional<std::pair<py::object, float>>;
-// (format, codes, scales, mins, g_idx, group_size, group_offset, columns, bias, act_int8, gemm_rows)
+// (format, codes, scales, mins, g_idx, group_size, group_offset, columns, bias, act_int8, gemm_rows, x_perm)
 using Weight = std::tuple<string, py::object, py::object, py::object, py::object, int64_t, int64_t, int64_t,
-                          py::object, bool, int64_t>;
+                          py::object, bool, int64_t, py::object>;
 
 DType float_named(const string& name) {
     for (const DType dtype : {DType::f32, DType::f16, DType::bf16})
@@ -39,7 +39,9 @@ public:
         args_.heads = heads, args_.kv_heads = kv_heads, args_.head_dim = head_dim;
         args_.interleaved = interleaved;
         args_.scale = scale;
-        args_.embedding = matrix_of(embedding, hidden, "embedding").args.w;
+        const Matrix table = matrix_of(embedding, hidden, "embedding");
+        if (table.x_perm) throw bad("embedding", "x_perm", "columns in their own order");
+        args_.embedding = table.args.w;
         args_.norm = norm_of(norm, hidden, "norm");
         if (!args_.norm.weight) throw bad("norm", "None", "a weight");
     }
@@ -84,14 +86,20 @@ private:
 
     Matrix matrix_of(const Weight& m, int64_t columns, const char* name) {
         const auto& [format, codes, scales, mins, g_idx, group_size, group_offset, in, bias, act_int8,
-                     gemm_rows] = m;
+                     gemm_rows, x_perm] = m;
         if (in != columns) throw bad(name, to_string(in) + " columns", to_string(columns));
         LinearArgs a = {};
         a.w = weight_of(format.c_str(), codes, scales, mins, g_idx, in, group_size, group_offset);
         add_bias(a, bias);
         a.act_int8 = act_int8;
-        for (const py::object& t : {codes, scales, mins, g_idx, bias}) kept_.append(t);
-        return {a, gemm_rows};
+        const int64_t* order = nullptr;
+        if (!x_perm.is_none()) {
+            const Tensor t = tensor(x_perm, "x_perm");
+            check_indices(t, "x_perm", in, 0, in);
+            order = t.as<int64_t>();
+        }
+        for (const py::object& t : {codes, scales, mins, g_idx, bias, x_perm}) kept_.append(t);
+        return {a, gemm_rows, order};
     }
 
     ColumnWeights columns_of(const std::vector<Weight>& parts, int64_t columns, const char* name) {

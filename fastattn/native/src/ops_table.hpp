@@ -48,6 +48,14 @@ struct RotaryArgs {
     int64_t page, page_stride, slot_stride, head_stride;
 };
 
+struct GatherArgs {
+    const void* x;         // (rows, width), contiguous
+    const int64_t* order;  // (width,): column i of out is column order[i] of x
+    void* out;             // (rows, width), contiguous
+    DType dtype;
+    int64_t rows, width;
+};
+
 enum class WeightKind : int { dense, int8, int4 };
 
 struct WeightArgs {
@@ -121,6 +129,7 @@ struct OpsTable {
     void (*rms_norm)(const RmsNormArgs&, int threads);
     void (*swiglu)(const SwigluArgs&, int threads);
     void (*rotary)(const RotaryArgs&, int threads);
+    void (*gather)(const GatherArgs&, int threads);
     size_t (*linear_workspace)(const LinearArgs&, int threads);
     void (*linear)(const LinearArgs&, int threads, void* workspace);
     size_t (*gemm_workspace)(const LinearArgs&, int threads);
