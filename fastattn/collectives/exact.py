@@ -36,7 +36,8 @@ class Exact(Sum):
         steps = 2 * (rate.world - 1)
         latency = steps * link.latency_s if link.all_reduce_s is None else link.all_reduce_s
         chunk = -(-rows * hidden // rate.world) * rate.item_bytes
-        return latency + steps * chunk / link.bytes_per_s if steps else 0.0
+        rate_of_ring = link.all_reduce_bytes_per_s or link.bytes_per_s
+        return latency + steps * chunk / rate_of_ring if steps else 0.0
 
     def wire_bytes(self, rows: int, hidden: int, world: int) -> int:
         """2 (N - 1) chunks of one N-th."""
