@@ -3,13 +3,14 @@
 For each link and number of ranks, and for messages of 4 KB up to what the link carries in --seconds, one row
 a policy (names as in fastattn generate --sync):
 
-  time    from a common moment to the end of the slowest rank: the sum, the residual's addition and the norm
+  time    from the moment when all ranks have their partial results to the end of the slowest rank: their sum,
+          the residual's addition and the norm
   ratio   the time of gloo's all_reduce, followed by the same, over it (above 1: ours is faster)
   model   the policy's own prediction
   wire    the time that the link needs for one hop and the bytes that the busiest rank sends
   chosen  the least modelled time; fastest is the least measured one
 
-All take turns in one run, each beginning at the same moment on all ranks. tiled has nothing to compute while
+All take turns in one run. tiled has nothing to compute while
 it waits here: it shows what splitting costs. The ranks are processes on this machine, each in a network
 namespace of its own (bench/links.py checks those links); with more ranks than cores only times that the link
 dominates mean anything.

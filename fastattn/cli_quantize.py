@@ -40,6 +40,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--eval-text", metavar="FILE", help="for perplexity; default: the last tenth of --text")
     p.add_argument("--samples", type=int, help="sequences of the text; default: 128, or what it has")
     p.add_argument("--seqlen", type=int, default=512, help="tokens of a sequence; default: 512")
+    p.add_argument("--dtype", default="auto", help="of what stays dense; default: as in the model")
     p.add_argument("--threads", type=int, help="default: this machine's cores")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the report")
 
@@ -59,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
         report = quantize(
             args.model, args.out, recipe, _read(args.text),
             eval_text=None if args.eval_text is None else _read(args.eval_text), samples=args.samples,
-            seqlen=args.seqlen, progress=not args.json and sys.stderr.isatty(),
+            seqlen=args.seqlen, dtype=args.dtype, progress=not args.json and sys.stderr.isatty(),
         )  # fmt: skip
     except BrokenPipeError:
         raise

@@ -87,6 +87,8 @@ def config_values(checkpoint: Checkpoint[Any], config: ModelConfig) -> dict[str,
     if not isinstance(checkpoint, HfCheckpoint):
         return to_config_json(checkpoint.path, config)
     values = read_json(Path(checkpoint.path) / "config.json", CONFIG_LIMIT)
+    if config.dtype != checkpoint.config.dtype:
+        values["dtype" if "dtype" in values else "torch_dtype"] = str(config.dtype).removeprefix("torch.")
     return {k: v for k, v in values.items() if k not in ("quantization_config", "compression_config")}
 
 

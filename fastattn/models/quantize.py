@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .config import ModelConfig, tensor_shapes
 from .dense import DenseWeights
 from .layerwise import Layer, Sequences, layerwise_nll
+from .load import parse_dtype
 from .perplexity import Perplexity, change, perplexity
 from .quantized_files import QuantizedFiles
 
@@ -59,6 +60,7 @@ def quantize(
     eval_text: str | None = None,
     samples: int | None = None,
     seqlen: int = 512,
+    dtype: str = "auto",
     progress: bool = False,
 ) -> Report:
     """Quantizes every matrix of every decoder layer; embedding, norms and head stay dense.
@@ -71,13 +73,14 @@ def quantize(
         text: for calibration; without ``eval_text`` its last tenth is kept out and evaluated on.
         samples: calibration sequences, evenly over the text; None: 128, or as many as it has.
         seqlen: their tokens.
+        dtype: of what stays dense; "auto": what the checkpoint names.
         progress: show bars.
 
     Raises CheckpointError, ValueError, OSError.
     """
     checkpoint = open_checkpoint(model)
     texts = cut_texts(checkpoint.tokenizer(), checkpoint.config, text, eval_text, samples, seqlen)
-    files = write_quantized(checkpoint, out, recipe, texts.calibration, progress=progress)
+    files = write_quantized(checkpoint, out, recipe, texts.calibration, dtype=dtype, progress=progress)
     both = [DenseWeights(c) for c in (checkpoint, open_checkpoint(out))]
     layers = checkpoint.config.num_layers
     with tqdm(total=2 * layers, desc="perplexity", unit="layer", disable=not progress) as bar:
@@ -96,14 +99,16 @@ def write_quantized(
     recipe: Recipe,
     calibration: Sequence[Sequence[int]],
     *,
+    dtype: str = "auto",
     progress: bool = False,
 ) -> QuantizedFiles:
     """`quantize` without the perplexities; ``calibration``: token ids of sequences."""
     weights = DenseWeights(checkpoint)
     _check_packable(checkpoint.path, weights.config, recipe)
     seen = hashlib.sha256(repr(calibration).encode()).hexdigest()
-    run = {"model": checkpoint.fingerprint(), "calibration": seen}
-    files = QuantizedFiles(Path(out), weights.config, recipe, run)
+    config = replace(weights.config, dtype=parse_dtype(dtype, checkpoint))
+    run = {"model": checkpoint.fingerprint(), "calibration": seen, "dtype": str(config.dtype)}
+    files = QuantizedFiles(Path(out), config, recipe, run)
     if not files.has_dense():
         dense = [name for name in tensor_shapes(weights.config) if ".layers." not in name]
         files.write_dense({name: weights.tensor(name) for name in dense})
@@ -132,7 +137,7 @@ _SITES = (
 def _quantize_layers(
     path: str, weights: DenseWeights, files: QuantizedFiles, ids: Sequence[Sequence[int]], progress: bool
 ) -> None:
-    config = weights.config
+    config = files.config
     finished = files.finished()
     looks = files.recipe.method != "rtn"
     sequences = Sequences(weights, ids if looks else [])

@@ -194,6 +194,20 @@ def test_a_gguf_file_gives_the_same_files_as_its_directory(tmp_path: Path) -> No
     assert (ours.bos_id, ours.eos_ids) == (theirs.bos_id, theirs.eos_ids)
 
 
+@pytest.mark.parametrize("source", ["m", "m.gguf"])
+def test_what_stays_dense_in_another_dtype(source: str, tmp_path: Path) -> None:
+    model = hf_model("llama")
+    save_hf(model, tmp_path / "m")
+    save_gguf(model, tmp_path / "m.gguf")
+    recipe = Recipe(group_size=32)
+    quantize(tmp_path / source, tmp_path / "q", recipe, TEXT, **SMALL, dtype="bf16")
+    assert open_checkpoint(tmp_path / "q").config.dtype == torch.bfloat16
+    found = read_back(tmp_path / "q", recipe)
+    for name, tensor in model.state_dict().items():
+        if ".layers." not in name or tensor.ndim == 1:
+            assert torch.equal(found[name], tensor.bfloat16()), name
+
+
 def test_a_quantized_model_can_be_quantized_again(directory: Path, tmp_path: Path) -> None:
     """8 bits of 4-bit weights: read dequantized, and what config.json said of the first time is gone."""
     first, second = Recipe(group_size=32, act_order="global"), Recipe(bits=8, group_size=32)
@@ -241,6 +255,7 @@ def test_recipes_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     ("arguments", "message"),
     [
         ({"seqlen": 513}, "seqlen: 513, expected 4 to the model's context, 512"),
+        ({"dtype": "int8"}, "dtype: 'int8', expected auto, float32"),
         ({"samples": 0}, "samples: 0, expected at least 1"),
         ({"samples": 5000}, "text: too short for 5000 sequences of 48 tokens"),
         ({"text": "short"}, "text: too short for 6 sequences"),

@@ -132,6 +132,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     [
         ({"recipe": Recipe(bits=3)}, "recipe"),
         ({"samples": 5}, "calibration"),
+        ({"dtype": "fp16"}, "dtype"),
         ({"text": TEXT[5000:]}, "calibration"),
         ({"model": "other"}, "model"),
     ],
