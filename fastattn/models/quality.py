@@ -21,6 +21,7 @@ from .generate import Model
 from .perplexity import Perplexity, change, nll, perplexity
 from .trial import deciding
 
+_CALIBRATION = 8  # chunks at most: outliers show in a few thousand tokens
 _Z = 1.645  # one-sided 95 %
 
 
@@ -39,7 +40,7 @@ class Quality:
         everything = broadcast_prompts(model.group, ids)
         if len(everything) < 2:
             raise ValueError(f"ids: {len(everything)} chunks, expected at least 2")
-        self.ids, self.calibration = everything[::2], everything[1::2]
+        self.ids, self.calibration = everything[::2], everything[1::2][:_CALIBRATION]
         exact = Candidate.uniform(Exact(model.dtype.itemsize), Plain(), model.config.num_layers)
         self._exact = self._nll(exact, self.ids)
         #: Perplexity under exact sums.
