@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 _CONTEXT = 512  # tokens of a chunk of --text
-_CHUNKS = 16  # at most
+_CHUNKS = 32  # at most; one half is scored
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -109,7 +109,7 @@ def _quality(args: argparse.Namespace, model: Model, text: str | None) -> Qualit
         return Quality(model, None, args.max_increase)
     context = min(_CONTEXT, model.config.max_position)
     count = min(_CHUNKS, len(model.tokenizer.encode(text)) // context)
-    return Quality(model, chunks(model.tokenizer, text, context, max(1, count)), args.max_increase)
+    return Quality(model, chunks(model.tokenizer, text, context, max(2, count)), args.max_increase)
 
 
 def _read(path: str) -> str:

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..collectives.compressed import Compressed
 from ..parallel import measure
-from ..parallel.candidates import Candidate
+from ..parallel.candidates import Candidate, codec_of, with_codec
 from ..parallel.candidates import candidates as found_by
-from ..parallel.forecast import Costs, codec_of
+from ..parallel.forecast import Costs
 from ..parallel.plan import PHASES, points_of
 from ..parallel.planner import MARGIN, Choice, Trial, choose, costs, forecasts
 from ..parallel.schedule import Plain
 from ..quant.codec import Codec
-from ..spec import Link, Phase, SyncPlan, SyncPolicy
-from .formats import CODECS, Formats
+from ..spec import Link, Phase, SyncPlan
+from .formats import FORMATS, Formats
 from .generate import Model
 from .perplexity import Perplexity
 from .quality import Quality
@@ -65,11 +64,12 @@ class Planner:
             exact = self.candidates("decode")[0]
             alone = Choice(Trial(exact, 0.0, 0), "one rank has nothing to sum", [])
             return self._findings(None, {}, dict.fromkeys(PHASES, alone))
+        hidden = self.model.config.hidden_size
         link, measured, choices = measure.link(self.group), dict[Phase, Costs](), dict[Phase, Choice]()
         for phase in PHASES:
             measured[phase] = costs(
-                self.group, self.trials, phase, link, self.model.config.hidden_size, self.model.dtype,
-                () if self.formats is None else CODECS,
+                self.group, self.trials, phase, link, hidden, self.model.dtype,
+                () if self.formats is None else [f.typical(hidden) for f in FORMATS],
             )  # fmt: skip
             found = self.candidates(phase)
             found += self.lossy(phase, found, measured[phase])
@@ -83,29 +83,28 @@ class Planner:
         rows, layers = self.trials.rows(phase)[0], self.model.config.num_layers
         return found_by(phase, rows, layers, self.group, self.model.dtype.itemsize, codecs)
 
-    def _sending(self, phase: Phase, codec: Codec) -> list[Candidate]:
-        """The candidates in that format."""
-        return [c for c in self.candidates(phase, codec) if codec_of(c.attn[0]) == codec]
-
     def lossy(self, phase: Phase, exact: list[Candidate], costs: Costs) -> list[Candidate]:
         """Candidates in the formats that the text allows, as long as the model sees them ahead."""
         if self.formats is None:
             return []
-        rows = self.trials.rows(phase)
+        rows, hidden = self.trials.rows(phase), self.model.config.hidden_size
+        typical = {f: f.typical(hidden) for f in FORMATS}
+        sending = {
+            f: [c for c in self.candidates(phase, codec) if codec_of(c.attn[0]) == codec]
+            for f, codec in typical.items()
+        }
+        times = {f: forecasts(found, rows, costs)[0].modelled_s for f, found in sending.items()}
         bar = MARGIN * forecasts(exact, rows, costs)[0].modelled_s
-        times = {c: forecasts(self._sending(phase, c), rows, costs)[0].modelled_s for c in CODECS}
-        ahead = sorted((c for c in CODECS if times[c] < bar), key=times.__getitem__)
-        found = []
-        for allowed in self.formats.allowed(ahead):
-            for c in self._sending(phase, allowed.attn[0]):
-                mixed = replace(
-                    c,
-                    attn=tuple(_with_codec(p, x) for p, x in zip(c.attn, allowed.attn, strict=True)),
-                    mlp=tuple(_with_codec(p, x) for p, x in zip(c.mlp, allowed.mlp, strict=True)),
-                )
-                self._increases[mixed] = allowed.increase
-                found.append(mixed)
-        return found
+        ahead = sorted((f for f in FORMATS if times[f] < bar), key=times.__getitem__)
+        return [
+            Candidate(
+                tuple(map(with_codec, c.attn, allowed.attn)),
+                tuple(map(with_codec, c.mlp, allowed.mlp)),
+                c.schedule,
+            )
+            for f, allowed in self.formats.allowed(ahead)
+            for c in sending[f]
+        ]
 
     def _findings(
         self, link: Link | None, measured: dict[Phase, Costs], choices: dict[Phase, Choice]
@@ -139,12 +138,3 @@ class Planner:
             value, error = (0.0, 0.0) if c.exact else self._increases[c]
             facts[phase] = {"increase": value, "standard_error": error}
         return facts
-
-
-def _with_codec(policy: SyncPolicy, codec: Codec) -> SyncPolicy:
-    """The same policy, sending in that format."""
-    inner = getattr(policy, "of", None)
-    if inner is not None:
-        return replace(policy, of=_with_codec(inner, codec))  # type: ignore[type-var]
-    assert isinstance(policy, Compressed)
-    return replace(policy, codec=codec)

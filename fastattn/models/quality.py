@@ -21,13 +21,15 @@ from .generate import Model
 from .perplexity import Perplexity, change, nll, perplexity
 from .trial import deciding
 
+_CALIBRATION = 8  # chunks at most: outliers show in a few thousand tokens
 _Z = 1.645  # one-sided 95 %
 
 
 class Quality:
     """The text, and its likelihood under exact sums.
 
-    ``ids``: chunks of the text (`perplexity.chunks`), of rank 0, None of others. ``max_increase``: of the
+    ``ids``: at least two chunks of the text (`perplexity.chunks`), of rank 0, None of others: every other
+    one is scored, those between are for calibration. ``max_increase``: of the
     perplexity, relative, that a plan may cost; the upper end of its 95 % confidence interval counts.
     """
 
@@ -35,7 +37,10 @@ class Quality:
         if not 0 < max_increase < float("inf"):
             raise ValueError(f"max_increase: {max_increase}, expected a positive share of the perplexity")
         self.model, self.max_increase = model, max_increase
-        self.ids = broadcast_prompts(model.group, ids)
+        everything = broadcast_prompts(model.group, ids)
+        if len(everything) < 2:
+            raise ValueError(f"ids: {len(everything)} chunks, expected at least 2")
+        self.ids, self.calibration = everything[::2], everything[1::2][:_CALIBRATION]
         exact = Candidate.uniform(Exact(model.dtype.itemsize), Plain(), model.config.num_layers)
         self._exact = self._nll(exact, self.ids)
         #: Perplexity under exact sums.
@@ -43,7 +48,7 @@ class Quality:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the chunks' token ids."""
+        """SHA-256 of the scored chunks' token ids."""
         return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 from ..collectives.compressed import Compressed
 from ..collectives.direct import Direct
@@ -66,8 +67,31 @@ class Candidate:
 
 
 def _runs(policies: Sequence[SyncPolicy]) -> str:
-    """Each policy once; the size of an activation is the model's and needs no mention."""
-    return " or ".join(dict.fromkeys(to_text(with_item_bytes(p, 4)) for p in policies))
+    return " or ".join(dict.fromkeys(map(_name, policies)))
+
+
+def _name(policy: SyncPolicy) -> str:
+    """Its text without the size of an activation, which is the model's, and with the number of outliers."""
+    codec = codec_of(policy)
+    if codec is None or not codec.outliers:
+        return to_text(with_item_bytes(policy, 4))
+    return f"{to_text(with_codec(policy, replace(codec, outliers=())))} ({len(codec.outliers)} outliers)"
+
+
+def codec_of(policy: SyncPolicy) -> Codec | None:
+    """In which format a policy sends; None: values as they are."""
+    inner = getattr(policy, "of", policy)
+    return inner.codec if isinstance(inner, Compressed) else None
+
+
+def with_codec(policy: SyncPolicy, codec: Codec) -> SyncPolicy:
+    """A compressing policy that sends in that format instead."""
+    if isinstance(policy, Tiled):
+        return replace(policy, of=cast("Sum", with_codec(policy.of, codec)))
+    if isinstance(policy, FusedNorm):
+        return replace(policy, of=cast("Pairwise", with_codec(policy.of, codec)))
+    assert isinstance(policy, Compressed)
+    return replace(policy, codec=codec)
 
 
 def candidates(

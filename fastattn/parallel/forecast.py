@@ -7,12 +7,13 @@ half's sums are under way.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..collectives.exact import Exact
 from ..quant.codec import Codec
 from ..spec import Link, Rates, Site, SyncPolicy
-from .candidates import Candidate
+from .candidates import Candidate, codec_of
 
 SITES: tuple[Site, Site] = ("attn", "mlp")
 
@@ -22,14 +23,16 @@ class Costs(NamedTuple):
 
     link: Link
     rates: Mapping[Site, Rates]
-    codec_value_s: Mapping[Codec, float]  # `Rates.value_s` of what sends in these formats
+    codec_value_s: Mapping[Codec, float]  # `Rates.value_s` of formats, whose outliers are the first channels
     hidden: int
 
     def rate(self, site: Site, policy: SyncPolicy) -> Rates:
         """With the work that this policy has with a message's values."""
-        codec = codec_of(policy)
-        rate = self.rates[site]
-        return rate if codec is None else rate._replace(value_s=self.codec_value_s[codec])
+        codec, rate = codec_of(policy), self.rates[site]
+        if codec is None:
+            return rate
+        typical = replace(codec, outliers=tuple(range(len(codec.outliers))))
+        return rate._replace(value_s=self.codec_value_s[typical])
 
 
 class _Stage(NamedTuple):
@@ -38,15 +41,6 @@ class _Stage(NamedTuple):
     compute_s: float
     busy_s: float  # of the link
     latency_s: float  # behind that
-
-
-def codec_of(policy: SyncPolicy) -> Codec | None:
-    """In which format a policy sends; None: values as they are."""
-    inner = policy
-    while hasattr(inner, "of"):
-        inner = inner.of
-    found = getattr(inner, "codec", None)
-    return found if isinstance(found, Codec) else None
 
 
 def seconds(c: Candidate, rows: int, costs: Costs) -> float:

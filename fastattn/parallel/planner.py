@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
@@ -137,13 +137,14 @@ def choose(
 
     ``found``: the first is `Exact` for all points, which everything is compared with. ``budget_s``: about
     what measuring may take; each candidate is measured at least three times whatever it takes. ``permits``:
-    whether the policies of two candidates, one for each site, may be joined to a new one.
+    whether a candidate that is among the fastest may be chosen.
     """
     exact, rows = found[0], subject.rows(phase)
     trials = forecasts(found, rows, costs)
     listed = shortlist(trials, exact)
     measure_all(g, subject, phase, listed, budget_s / 2, prune=True)
-    finalists = [exact, *(t.candidate for t in by_time(listed)[:_FINALISTS])]
+    permitted = (t.candidate for t in by_time(listed) if permits(t.candidate))
+    finalists = [exact, *islice(permitted, _FINALISTS)]
     merged = best_of_sites(listed)
     if merged is not None and merged not in found and permits(merged):
         finalists.append(merged)

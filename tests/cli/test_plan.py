@@ -86,7 +86,7 @@ def test_one_rank_gets_the_exact_plan_and_the_reason(model: Path, tmp_path: Path
         (["--batch", "0"], "batch: 0, expected at least 1"),
         (["--budget", "0"], "budget_s: 0.0, expected seconds > 0"),
         (["--text", "none.txt"], "none.txt"),
-        (["--text", "short.txt"], "too few for 1 chunks of 512"),
+        (["--text", "short.txt"], "too few for 2 chunks of 512"),
         (["--text", "long.txt", "--max-increase", "0"], "max_increase: 0.0, expected a positive share"),
         (["--threads", "0"], "threads: 0, expected at least 1"),
         (["--out", "none/plan.json"], "none: no such folder"),

@@ -17,7 +17,7 @@ from fastattn.collectives.direct import Direct
 from fastattn.collectives.exact import Exact
 from fastattn.collectives.exchange import agree, all_gather
 from fastattn.collectives.star import Star
-from fastattn.models.formats import Formats, mix_within_bound
+from fastattn.models.formats import FORMATS, Format, Formats
 from fastattn.models.generate import Model
 from fastattn.models.planning import Planner
 from fastattn.models.quality import Quality
@@ -34,7 +34,8 @@ from fastattn.spec import Link, Phase, Point, Rates, Schedule, SyncPolicy, TPGro
 from tests.parallel.run import Case, run
 
 LAYERS = 3
-FINE, COARSE = Codec(element="int8", scale="fp16"), Codec(element="e1m1", block=32)
+FINE = Format(Codec(element="int8", scale="fp16"), 0.0)
+COARSE = Format(Codec(element="e1m1", block=32), 1 / 16)
 
 
 @cache
@@ -70,13 +71,13 @@ def the_link_is_the_same_on_all_ranks(g: TPGroup) -> None:
 
 def half_blocks_take_longer_for_more_rows(g: TPGroup) -> None:
     trials = Trials(model(g), 400, 2)
-    found = costs(g, trials, "prefill", Link(0.0, 1e9), 64, torch.float32, [FINE])
+    found = costs(g, trials, "prefill", Link(0.0, 1e9), 64, torch.float32, [COARSE.typical(64)])
     same_everywhere(g, "costs", found)
     for rate in found.rates.values():
         assert rate.half_block(400) > rate.half_block(100) > 0
         assert 0 < rate.norm_row_s * 400 < rate.half_block(400)
         assert rate.value_s > 0
-    assert found.codec_value_s[FINE] > 0
+    assert found.codec_value_s[Codec(element="e1m1", outliers=(0, 1, 2, 3))] > 0
     one = costs(g, trials, "decode", Link(0.0, 1e9), 64, torch.float32)
     assert all(r.row_s == 0 and r.fixed_s > 0 for r in one.rates.values())
 
@@ -165,39 +166,47 @@ def policies_change_only_for_a_while(g: TPGroup) -> None:
 def perplexity_grows_with_coarser_sums(g: TPGroup) -> None:
     quality = Quality(model(g), own_text(g), 0.02)
     same_everywhere(g, "perplexity", (quality.exact, quality.digest))
-    assert quality.tokens == 8 * 49
+    assert quality.tokens == 4 * 49
+    assert len(quality.calibration) == 4
     assert quality.exact.value > 1
     exact = quality.increase(Candidate.uniform(Exact(), Plain(), LAYERS))
     assert exact == (0.0, 0.0)
     fine, coarse = (
-        quality.increase(Candidate.uniform(Compressed(codec=c), Plain(), LAYERS)) for c in (FINE, COARSE)
+        quality.increase(Candidate.uniform(Compressed(codec=f.codec), Plain(), LAYERS))
+        for f in (FINE, COARSE)
     )
     same_everywhere(g, "increase", (fine, coarse))
     assert abs(fine.value) < 0.01 < coarse.value
     assert quality.keeps(fine)
     assert not quality.keeps(coarse)
+    with pytest.raises(ValueError, match="ids: 1 chunks, expected at least 2"):
+        Quality(model(g), (own_text(g) or [])[:1] if g.rank == 0 else None, 0.1)
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="max_increase"):
             Quality(model(g), own_text(g), bad)
 
 
 def a_coarse_format_goes_where_it_costs_least(g: TPGroup) -> None:
-    quality = Quality(model(g), own_text(g), 1.0)
-    fine, coarse = (
-        quality.increase(Candidate.uniform(Compressed(codec=c), Plain(), LAYERS)) for c in (FINE, COARSE)
-    )
-    quality.max_increase = bound = (quality.upper(fine) + quality.upper(coarse)) / 2
-    mixed = mix_within_bound(quality, COARSE, FINE, fine)
-    assert mixed is not None
-    codecs = [*mixed.attn, *mixed.mlp]
-    assert set(codecs) == {COARSE, FINE}
+    quality, heard = Quality(model(g), own_text(g), 10.0), list[str]()
+    formats = Formats(quality, heard.append)
+    fine, coarse = (formats.allowed([f])[0][1] for f in (FINE, COARSE))
+    assert {*fine.attn, *fine.mlp} == {FINE.codec}
+    assert all(len(c.outliers) == 4 for c in (*coarse.attn, *coarse.mlp))
+    assert len({*coarse.attn, *coarse.mlp}) > 1  # each point has its own outliers
+    assert fine.increase.value < coarse.increase.value
+    assert not any("beyond the bound" in line for line in heard)
+    # A bound between the two: the coarse one alone is beyond it, and some points bear it.
+    quality.max_increase = bound = (quality.upper(fine.increase) + quality.upper(coarse.increase)) / 2
+    formats = Formats(quality, heard.append)
+    (first, alone), (second, mixed) = formats.allowed([COARSE, FINE])
+    assert (first, alone, second) == (FINE, fine, FINE)
+    assert {c.element for c in (*mixed.attn, *mixed.mlp)} == {"e1m1", "int8"}
+    points = zip((*mixed.attn, *mixed.mlp), (*fine.attn, *fine.mlp), (*coarse.attn, *coarse.mlp), strict=True)
+    assert all(m in (f, c) for m, f, c in points)
     assert quality.upper(mixed.increase) <= bound
     same_everywhere(g, "mixed", mixed)
-    heard: list[str] = []
-    assert [a.attn[0] for a in Formats(quality, heard.append).allowed([FINE, COARSE])] == [FINE]
-    found = Formats(quality, heard.append).allowed([COARSE, FINE])
-    assert [{*a.attn, *a.mlp} for a in found] == [{FINE}, {COARSE, FINE}]
-    assert Formats(quality, heard.append).allowed([COARSE]) == []
+    assert formats.allowed([FINE, COARSE]) == [(FINE, fine)]
+    assert formats.allowed([COARSE]) == []
     assert any("beyond the bound" in line for line in heard)
 
 
@@ -224,11 +233,10 @@ def a_slow_link_brings_lossy_formats_in(g: TPGroup) -> None:
     m = model(g)
     heard: list[str] = []
     planner = Planner(m, FINGERPRINT, Trials(m, 64, 1), Quality(m, own_text(g), 0.05), say=heard.append)
-    from fastattn.models.formats import CODECS
-
+    typical = [f.typical(m.config.hidden_size) for f in FORMATS]
     for bytes_per_s, tried in ((1e12, False), (1e5, True)):
         link = Link(0.0, bytes_per_s, 0.0, bytes_per_s)
-        measured = costs(g, planner.trials, "prefill", link, m.config.hidden_size, m.dtype, CODECS)
+        measured = costs(g, planner.trials, "prefill", link, m.config.hidden_size, m.dtype, typical)
         exact = planner.candidates("prefill")
         lossy = planner.lossy("prefill", exact, measured)
         assert bool(lossy) == bool(heard) == tried

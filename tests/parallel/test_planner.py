@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +14,8 @@ from fastattn.collectives.exact import Exact
 from fastattn.collectives.fused_norm import FusedNorm
 from fastattn.collectives.star import Star
 from fastattn.collectives.tiled import Tiled
-from fastattn.parallel.candidates import Candidate, candidates, family
-from fastattn.parallel.forecast import Costs, codec_of, communication_share, seconds, wire_bytes
+from fastattn.parallel.candidates import Candidate, candidates, codec_of, family, with_codec
+from fastattn.parallel.forecast import Costs, communication_share, seconds, wire_bytes
 from fastattn.parallel.measure import HalfBlock, fit, rates
 from fastattn.parallel.planner import Trial, best_of_sites, by_time, decide, forecasts, shortlist
 from fastattn.parallel.schedule import Plain, TokenWeave
@@ -108,15 +110,18 @@ def test_fused_norm_spares_the_other_ranks_rows() -> None:
 
 def test_messages_of_a_codec_take_its_own_time() -> None:
     codec = Codec(element="int8", block=32, scale="fp16")
-    policy = Compressed(codec=codec)
-    costs = COSTS._replace(hidden=128, codec_value_s={codec: 1e-7})
+    policy = Compressed(codec=replace(codec, outliers=(7, 100)))
+    costs = COSTS._replace(hidden=128, codec_value_s={replace(codec, outliers=(0, 1)): 1e-7})
     base = policy.seconds(10, 128, LINK, RATE)
     extra = 10 * 128 * 3 * 1e-7  # encode one message, decode two
     given_ = Candidate.uniform(policy, Plain(), 1)
     compute = 0.0015 + 0.0035
     assert seconds(given_, 10, costs) == pytest.approx(compute + 2 * (base + extra))
-    assert codec_of(Tiled(policy)) == codec_of(FusedNorm(policy)) == codec
     assert codec_of(Tiled(Exact())) is None
+    for around in (policy, Tiled(policy, (1, 2)), FusedNorm(policy)):
+        assert codec_of(around) == policy.codec
+        assert codec_of(with_codec(around, codec)) == codec
+        assert with_codec(with_codec(around, codec), policy.codec) == around
 
 
 def test_bytes_of_a_forward() -> None:
@@ -163,6 +168,11 @@ def test_a_candidate_says_what_it_is() -> None:
         str(Candidate((Star(0, 2), Star(1, 2)), (Exact(2), Exact(2))))
         == "attn star or star:hub=1 | mlp exact"
     )
+    codec = Codec(element="int4", outliers=(3, 9))
+    tiled = Tiled(Compressed(codec=codec), (1, 2))
+    same = Tiled(Compressed(codec=replace(codec, outliers=(4, 5))), (1, 2))
+    name = "tiled:tiles=1/2+compressed:element=int4 (2 outliers)"
+    assert str(Candidate((tiled, same), (same, tiled))) == name
     assert str(Candidate.uniform(Direct(item_bytes=2), WEAVE, 2)).startswith("token_weave:min_tokens=2")
 
 
