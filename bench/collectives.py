@@ -3,13 +3,14 @@
 For each link and number of ranks, and for messages of 4 KB up to what the link carries in --seconds, one row
 a policy (names as in fastattn generate --sync):
 
-  time    from a common moment to the end of the slowest rank: the sum, the residual's addition and the norm
+  time    from the moment when all ranks have their partial results to the end of the slowest rank: their sum,
+          the residual's addition and the norm
   ratio   the time of gloo's all_reduce, followed by the same, over it (above 1: ours is faster)
   model   the policy's own prediction
   wire    the time that the link needs for one hop and the bytes that the busiest rank sends
   chosen  the least modelled time; fastest is the least measured one
 
-All take turns in one run, each beginning at the same moment on all ranks. tiled has nothing to compute while
+All take turns in one run. tiled has nothing to compute while
 it waits here: it shows what splitting costs. The ranks are processes on this machine, each in a network
 namespace of its own (bench/links.py checks those links); with more ranks than cores only times that the link
 dominates mean anything.
@@ -27,7 +28,7 @@ from typing import Any
 
 from fastattn.spec import Link
 from lib import env
-from lib.args import DTYPES, link_name, links, positive, sweep
+from lib.args import DTYPES, link_name, links, policy, positive, sweep
 from lib.collectives_worker import PEER, TABLE, Row, choice, run
 from lib.network import Unavailable, network
 from lib.records import Record, write
@@ -53,7 +54,14 @@ def parser() -> argparse.ArgumentParser:
         "--link", type=links, default=links(LINKS), metavar="RATE/LATENCY,...", help=f"default: {LINKS}"
     )
     p.add_argument("--ranks", type=sweep, default=(2,), metavar="N,N", help="default: 2")
-    p.add_argument("--policy", nargs="+", default=POLICIES, help=f"default: {' '.join(POLICIES)}")
+    p.add_argument(
+        "--policy",
+        nargs="+",
+        type=policy,
+        default=POLICIES,
+        metavar="P",
+        help=f"default: {' '.join(POLICIES)}",
+    )  # fmt: skip
     p.add_argument("--bytes", type=sweep, metavar="N,N", help="sizes, instead of those of --seconds")
     p.add_argument(
         "--seconds", type=float, default=0.05, help="of the link's time, largest size; default: 0.05"

@@ -11,6 +11,10 @@ precision policies of activations. Input and output lengths are fixed: end token
   tokens/s  batch * output / latency
   peak MB   resident memory of each rank's process while it loads and generates, torch included
 
+With --link, the ranks run in network namespaces that such an emulated link joins (bench/links.py), and the
+limit is the link's if that is larger: at each sync point one hop, and the bytes that the busiest rank sends.
+With several --sync, one model follows them in turn, each has a row, and ratio is the first's time over its.
+
 With --peer, the rival generates from the same file with the same prompts and as many threads as all
 ranks together; the runs alternate. It has a row below ours, and ratio is its time over ours (above 1:
 ours is faster).
@@ -29,11 +33,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fastattn.spec import Link
 from lib import env
-from lib.args import ACTS, DTYPES, names, positive, sweep
+from lib.args import ACTS, DTYPES, link, names, positive, sweep, sync
 from lib.llm_peers import NAMES
 from lib.llm_rows import TABLE, notes
 from lib.llm_worker import run
+from lib.network import Unavailable, network
 from lib.records import Record, ratio, write
 
 QUESTION = "Why is the sky blue? Answer in one sentence."
@@ -55,6 +61,11 @@ def parser() -> argparse.ArgumentParser:
         "--act", type=names(tuple(ACTS)), default=("none",), metavar="A,A",
         help="none: activations are never quantized (default); int8: they may be",
     )  # fmt: skip
+    p.add_argument(
+        "--sync", nargs="+", type=sync, default=("exact",), metavar="S",
+        help="how ranks sum their partial results, as for fastattn generate; default: exact",
+    )  # fmt: skip
+    p.add_argument("--link", type=link, metavar="RATE/LATENCY", help="between the ranks, as 100mbit/1ms")
     p.add_argument("--iterations", type=positive, default=3, help="samples of each case; default: 3")
     p.add_argument("--warmup", type=positive, default=1, help="runs before them; default: 1")
     p.add_argument("--threads", type=positive, help="of each rank; default: cores / tensor_para_size")
@@ -82,8 +93,10 @@ def main() -> None:
             if i == 0:
                 print(f"{args.model}: {env.headline(env.capture(threads))}")
                 print(TABLE.header(), flush=True)
-            chosen = ("--inference_data_type", dtype, "--act", act, *(() if i == 0 else ("--chat", "")))
-            result = launch(world, threads, chosen, Path(folder) / f"{i}.json")
+            chosen = ["--inference_data_type", dtype, "--act", act, *(() if i == 0 else ("--chat", ""))]
+            if world == 1:
+                chosen += ["--sync", "exact"]  # one rank has nothing to sum
+            result = launch(world, threads, chosen, args.link, Path(folder) / f"{i}.json")
             answer = answer or result["answer"]
             records += to_records(args.model, result)
             print(*(f"  {line}" for line in notes(result, env.cores())), sep="\n", flush=True)
@@ -97,21 +110,27 @@ def main() -> None:
         print(f"\n> {args.chat}\n{answer.strip()}")
 
 
-def launch(world: int, threads: int, chosen: Sequence[str], result: Path) -> dict[str, Any]:
+def launch(
+    world: int, threads: int, chosen: Sequence[str], joined: Link | None, result: Path
+) -> dict[str, Any]:
     """Runs this program's ranks with the same arguments but for ``chosen``; returns what rank 0 wrote."""
     own = [
         *sys.argv[1:], "--tensor_para_size", str(world), "--threads", str(threads), *chosen,
         "--result", str(result),
     ]  # fmt: skip
-    launcher = (
-        [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, *launcher, __file__, *own], env=environment, check=False)
-    if done.returncode:
-        sys.exit(
-            f"bench/llm.py: tensor_para_size {world} {' '.join(chosen)}: ended with status {done.returncode}"
-        )
+    environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+    if world > 1 and joined:
+        try:
+            with network(world, joined) as net:
+                status = net.run([sys.executable, __file__, *own], environment)
+        except Unavailable as reason:
+            sys.exit(f"bench/llm.py: {reason}")
+    else:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+        command = [sys.executable, *(launcher if world > 1 else ()), __file__, *own]
+        status = subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+    if status:
+        sys.exit(f"bench/llm.py: tensor_para_size {world} {' '.join(chosen)}: ended with status {status}")
     return dict(json.loads(result.read_text()))
 
 
@@ -129,23 +148,31 @@ def to_records(model: str, result: dict[str, Any]) -> list[Record]:
     records = []
     for row in result["rows"]:
         shape = f"batch={row['batch']} input={row['input']} output={row['output']} tp={row['world']}"
+        if row["link"]:
+            shape += f" link={row['link']}"
+        if row["sync"] != "exact":
+            shape += f" sync={row['sync']}"
+        threads = row["world"] * row["threads"]
         shared = {
             "bench": "llm",
             "case": f"{Path(model).name} {row['dtype']} act={row['act']} {shape}",
             "spread": row["spread"],
-            "claim": "emulated" if row["world"] * row["threads"] > result["env"]["cores"] else "measured",
+            "claim": "emulated" if row["link"] or threads > result["env"]["cores"] else "measured",
             "env": result["env"],
         }
         limits = {
-            "TPOT": ("memory bandwidth", row["tpot_limit_ms"]),
-            "TTFT": ("GEMM rate" if row["ttft_limit_ms"] else "", row["ttft_limit_ms"]),
+            "TPOT": (row["limits"]["TPOT"], row["tpot_limit_ms"]),
+            "TTFT": (row["limits"]["TTFT"], row["ttft_limit_ms"]),
         }
+        rivals = [(result["peers"].get(key, ""), rival["times"]) for key, rival in row["peers"].items()]
+        if row["base"]:
+            rivals.append((f"fastattn sync={result['rows'][0]['sync']}", row["base"]))
         for metric, unit, field, more in METRICS:
             ours = row["times"][field]
             bound = limits.get(metric, ("", None))
-            for key, rival in row["peers"].items() or [("", None)]:
-                theirs = rival["times"][field] if rival else None
-                against = (result["peers"].get(key, ""), theirs, ratio(ours, theirs, more))
+            for peer, times in rivals or [("", None)]:
+                theirs = times[field] if times else None
+                against = (peer, theirs, ratio(ours, theirs, more))
                 records.append(Record.of(shared, metric, unit, ours, against, bound))
         for rank, peak in enumerate(row["peak_mb"]):
             records.append(Record.of(shared, f"peak memory of rank {rank}", "MB", peak))

@@ -15,12 +15,10 @@ many rows int8 shows no cost. One row a configuration:
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor
@@ -28,9 +26,9 @@ from torch.nn.functional import kl_div
 
 import fastattn
 from fastattn.models.generate import Model
-from fastattn.models.tokenizer import Tokenizer
+from fastattn.models.perplexity import Perplexity, chunks, perplexity, predictions, token_nll
 from fastattn.parallel.group import set_threads, single
-from lib import env
+from lib import env, text
 from lib.args import ACTS, DTYPES, names, positive
 from lib.records import Record, write
 from lib.table import Column, Table
@@ -58,35 +56,27 @@ def parser() -> argparse.ArgumentParser:
 
 @dataclass
 class Score:
-    """Sums over the scored tokens of one configuration."""
+    """What the scored tokens of one configuration add up to."""
 
     dtype: str
     act: str
-    tokens: int = 0
-    nll: float = 0.0
-    squares: float = 0.0
+    losses: list[Tensor] = field(default_factory=list)  # of every token, by chunk
     kl: float = 0.0
     same_top: int = 0
 
     def add(self, logp: Tensor, exact: Tensor, targets: Tensor) -> None:
         """``logp``: log-probabilities (n, vocab) of this configuration; ``exact``: of the first one."""
-        nll = -logp.gather(1, targets[:, None]).double()
-        self.tokens += len(targets)
-        self.nll += float(nll.sum())
-        self.squares += float(nll.square().sum())
+        self.losses.append(token_nll(logp, targets))
         self.kl += float(kl_div(logp, exact, reduction="sum", log_target=True))
         self.same_top += int((logp.argmax(-1) == exact.argmax(-1)).sum())
 
     @property
-    def perplexity(self) -> float:
-        return math.exp(self.nll / self.tokens)
+    def tokens(self) -> int:
+        return sum(map(len, self.losses))
 
     @property
-    def error(self) -> float:
-        """Standard error of the perplexity, from the spread of the tokens' likelihoods."""
-        mean = self.nll / self.tokens
-        variance = max(0.0, self.squares / self.tokens - mean**2)
-        return self.perplexity * math.sqrt(variance / self.tokens)
+    def perplexity(self) -> Perplexity:
+        return perplexity(torch.cat(self.losses))
 
 
 def main() -> None:
@@ -98,7 +88,11 @@ def main() -> None:
     scores = [Score(d, a) for d, a in configurations]
     machine = env.capture(threads)
     print(f"{args.model}: {env.headline(machine)}")
-    for chunk in chunks(models[0].tokenizer, args.context, args.chunks):
+    try:
+        pieces = chunks(models[0].tokenizer, text.reference(), args.context, args.chunks)
+    except ValueError as error:
+        raise SystemExit(f"--context, --chunks: {error}") from None
+    for chunk in pieces:
         score(models, scores, chunk, args.step)
     report(scores)
     if args.json:
@@ -106,26 +100,14 @@ def main() -> None:
         write(args.json, to_records(Path(args.model).name, what, scores, machine))
 
 
-def chunks(tokenizer: Tokenizer, context: int, count: int) -> list[list[int]]:
-    """``count`` pieces of the text of ``context`` tokens, evenly over it, each begun as texts begin."""
-    begin = tokenizer.encode("")
-    tokens = tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics)), add_special=False)
-    length = context - len(begin)
-    if length < 2 or count * length > len(tokens):
-        raise SystemExit(f"--context, --chunks: {context} x {count}, the text has {len(tokens)} tokens")
-    step = (len(tokens) - length) / max(1, count - 1)
-    return [[*begin, *tokens[int(i * step) : int(i * step) + length]] for i in range(count)]
-
-
 @torch.inference_mode()
 def score(models: Sequence[Model], scores: Sequence[Score], chunk: list[int], step: int) -> None:
     """Adds one chunk's second half to the score of each model."""
-    half = len(chunk) // 2
-    targets = torch.tensor(chunk[half:])
     exact = None
     for model, sums in zip(models, scores, strict=True):
-        (logits,) = model.logits([chunk], step)
-        logp = logits[half - 1 : -1].log_softmax(-1)
+        found = predictions(model, chunk, step)
+        assert found is not None, "this process is rank 0"
+        logp, targets = found
         exact = logp if exact is None else exact
         sums.add(logp, exact, targets)
 
@@ -146,9 +128,10 @@ def report(scores: Sequence[Score]) -> None:
     )
     print(table.header())
     for s in scores:
-        change = 100 * (s.perplexity / scores[0].perplexity - 1)
+        found = s.perplexity
+        change = 100 * (found.value / scores[0].perplexity.value - 1)
         same = 100 * s.same_top / s.tokens
-        print(table.row(s.dtype, s.act, s.tokens, s.perplexity, s.error, change, s.kl / s.tokens, same))
+        print(table.row(s.dtype, s.act, s.tokens, *found, change, s.kl / s.tokens, same))
 
 
 def to_records(model: str, what: str, scores: Sequence[Score], machine: dict[str, str | int]) -> list[Record]:
@@ -159,9 +142,9 @@ def to_records(model: str, what: str, scores: Sequence[Score], machine: dict[str
     for s in scores:
         case = f"{model} {s.dtype} act={s.act} {what}"
         shared = {"bench": "perplexity", "case": case, "spread": 0.0, "claim": "measured", "env": machine}
-        against = (name, first.perplexity, first.perplexity / s.perplexity)
+        base, found = first.perplexity.value, s.perplexity.value
         records += [
-            Record.of(shared, "perplexity", "", s.perplexity, against),
+            Record.of(shared, "perplexity", "", found, (name, base, base / found)),
             Record.of(shared, "KL divergence", "nats", s.kl / s.tokens),
             Record.of(shared, "same top token", "%", 100 * s.same_top / s.tokens),
         ]

@@ -1,4 +1,4 @@
-"""The command line: ``fastattn generate`` and ``fastattn info``."""
+"""The command line: ``fastattn generate``, ``plan``, ``quantize`` and ``info``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from . import __version__, info
+from . import __version__, cli_plan, cli_quantize, info
+from .cli_types import shares
 from .parallel import group as ranks
 from .spec import CacheFull, SyncError, TPGroup
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, or 1 of `fastattn info`.
+    """Runs a command; returns the exit status.
 
     Errors of the user or the machine are one line on stderr and end the process with status 1. Ctrl-C and a
     reader of our output that has gone end it as the shell would report their signals, with 130 and 141.
@@ -31,9 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_generate(commands.add_parser("generate", help="complete a text with a model"))
     report = commands.add_parser("info", help="what runs here, and why the rest does not")
     info.add_arguments(report)
+    cli_quantize.add_arguments(commands.add_parser("quantize", help="make a GPTQ checkpoint of a model"))
+    cli_plan.add_arguments(commands.add_parser("plan", help="measure the ranks and plan their sums"))
+    run = {"generate": _generate, "plan": cli_plan.main, "quantize": cli_quantize.main, "info": info.main}
     args = parser.parse_args(argv)
     try:
-        status = info.main(args) if args.command == "info" else _generate(args)
+        status = run[args.command](args)
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
     except (KeyboardInterrupt, BrokenPipeError) as end:
@@ -67,7 +71,7 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--backend", help="use this backend for every op, or refuse (see fastattn info)")
     p.add_argument("--threads", type=int, help="per rank; default: this machine's cores over its ranks")
-    p.add_argument("--split", type=_shares, help="shares of the work of the ranks, such as 2,1")
+    p.add_argument("--split", type=shares, help="shares of the work of the ranks, such as 2,1")
     p.add_argument(
         "--sync", default="exact", metavar="POLICY|PLAN.json",
         help="how ranks sum their partial results: exact (default), star, direct, tiled, compressed, "
@@ -75,13 +79,6 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     p.add_argument("--timeout", type=float, help="seconds a rank waits for another (default 60)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
-
-
-def _shares(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers such as 2,1") from None
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -125,9 +122,7 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
     progress = first and not args.json and sys.stderr.isatty()
     with use_backend(args.backend) if args.backend else nullcontext():
         begin = time.perf_counter()
-        model = load(
-            args.model, dtype=args.dtype, act=args.act, group=group, sync=args.sync, progress=progress
-        )
+        model = load(args.model, dtype=args.dtype, act=args.act, tp=group, sync=args.sync, progress=progress)
         load_s = time.perf_counter() - begin
         prompts = _prompts(args, model.tokenizer) if first else []
         stream = first and not args.json and len(prompts) == 1

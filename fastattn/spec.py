@@ -621,6 +621,7 @@ class Link(NamedTuple):
     latency_s: float
     bytes_per_s: float
     all_reduce_s: float | None = None  # latency of the backend's own all-reduce; None: of a ring's hops
+    all_reduce_bytes_per_s: float | None = None  # at which its ring moves bytes; None: as every hop
 
 
 class Rates(NamedTuple):
@@ -631,6 +632,7 @@ class Rates(NamedTuple):
     value_s: float = 0.0  # to encode, decode or add one value of a message
     item_bytes: int = 4  # of an activation on the wire
     world: int = 1
+    norm_row_s: float = 0.0  # of row_s, the residual's addition and the norm behind the sync point
 
     def half_block(self, rows: int) -> float:
         """Seconds."""

@@ -1,4 +1,4 @@
-"""Types of command-line arguments: comma-separated sweeps, names of data types, network links."""
+"""Types of command-line arguments: comma-separated sweeps, names of data types, links, sync policies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from fastattn.parallel.policies import parse
 from fastattn.spec import Link
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -41,6 +42,23 @@ def names(accepted: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
         return chosen
 
     return parse
+
+
+def sync(text: str) -> str:
+    """What ``fastattn generate --sync`` takes: a policy, with a schedule or without, or a plan's file."""
+    try:
+        if not text.endswith(".json"):
+            parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def policy(text: str) -> str:
+    """A policy without a schedule."""
+    if text.endswith(".json") or parse(sync(text))[1].name != "plain":
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a policy alone: a schedule needs a model")
+    return text
 
 
 _BITS_PER_S = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}

@@ -56,13 +56,17 @@ class Row:
 
 
 class Given:
-    """A `spec.Produce` whose partial result is there already."""
+    """A `spec.Produce` whose ``x`` is there when all ranks begin: computing it has taken long enough for what
+    a policy does before.
+    """
 
-    def __init__(self, x: Tensor) -> None:
-        self.rows, self._x = x.shape[0], x
+    def __init__(self, x: Tensor, begin: Callable[[], None]) -> None:
+        self.rows, self._x, self._begin = x.shape[0], x, begin
         self.row_parallel = dense(torch.zeros(x.shape[1], 1))
 
     def partial(self, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
+        if lo == 0:
+            self._begin()
         return self._x[lo:hi]
 
     def gemm_input(self, lo: int, hi: int) -> Tensor:
@@ -72,25 +76,24 @@ class Given:
 class Problem:
     """A sync point: partial results of ``size`` bytes, to which residual and norm follow."""
 
-    def __init__(self, g: TPGroup, size: int, dtype: torch.dtype) -> None:
-        self.group, self.rows = g, max(1, size // (HIDDEN * dtype.itemsize))
+    def __init__(self, g: TPGroup, meeting: Meeting, size: int, dtype: torch.dtype) -> None:
+        self.group, self.meeting, self.rows = g, meeting, max(1, size // (HIDDEN * dtype.itemsize))
         generator = torch.Generator().manual_seed(g.rank)
         self.partial = torch.randn(self.rows, HIDDEN, generator=generator).to(dtype)
         self.scratch, self.residual = torch.empty_like(self.partial), torch.ones_like(self.partial)
         weight = torch.ones(HIDDEN, dtype=dtype)
         self.epilogue = Epilogue(None, lambda x, residual: rms_norm(x, weight, 1e-5, residual))
 
-    def prepare(self) -> None:
-        """Sums may overwrite the partial result."""
-        self.scratch.copy_(self.partial)
-
     def ours(self, policy: SyncPolicy) -> Tensor:
-        make, stream = Given(self.scratch), Stream(self.residual, None)
+        self.scratch.copy_(self.partial)  # which a sum may overwrite
+        make, stream = Given(self.scratch, self.meeting.begin), Stream(self.residual, None)
         out = policy.start(POINT, make, stream, self.epilogue, self.group).wait()
         assert out.hidden is not None
         return out.hidden
 
     def peer(self) -> Tensor:
+        self.scratch.copy_(self.partial)
+        self.meeting.begin()
         dist.all_reduce(self.scratch, group=self.group.pg)
         out = finish(self.scratch, self.residual, self.epilogue)
         assert out.hidden is not None
@@ -98,9 +101,7 @@ class Problem:
 
     def check(self, name: str, policy: SyncPolicy) -> None:
         """Ends the program when the policy's result is not the peer's."""
-        self.prepare()
         expected = self.peer().double()
-        self.prepare()
         apart = float((self.ours(policy).double() - expected).norm() / expected.norm())
         if not apart < (0.02 if policy.exact else 0.3):
             raise SystemExit(f"{name}, {self.rows} rows: {apart:.3g} of the norm off")
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     with torch.inference_mode():
         for size in args.bytes:
-            measured = _measure(Problem(g, size, dtype), meeting, policies, link, rates, args.budget)
+            measured = _measure(Problem(g, meeting, size, dtype), policies, link, rates, args.budget)
             rows += measured
             if g.rank == 0:
                 print("\n".join(lines(measured)), flush=True)
@@ -129,21 +130,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _measure(
-    problem: Problem,
-    meeting: Meeting,
-    policies: dict[str, SyncPolicy],
-    link: Link,
-    rates: Rates,
-    budget: float,
+    problem: Problem, policies: dict[str, SyncPolicy], link: Link, rates: Rates, budget: float
 ) -> list[Row]:
-    size = problem.partial.nbytes
+    size, meeting = problem.partial.nbytes, problem.meeting
     for name, policy in policies.items():
         problem.check(name, policy)
 
     def ours(policy: SyncPolicy) -> Callable[[], float]:
-        return meeting.timed(problem.prepare, lambda: problem.ours(policy))
+        return meeting.timed(lambda: problem.ours(policy))
 
-    runs = {PEER: meeting.timed(problem.prepare, problem.peer), **{n: ours(p) for n, p in policies.items()}}
+    runs = {PEER: meeting.timed(problem.peer), **{name: ours(p) for name, p in policies.items()}}
     begin = perf_counter()
     interleave(runs, 1, 0)
     rounds = meeting.same(int(min(max(budget / (perf_counter() - begin), ROUNDS[0]), ROUNDS[1])))

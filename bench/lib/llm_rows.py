@@ -55,6 +55,10 @@ class Row:
     ttft_limit_ms: float | None
     tpot_limit_ms: float
     peers: dict[str, Rival]
+    sync: str  # how the ranks sum their partial results
+    link: str  # between the ranks' namespaces; "" when they share one
+    base: Times | None  # of the first sync, for the others
+    limits: dict[str, str]  # which limit binds "TTFT" and "TPOT"
 
 
 TABLE = Table(
@@ -76,6 +80,7 @@ TABLE = Table(
         Column("limit", 5, ".2f"),
         Column("tok/s", 6, ".1f"),
         Column("peak MB", 7),
+        Column("sync", 6),  # may be longer: it is the last
     ]
 )
 
@@ -84,11 +89,18 @@ def lines(row: Row) -> str:
     """The row's lines of the table."""
     t = row.times
     peak = "+".join(f"{mb:.0f}" for mb in row.peak_mb)
+    ratios: list[float | str | None] = ["", "", ""]
+    if row.base:
+        b = row.base
+        ratios = [
+            ratio(mine, first, False)
+            for mine, first in ((t.latency_ms, b.latency_ms), (t.ttft_ms, b.ttft_ms), (t.tpot_ms, b.tpot_ms))
+        ]
     text = [
         TABLE.row(
             row.batch, f"{row.input}+{row.output}", row.world, row.dtype, row.act, row.threads, "fastattn",
-            t.latency_ms, "", t.ttft_ms, "", row.ttft_limit_ms, t.tpot_ms, "", row.tpot_limit_ms,
-            t.tokens_per_s, peak,
+            t.latency_ms, ratios[0], t.ttft_ms, ratios[1], row.ttft_limit_ms, t.tpot_ms, ratios[2],
+            row.tpot_limit_ms, t.tokens_per_s, peak, row.sync,
         )
     ]  # fmt: skip
     for name, rival in row.peers.items():
@@ -97,7 +109,7 @@ def lines(row: Row) -> str:
             TABLE.row(
                 *[""] * 6, name, p.latency_ms, ratio(t.latency_ms, p.latency_ms, False), p.ttft_ms,
                 ratio(t.ttft_ms, p.ttft_ms, False), "", p.tpot_ms, ratio(t.tpot_ms, p.tpot_ms, False), "",
-                p.tokens_per_s, "",
+                p.tokens_per_s, "", "",
             )
         )  # fmt: skip
     return "\n".join(text)
@@ -126,6 +138,8 @@ def notes(result: Mapping[str, Any], cores: int) -> list[str]:
             f"{name}: {same} of {sum(r['batch'] * r['output'] for r in shared)} greedy tokens equal ours"
         )
     threads = rows[0]["world"] * rows[0]["threads"]
+    if rows[0]["link"]:
+        found.append(f"the ranks' link is emulated: {rows[0]['link']}")
     if threads > cores:
         found.append(f"{threads} threads on {cores} cores: these times are emulated, not claimed")
     return found

@@ -17,13 +17,14 @@ from fastattn.models.checkpoint import open_checkpoint
 from fastattn.models.generate import Model
 from fastattn.models.sampling import SamplingParams
 from fastattn.parallel.group import init, set_threads, shutdown
-from fastattn.spec import TPGroup
+from fastattn.spec import SyncPlan, TPGroup
 
 from . import env
-from .args import ACTS, DTYPES
+from .args import ACTS, DTYPES, link_name
 from .llm_limits import Floor
 from .llm_peers import LlamaCpp, Peer, Sample, Transformers
 from .llm_rows import Rival, Row, Times, lines, same_tokens
+from .llm_sync import follow, read_plans, wire_ms
 from .memory import peak_bytes, reset_peak, with_torch_bytes
 from .text import TEXT, prompts
 from .timing import interleave, summarize
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     group = init(timeout_s=PEER_TIMEOUT_S)
     threads = set_threads(group, args.threads).num
     (dtype,), (act,) = args.inference_data_type, args.act
-    model = fastattn.load(args.model, dtype=DTYPES[dtype], act=ACTS[act], group=group)
+    model = fastattn.load(args.model, dtype=DTYPES[dtype], act=ACTS[act], tp=group)
     loading = peak_bytes()
     tokens = model.tokenizer.encode(TEXT)
     cases = list(product(args.batch_size, args.input_len, args.output_len))
@@ -44,27 +45,45 @@ def run(args: argparse.Namespace) -> None:
     peaks = [_peaks_mb(model, prompts(tokens, b, i), o, loading) for b, i, o in cases]
     floor = Floor.measure(model)
     peers = _peers(args, group, threads) if group.rank == 0 else {}
+    plans = read_plans(args.model, model, args.sync)
     rows = []
     for (batch, length, output), peak in zip(cases, peaks, strict=True):
-        runs = _runs(model, peers, prompts(tokens, batch, length), output)
+        runs = _runs(model, plans, peers, prompts(tokens, batch, length), output)
         samples = interleave(runs, args.iterations, args.warmup)
         if group.rank != 0:
             continue
-        ours = samples.pop("fastattn")
-        row = Row(
-            batch, length, output, group.world, dtype, act, threads, Times.of(ours, batch, output),
-            spread=summarize([s.latency_s for s in ours]).spread,
-            peak_mb=peak,
+        ours = {text: samples.pop(text) for text in plans}
+        (first, taken), base = next(iter(ours.items())), None
+        rivals = {
+            key: Rival(Times.of(theirs, batch, output), same_tokens(taken[0].tokens, theirs[0].tokens))
+            for key, theirs in samples.items()
+        }
+        for text, taken in ours.items():
             # Integers may be multiplied faster than what the GEMM's rate was measured with.
-            ttft_limit_ms=None if ACTS[act] else floor.ttft_ms(batch, length),
-            tpot_limit_ms=floor.tpot_ms(batch, length, output),
-            peers={
-                key: Rival(Times.of(taken, batch, output), same_tokens(ours[0].tokens, taken[0].tokens))
-                for key, taken in samples.items()
-            },
-        )  # fmt: skip
-        rows.append(row)
-        print(lines(row), flush=True)
+            ttft = {} if ACTS[act] else {"GEMM rate": floor.ttft_ms(batch, length)}
+            tpot = {"memory bandwidth": floor.tpot_ms(batch, length, output)}
+            if args.link and group.world > 1:
+                hidden, plan = model.config.hidden_size, plans[text]
+                ttft["link"] = wire_ms(plan, "prefill", batch * length, hidden, args.link)
+                tpot["link"] = wire_ms(plan, "decode", batch, hidden, args.link)
+            ttft_by, tpot_by = (max(of, key=of.__getitem__, default="") for of in (ttft, tpot))
+            times = Times.of(taken, batch, output)
+            row = Row(
+                batch, length, output, group.world, dtype, act, threads, times,
+                spread=summarize([s.latency_s for s in taken]).spread,
+                peak_mb=peak,
+                ttft_limit_ms=ttft.get(ttft_by),
+                tpot_limit_ms=tpot[tpot_by],
+                peers=rivals if text == first else {},
+                sync=text,
+                link=link_name(args.link) if args.link and group.world > 1 else "",
+                base=base,
+                limits={"TTFT": ttft_by, "TPOT": tpot_by},
+            )  # fmt: skip
+            base = base or times
+            rows.append(row)
+            print(lines(row), flush=True)
+    follow(model, plans[args.sync[0]])
     answer = _chat(model, args.chat) if args.chat else ""
     if group.rank == 0:
         result = {
@@ -82,19 +101,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _runs(
-    model: Model, peers: dict[str, Peer], batch: list[list[int]], output: int
+    model: Model, plans: dict[str, SyncPlan], peers: dict[str, Peer], batch: list[list[int]], output: int
 ) -> dict[str, Callable[[], Sample]]:
-    def ours() -> Sample:
-        done = model.generate(batch, SamplingParams(max_tokens=output, ignore_eos=True))
-        return Sample(
-            max(c.latency_s for c in done), max(c.ttft_s for c in done), [c.token_ids for c in done]
-        )
+    def ours(plan: SyncPlan) -> Callable[[], Sample]:
+        def run() -> Sample:
+            follow(model, plan)
+            done = model.generate(batch, SamplingParams(max_tokens=output, ignore_eos=True))
+            return Sample(
+                max(c.latency_s for c in done), max(c.ttft_s for c in done), [c.token_ids for c in done]
+            )
+
+        return run
 
     def rival(peer: Peer) -> Callable[[], Sample]:
         return lambda: peer.generate(batch, output)
 
     able = {key: rival(peer) for key, peer in peers.items() if not peer.reason_against(len(batch))}
-    return {"fastattn": ours, **able}
+    return {**{text: ours(plan) for text, plan in plans.items()}, **able}
 
 
 def _peers(args: argparse.Namespace, group: TPGroup, threads: int) -> dict[str, Peer]:

@@ -21,23 +21,30 @@ class Meeting:
     """
 
     def __init__(self, g: TPGroup) -> None:
-        self._group, self._ahead_s, self._late_s = g, 1e-3, 0.0
+        self._group, self._ahead_s, self._late_s, self._begin = g, 1e-3, 0.0, 0.0
 
-    def timed(self, prepare: Callable[[], object], call: Callable[[], object]) -> Callable[[], float]:
-        """A collective function: seconds from the common moment to the end of this rank's ``call``.
+    def begin(self) -> None:
+        """Returns at the common moment; collective."""
+        late = torch.tensor([self._late_s], dtype=torch.float64)
+        all_reduce(self._group, late, "ready").wait()
+        self._ahead_s += 1.5 * float(late)
+        begin = torch.tensor([time.perf_counter() + self._ahead_s], dtype=torch.float64)
+        broadcast(self._group, begin, "moment to begin")
+        self._begin = float(begin)
+        self._late_s = max(0.0, time.perf_counter() - self._begin)
+        while (left := self._begin - time.perf_counter()) > 0:
+            if left > _SPIN_S:
+                time.sleep(left - _SPIN_S)
+
+    def timed(self, call: Callable[[], object]) -> Callable[[], float]:
+        """Seconds from the moment at which ``call`` has the ranks begin to the end of this rank's ``call``.
 
         NaN on a rank that came too late to begin with the others.
         """
 
         def run() -> float:
-            prepare()
-            begin = self._agree()
-            self._late_s = max(0.0, time.perf_counter() - begin)
-            while (left := begin - time.perf_counter()) > 0:
-                if left > _SPIN_S:
-                    time.sleep(left - _SPIN_S)
             call()
-            return math.nan if self._late_s else time.perf_counter() - begin
+            return math.nan if self._late_s else time.perf_counter() - self._begin
 
         return run
 
@@ -57,11 +64,3 @@ class Meeting:
         shared = torch.tensor([value])
         broadcast(self._group, shared, "number of rounds")
         return int(shared)
-
-    def _agree(self) -> float:
-        late = torch.tensor([self._late_s], dtype=torch.float64)
-        all_reduce(self._group, late, "ready").wait()
-        self._ahead_s += 1.5 * float(late)
-        begin = torch.tensor([time.perf_counter() + self._ahead_s], dtype=torch.float64)
-        broadcast(self._group, begin, "moment to begin")
-        return float(begin)

@@ -1,8 +1,16 @@
-"""Prompts of any length out of real prose, so that tokens have the statistics of text."""
+"""Real prose, so that tokens have the statistics of text: prompts of any length, and two long texts.
+
+The long ones come with Python and share no passages, so that a model can be calibrated on one and measured
+on the other.
+"""
 
 from __future__ import annotations
 
+import ast
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
 
 TEXT = """
 The canal had been dug by hand, two hundred years before, to carry slate from the quarries down to the
@@ -27,6 +35,8 @@ that she had always assumed it was published already, since it had been lying on
 office, under its proper heading, where anybody could have asked for it.
 """
 
+_LONG = 200  # characters of a docstring that says more than its function's name
+
 
 def prompts(tokens: Sequence[int], batch: int, length: int) -> list[list[int]]:
     """``batch`` prompts of ``length`` tokens of a text that repeats; each starts at another place of it."""
@@ -34,3 +44,19 @@ def prompts(tokens: Sequence[int], batch: int, length: int) -> list[list[int]]:
     starts = [(b * step) % len(tokens) for b in range(batch)]
     repeated = list(tokens) * (2 + length // len(tokens))
     return [repeated[start : start + length] for start in starts]
+
+
+def reference() -> str:
+    """The language reference, as `help` shows it: some 110,000 tokens of prose with a little code."""
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def docstrings() -> str:
+    """The longer docstrings of the standard library's modules of one file: some 180,000 tokens."""
+    found = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                doc = ast.get_docstring(node) or ""
+                found += [doc] if len(doc) > _LONG else []
+    return "\n\n".join(found)

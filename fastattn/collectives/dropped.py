@@ -32,7 +32,7 @@ class Dropped:
 
     def start(self, p: Point, make: Produce, s: Stream, e: Epilogue, g: TPGroup) -> Exchange[Stream]:
         """Computes this rank's partial result; nothing travels, unless the residual is scattered."""
-        return Exchange(self._steps(str(p), partial(make, s, 0, make.rows), s, e, g))
+        return Exchange(self._steps(str(p), partial(make, s, 0, make.rows).compute(), s, e, g))
 
     def _steps(self, where: str, x: Tensor, s: Stream, e: Epilogue, g: TPGroup) -> Steps[Stream]:
         if g.world == 1:

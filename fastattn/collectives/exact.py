@@ -11,6 +11,7 @@ from ..spec import Link, Rates
 from .exchange import Lane, all_reduce
 from .policy import Sum
 from .steps import Steps
+from .sums import Partial
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,18 @@ class Exact(Sum):
 
     name: ClassVar[str] = "exact"
 
-    def steps(self, lane: Lane, x: Tensor) -> Steps[Tensor]:
-        yield all_reduce(lane.group, x, lane.where)
-        return x
+    def steps(self, lane: Lane, x: Partial) -> Steps[Tensor]:
+        total = x.compute()
+        yield all_reduce(lane.group, total, lane.where)
+        return total
 
     def seconds(self, rows: int, hidden: int, link: Link, rate: Rates) -> float:
         """Ring all-reduce: 2 (N - 1) steps, each one hop and one N-th of the bytes."""
         steps = 2 * (rate.world - 1)
         latency = steps * link.latency_s if link.all_reduce_s is None else link.all_reduce_s
         chunk = -(-rows * hidden // rate.world) * rate.item_bytes
-        return latency + steps * chunk / link.bytes_per_s if steps else 0.0
+        rate_of_ring = link.all_reduce_bytes_per_s or link.bytes_per_s
+        return latency + steps * chunk / rate_of_ring if steps else 0.0
 
     def wire_bytes(self, rows: int, hidden: int, world: int) -> int:
         """2 (N - 1) chunks of one N-th."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ..spec import Epilogue, Link, Point, Produce, Rates, Stream, TPGroup
 from .cost import two_step_bytes, two_step_seconds
@@ -19,7 +18,7 @@ from .exchange import Lane
 from .pairwise import Pairwise
 from .policy import finish, own_residual, partial
 from .steps import Exchange, Steps
-from .sums import gather_rows, row_spans, scatter_sum
+from .sums import Partial, RowInbox, gather_rows, row_spans, scatter_sum
 
 
 @dataclass(frozen=True)
@@ -47,19 +46,22 @@ class FusedNorm:
         """Computes this rank's partial result of all rows and starts to sum it."""
         return Exchange(self._steps(str(p), partial(make, s, 0, make.rows), s, e, g))
 
-    def _steps(self, where: str, x: Tensor, s: Stream, e: Epilogue, g: TPGroup) -> Steps[Stream]:
+    def _steps(self, where: str, x: Partial, s: Stream, e: Epilogue, g: TPGroup) -> Steps[Stream]:
         if g.world == 1:
-            return finish(x, s.residual, e)
-        lane, rows = Lane(g, where), x.shape[0]
-        share = yield from scatter_sum(lane, x, self.of.wire)
-        done = finish(share, own_residual(s, rows, g), e)
+            return finish(x.compute(), s.residual, e)
+        lane, wire = Lane(g, where), self.of.wire
+        inbox = RowInbox(lane, x.rows, x.hidden, x.dtype, wire) if e.norm else None
+        share = yield from scatter_sum(lane, x, wire)
+        done = finish(share, own_residual(s, x.rows, g), e)
         hidden = None
-        if done.hidden is not None:
-            hidden = yield from gather_rows(lane, done.hidden, rows, self.of.wire)
-        return Stream(done.residual, hidden, rows=row_spans(rows, g.world)[g.rank])
+        if inbox and done.hidden is not None:
+            hidden = yield from gather_rows(lane, done.hidden, wire, inbox)
+        return Stream(done.residual, hidden, rows=row_spans(x.rows, g.world)[g.rank])
 
     def seconds(self, rows: int, hidden: int, link: Link, rate: Rates) -> float:
-        return two_step_seconds(self.of.wire, rows, hidden, link, rate)
+        """Each rank leaves the other ranks' rows to them."""
+        spared = rows - -(-rows // rate.world)
+        return two_step_seconds(self.of.wire, rows, hidden, link, rate) - spared * rate.norm_row_s
 
     def wire_bytes(self, rows: int, hidden: int, world: int) -> int:
         return two_step_bytes(self.of.wire, rows, hidden, world)

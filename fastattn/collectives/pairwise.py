@@ -12,7 +12,7 @@ from .cost import one_step_bytes, one_step_seconds, two_step_bytes, two_step_sec
 from .exchange import Lane
 from .policy import Sum
 from .steps import Steps
-from .sums import Wire, one_step, two_step
+from .sums import Partial, Wire, one_step, two_step
 
 SCHEMES = ("auto", "one_step", "two_step")
 
@@ -44,9 +44,8 @@ class Pairwise(Sum):
             return self.scheme == "two_step"
         return world > 2 and rows >= world and self.wire.message_bytes(rows, hidden) >= self.two_step_bytes
 
-    def steps(self, lane: Lane, x: Tensor) -> Steps[Tensor]:
-        rows, hidden = x.shape
-        two = self.takes_two_steps(rows, hidden, lane.group.world)
+    def steps(self, lane: Lane, x: Partial) -> Steps[Tensor]:
+        two = self.takes_two_steps(x.rows, x.hidden, lane.group.world)
         return (yield from (two_step if two else one_step)(lane, x, self.wire))
 
     def seconds(self, rows: int, hidden: int, link: Link, rate: Rates) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..spec import Epilogue, Link, Point, Produce, Rates, Stream, TPGroup
 from .exchange import Lane
 from .steps import Exchange, Steps
-from .sums import Plain, gather_rows, row_spans
+from .sums import Partial, Plain, RowInbox, gather_rows, row_spans
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -26,10 +26,10 @@ class Sum(ABC):
     needs_full_residual: ClassVar[bool] = True
 
     @abstractmethod
-    def steps(self, lane: Lane, x: Tensor) -> Steps[Tensor]:
-        """Sum of the ranks' ``x`` (rows, hidden), the same bits on every rank; may overwrite ``x``.
+    def steps(self, lane: Lane, x: Partial) -> Steps[Tensor]:
+        """Sum of the ranks' ``x``, the same bits on every rank; may overwrite what ``x`` computes.
 
-        Uses the lane's steps 0 and 1.
+        Posts its receives, then computes ``x``, then yields. Uses the lane's steps 0 and 1.
         """
 
     @abstractmethod
@@ -48,20 +48,24 @@ class Sum(ABC):
         """Computes this rank's partial result of all rows and starts its sum."""
         return Exchange(self.rows(str(p), partial(make, s, 0, make.rows), s, e, g))
 
-    def rows(self, where: str, x: Tensor, s: Stream, e: Epilogue, g: TPGroup) -> Steps[Stream]:
+    def rows(self, where: str, x: Partial, s: Stream, e: Epilogue, g: TPGroup) -> Steps[Stream]:
         """The stream behind the sync point from this rank's partial ``x`` and the residual of its rows."""
         if g.world == 1:
-            return finish(x, s.residual, e)
+            return finish(x.compute(), s.residual, e)
         lane = Lane(g, where)
         total = yield from self.steps(lane, x)
-        residual = yield from full_residual(lane, s, x.shape[0])
+        residual = yield from full_residual(lane, s, x.rows)
         return finish(total, residual, e)
 
 
-def partial(make: Produce, s: Stream, lo: int, hi: int) -> Tensor:
+def partial(make: Produce, s: Stream, lo: int, hi: int) -> Partial:
     """This rank's part of rows [lo, hi), with what a dropped point before left unsummed."""
-    x = make.partial(lo, hi)
-    return x if s.pending is None else x + s.pending[lo:hi]
+
+    def compute() -> Tensor:
+        x = make.partial(lo, hi)
+        return x if s.pending is None else x + s.pending[lo:hi]
+
+    return Partial(hi - lo, s.residual.shape[1], s.residual.dtype, compute)
 
 
 def finish(total: Tensor, residual: Tensor, e: Epilogue) -> Stream:
@@ -78,7 +82,8 @@ def full_residual(lane: Lane, s: Stream, rows: int) -> Steps[Tensor]:
     """The residual of all rows, of which a fused norm before may have left each rank its share; step 2."""
     if s.rows is None:
         return s.residual
-    return (yield from gather_rows(lane, s.residual, rows, Plain(), step=2))
+    inbox = RowInbox(lane, rows, s.residual.shape[1], s.residual.dtype, Plain(), step=2)
+    return (yield from gather_rows(lane, s.residual, Plain(), inbox))
 
 
 def own_residual(s: Stream, rows: int, g: TPGroup) -> Tensor:

@@ -13,7 +13,7 @@ from .cost import star_bytes, star_seconds
 from .exchange import Lane
 from .policy import Sum
 from .steps import Steps
-from .sums import Plain, star
+from .sums import Partial, Plain, star
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Star(Sum):
             reasons.append(f"hub is rank {self.hub}, there are {g.world} ranks")
         return reasons
 
-    def steps(self, lane: Lane, x: Tensor) -> Steps[Tensor]:
+    def steps(self, lane: Lane, x: Partial) -> Steps[Tensor]:
         return (yield from star(lane, x, Plain(self.item_bytes), self.hub))
 
     def seconds(self, rows: int, hidden: int, link: Link, rate: Rates) -> float:

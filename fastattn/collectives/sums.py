@@ -2,7 +2,10 @@
 
 ``x`` is (rows, hidden), of one shape and dtype on all ranks; a `Wire` says in which form values travel.
 Every rank adds the same messages in the same order, its own included, so all get the same bits. The number
-of hops decides where latency dominates, the bytes of the busiest rank where bandwidth does:
+of hops decides where latency dominates, the bytes of the busiest rank where bandwidth does.
+
+A message leaves when its receiver has announced room for it, which takes a hop of its own. So every receive
+of an exchange is posted first, and ``x`` is computed after that: the announcement travels meanwhile.
 
 =============  ====  ==========================  =======================================================
 algorithm      hops  bytes a rank sends (of x)
@@ -15,7 +18,7 @@ algorithm      hops  bytes a rank sends (of x)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -77,70 +80,97 @@ def row_spans(rows: int, world: int) -> list[Span]:
     return [(r * rows // world, (r + 1) * rows // world) for r in range(world)]
 
 
-def one_step(lane: Lane, x: Tensor, wire: Wire) -> Steps[Tensor]:
+class Partial(NamedTuple):
+    """A (rows, hidden) tensor that ``compute`` will give."""
+
+    rows: int
+    hidden: int
+    dtype: torch.dtype
+    compute: Callable[[], Tensor]
+
+
+def one_step(lane: Lane, x: Partial, wire: Wire) -> Steps[Tensor]:
     """Every rank sends all of its ``x`` to every other one."""
-    rows, hidden = x.shape
-    mine, me = wire.encode(x), lane.group.rank
-    others = [r for r in range(lane.group.world) if r != me]
-    messages = {r: wire.inbox(rows, hidden, x.dtype) for r in others}
-    yield lane.swap(dict.fromkeys(others, mine), messages)
-    return wire.add(_in_order(lane, mine, messages), rows, hidden, x.dtype)
+    others = [r for r in range(lane.group.world) if r != lane.group.rank]
+    messages = {r: wire.inbox(x.rows, x.hidden, x.dtype) for r in others}
+    arriving = lane.swap({}, messages)
+    mine = wire.encode(x.compute())
+    sent = lane.swap(dict.fromkeys(others, mine), {})
+    yield arriving
+    yield sent
+    return wire.add(_in_order(lane, mine, messages), x.rows, x.hidden, x.dtype)
 
 
-def two_step(lane: Lane, x: Tensor, wire: Wire) -> Steps[Tensor]:
+def two_step(lane: Lane, x: Partial, wire: Wire) -> Steps[Tensor]:
     """`scatter_sum`, then `gather_rows`."""
+    inbox = RowInbox(lane, x.rows, x.hidden, x.dtype, wire)
     share = yield from scatter_sum(lane, x, wire)
-    return (yield from gather_rows(lane, share, x.shape[0], wire))
+    return (yield from gather_rows(lane, share, wire, inbox))
 
 
-def scatter_sum(lane: Lane, x: Tensor, wire: Wire) -> Steps[Tensor]:
+def scatter_sum(lane: Lane, x: Partial, wire: Wire) -> Steps[Tensor]:
     """The sum of this rank's share of the rows (`row_spans`): a reduce-scatter in one hop, step 0."""
     g = lane.group
-    spans = row_spans(x.shape[0], g.world)
+    spans = row_spans(x.rows, g.world)
     lo, hi = spans[g.rank]
-    filled = {r: (a, b) for r, (a, b) in enumerate(spans) if r != g.rank and a < b}
-    outgoing = {r: wire.encode(x[a:b]) for r, (a, b) in filled.items()}
     messages = {}
     if lo < hi:
-        messages = {r: wire.inbox(hi - lo, x.shape[1], x.dtype) for r in range(g.world) if r != g.rank}
-    yield lane.swap(outgoing, messages)
+        messages = {r: wire.inbox(hi - lo, x.hidden, x.dtype) for r in range(g.world) if r != g.rank}
+    arriving = lane.swap({}, messages)
+    values = x.compute()
+    filled = {r: (a, b) for r, (a, b) in enumerate(spans) if r != g.rank and a < b}
+    sent = lane.swap({r: wire.encode(values[a:b]) for r, (a, b) in filled.items()}, {})
+    yield arriving
+    yield sent
     if lo == hi:
-        return x[:0]
-    return wire.add(_in_order(lane, wire.encode(x[lo:hi]), messages), hi - lo, x.shape[1], x.dtype)
+        return values[:0]
+    return wire.add(_in_order(lane, wire.encode(values[lo:hi]), messages), hi - lo, x.hidden, x.dtype)
 
 
-def gather_rows(lane: Lane, share: Tensor, rows: int, wire: Wire, step: int = 1) -> Steps[Tensor]:
-    """All ``rows``, of which each rank brings the ``share`` that `row_spans` gives it, in one hop."""
+class RowInbox:
+    """Room for the other ranks' shares of a tensor of ``rows``, announced to them at once."""
+
+    def __init__(
+        self, lane: Lane, rows: int, hidden: int, dtype: torch.dtype, wire: Wire, step: int = 1
+    ) -> None:
+        self.step, me = step, lane.group.rank
+        self.sizes = {r: hi - lo for r, (lo, hi) in enumerate(row_spans(rows, lane.group.world)) if lo < hi}
+        self.messages = {r: wire.inbox(n, hidden, dtype) for r, n in self.sizes.items() if r != me}
+        self.arriving = lane.swap({}, self.messages, step)
+
+
+def gather_rows(lane: Lane, share: Tensor, wire: Wire, inbox: RowInbox) -> Steps[Tensor]:
+    """All rows, of which each rank brings the ``share`` that `row_spans` gives it, in one hop."""
     g, hidden, dtype = lane.group, share.shape[1], share.dtype
-    sizes = {r: hi - lo for r, (lo, hi) in enumerate(row_spans(rows, g.world)) if lo < hi}
-    messages = {r: wire.inbox(n, hidden, dtype) for r, n in sizes.items() if r != g.rank}
-    outgoing = {}
-    if g.rank in sizes:
-        mine = wire.encode(share)
-        outgoing = {r: mine for r in range(g.world) if r != g.rank}
-    yield lane.swap(outgoing, messages, step)
-    if g.rank in sizes:
-        messages[g.rank] = mine
-    parts = [wire.add([messages[r]], n, hidden, dtype) for r, n in sizes.items()]
+    messages = dict(inbox.messages)
+    if g.rank in inbox.sizes:
+        messages[g.rank] = wire.encode(share)
+        sent = lane.swap({r: messages[g.rank] for r in range(g.world) if r != g.rank}, {}, inbox.step)
+    else:
+        sent = lane.swap({}, {}, inbox.step)
+    yield inbox.arriving
+    yield sent
+    parts = [wire.add([messages[r]], n, hidden, dtype) for r, n in inbox.sizes.items()]
     return torch.cat(parts) if parts else share
 
 
-def star(lane: Lane, x: Tensor, wire: Wire, hub: int) -> Steps[Tensor]:
+def star(lane: Lane, x: Partial, wire: Wire, hub: int) -> Steps[Tensor]:
     """Every rank sends to ``hub``, which adds and sends the sum back to all."""
-    rows, hidden = x.shape
-    mine, g = wire.encode(x), lane.group
+    g, shape = lane.group, (x.rows, x.hidden, x.dtype)
     if g.rank != hub:
-        answer = wire.inbox(rows, hidden, x.dtype)
-        sent, answered = lane.swap({hub: mine}, {}), lane.swap({}, {hub: answer}, step=1)
-        yield sent
+        answer = wire.inbox(*shape)
+        answered = lane.swap({}, {hub: answer}, step=1)
+        yield lane.swap({hub: wire.encode(x.compute())}, {})
         yield answered
-        return wire.add([answer], rows, hidden, x.dtype)
+        return wire.add([answer], *shape)
     others = [r for r in range(g.world) if r != hub]
-    messages = {r: wire.inbox(rows, hidden, x.dtype) for r in others}
-    yield lane.swap({}, messages)
-    total = wire.encode(wire.add(_in_order(lane, mine, messages), rows, hidden, x.dtype))
+    messages = {r: wire.inbox(*shape) for r in others}
+    arriving = lane.swap({}, messages)
+    mine = wire.encode(x.compute())
+    yield arriving
+    total = wire.encode(wire.add(_in_order(lane, mine, messages), *shape))
     yield lane.swap(dict.fromkeys(others, total), {}, step=1)
-    return wire.add([total], rows, hidden, x.dtype)
+    return wire.add([total], *shape)
 
 
 def _in_order(lane: Lane, mine: Tensor, messages: Mapping[int, Tensor]) -> list[Tensor]:

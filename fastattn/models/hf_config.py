@@ -25,8 +25,8 @@ from .config import (
 )
 from .fields import Fields, read_json
 
-_CONFIG_LIMIT = 4 << 20  # bytes
-_ARCHITECTURES = {
+CONFIG_LIMIT = 4 << 20  # bytes
+ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -41,8 +41,8 @@ def read_config(directory: Path) -> ModelConfig:
     """config.json, with the stop tokens of generation_config.json where there is one."""
     path = directory / "config.json"
     generation_path = directory / "generation_config.json"
-    generation = read_json(generation_path, _CONFIG_LIMIT) if generation_path.exists() else {}
-    return parse_config(read_json(path, _CONFIG_LIMIT), path, Fields(generation_path, generation))
+    generation = read_json(generation_path, CONFIG_LIMIT) if generation_path.exists() else {}
+    return parse_config(read_json(path, CONFIG_LIMIT), path, Fields(generation_path, generation))
 
 
 def parse_config(values: Mapping[str, Any], path: Path, generation: Fields | None = None) -> ModelConfig:
@@ -102,10 +102,10 @@ def parse_config(values: Mapping[str, Any], path: Path, generation: Fields | Non
 
 def _check_architecture(f: Fields, family: str) -> None:
     names = f.values.get("architectures")
-    if names is not None and names != [_ARCHITECTURES[family]]:
+    if names is not None and names != [ARCHITECTURES[family]]:
         f.fail(
             "architectures",
-            f"is {str(names)[:80]}, expected [{_ARCHITECTURES[family]!r}] for a {family} model",
+            f"is {str(names)[:80]}, expected [{ARCHITECTURES[family]!r}] for a {family} model",
         )
 
 

@@ -181,7 +181,7 @@ class Decoder:
         """Normalised hidden states (total, hidden) of packed token ids (total,); appends to the cache."""
         phase: Phase = "prefill" if step.max_new > 1 else "decode"
         shared = self._shared(phase, step, cache)
-        if shared.fused:
+        if shared.fused and self.group.world == 1:
             # Asked once: a policy is a function of the point.
             key = (self.policy, phase)
             if key not in self._alone:
@@ -224,9 +224,7 @@ class Decoder:
         return None if reasons_against(self) else FusedDecoder(self)
 
     def _sums_alone(self, phase: Phase) -> bool:
-        """Whether every sync point only adds this rank's own partial result to the residual."""
-        if self.group.world > 1:
-            return False
+        """Whether every sync point only adds the partial result, of the only rank, to the residual."""
         for layer, (attention, mlp) in enumerate(self.blocks):
             points = [Point(layer, "attn", phase), Point(layer, "mlp", phase)]
             if not all(isinstance(self.policy(p), Exact) for p in points):

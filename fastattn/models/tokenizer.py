@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,19 @@ class Tokenizer:
         with panics(self.path, "the tokenizer failed to decode"):
             text: str = self._core.decode(listed, skip_special_tokens=skip_special)
         return text
+
+    def files(self) -> dict[str, str]:
+        """Names and contents of the files of which `hf_tokenizer.read_tokenizer` makes the same one."""
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self._special_tokens,
+            **({"chat_template": self._template_source} if self._template_source is not None else {}),
+        }
+        return {
+            "tokenizer.json": self._core.to_str(),
+            "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
+        }
 
     def stream(self) -> Stream:
         """A detokenizer for ids that arrive one by one."""

@@ -68,7 +68,8 @@ def _to_json(item: Any, known: Mapping[str, Any]) -> dict[str, Any]:
         if field.name == "of":
             value = policy_to_json(value)
         elif isinstance(value, Codec):
-            value = value.to_json()
+            plain = Codec().to_json()
+            value = {key: x for key, x in value.to_json().items() if x != plain[key]}
         values[field.name] = list(value) if isinstance(value, tuple) else value
     return values
 
@@ -159,9 +160,37 @@ def _object(part: str, known: Mapping[str, Any]) -> dict[str, Any]:
     return value
 
 
+def to_text(item: SyncPolicy | Schedule) -> str:
+    """The short text of a policy or a schedule, as `parse` reads it; ValueError as `policy_to_json`."""
+    value: dict[str, Any] | None = _to_json(item, {**POLICIES, **SCHEDULES})
+    parts = []
+    while value is not None:
+        inner = value.pop("of", None)
+        parts.append(_part(value))
+        value = inner
+    return "+".join(parts)
+
+
+def _part(value: dict[str, Any]) -> str:
+    name, given = value.pop("name"), {**value.pop("codec", {}), **value}
+    listed = ",".join(f"{key}={_written(x)}" for key, x in given.items())
+    return f"{name}:{listed}" if listed else name
+
+
+def _written(x: Any) -> str:
+    """What `_literal` reads; a list of one has a slash behind it."""
+    if isinstance(x, list):
+        return "/".join(map(_written, x)) + "/" * (len(x) == 1)
+    if isinstance(x, bool):
+        return str(x).lower()
+    if isinstance(x, float):
+        return str(int(x)) if x.is_integer() and x < 1e15 else str(x).replace("e+", "e")  # "+" joins policies
+    return str(x)
+
+
 def _literal(text: str) -> Any:
     if "/" in text:
-        return [_literal(piece) for piece in text.split("/")]
+        return [_literal(piece) for piece in text.removesuffix("/").split("/")]
     if text in ("true", "false"):
         return text == "true"
     with suppress(ValueError):

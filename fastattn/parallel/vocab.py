@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..collectives.exchange import all_reduce, gather_last
+from ..collectives.exchange import Lane, all_reduce, gather_last
 from ..ops import embedding, linear
 from ..settings import settings
 from ..spec import PackedWeight, TPGroup
 
 
 class VocabParallelEmbedding:
-    """Looks up the tokens of this rank's range and sums over the ranks: exact, since the others add zero."""
+    """Looks up the tokens of this rank's range; exchanges between ranks complete the rows."""
 
     def __init__(
         self,
@@ -27,6 +27,7 @@ class VocabParallelEmbedding:
         ``dtype``: of the activations."""
         self.weight, self.group, self.dtype = weight, group, dtype
         self.lo, self.hi, self.vocab_size = _range(weight, spans, group)
+        self._ends = torch.tensor([hi for _, hi in spans])
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Integer ids (N,), the same on all ranks, to (N, hidden) on all ranks.
@@ -42,6 +43,23 @@ class VocabParallelEmbedding:
                 raise ValueError(f"ids: {bad} is outside the vocabulary of {self.vocab_size} tokens")
         if self.group.world == 1:
             return embedding(ids, self.weight, self.dtype)
+        return self.sent_by_owners(ids) if ids.device.type == "cpu" else self.summed(ids)
+
+    def sent_by_owners(self, ids: Tensor) -> Tensor:
+        """Each row travels once to each other rank, in one hop."""
+        g = self.group
+        owners = torch.bucketize(ids, self._ends, right=True)
+        places = [(owners == r).nonzero().flatten() for r in range(g.world)]
+        mine = embedding(ids[places[g.rank]] - self.lo, self.weight, self.dtype)
+        out = mine.new_empty((ids.numel(), mine.shape[1]))
+        found = {r: out.new_empty((places[r].numel(), out.shape[1])) for r in range(g.world) if r != g.rank}
+        Lane(g, "embedding").swap(dict.fromkeys(found, mine), found).wait()
+        for r, rows in {**found, g.rank: mine}.items():
+            out[places[r]] = rows
+        return out
+
+    def summed(self, ids: Tensor) -> Tensor:
+        """Exact too, since the others add zero; no size depends on the ids, as a captured graph needs."""
         local = ids - self.lo
         foreign = (local < 0) | (local >= self.hi - self.lo)
         out = embedding(local.masked_fill(foreign, 0), self.weight, self.dtype)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 SCALE_BIAS = 127
 SCALE_NAN = 255
-BLOCK_MAX = 1 << 16  # with `search`: the sum of squared errors is a 32-bit integer
+BLOCK_MAX = 1024  # with `search`: sums of squared errors are exact in float32
 
 
 class FineScale(NamedTuple):
@@ -54,7 +54,7 @@ SCALES = (*POWERS, *FINE)
 #: finer: what stands for ``amax / largest element`` is multiplied by this before rounding.
 CANDIDATES = {
     **dict.fromkeys(POWERS, (1.0, 2.0, 0.5)),
-    **dict.fromkeys(FINE, (1.0, 0.875, 0.75, 1.125, 1.25, 1.5)),
+    **dict.fromkeys(FINE, (1.0, 0.9375, 0.875, 1.0625, 1.125, 1.5)),
 }
 #: Of two scales the better has the smaller ``scale^2 * sum(d^2)``. d is an element's error in units of
 #: 1 / ERROR_STEPS of the largest distance between neighbouring elements, rounded to an integer of at most

@@ -207,9 +207,9 @@ def test_perplexity_is_that_of_cross_entropy() -> None:
     for part in (slice(0, 11), slice(11, 40)):
         score.add(logits[part].log_softmax(-1), other[part].log_softmax(-1), targets[part])
     losses = cross_entropy(logits.double(), targets, reduction="none")
-    assert score.perplexity == pytest.approx(float(losses.mean().exp()), rel=1e-5)
+    assert score.perplexity.value == pytest.approx(float(losses.mean().exp()), rel=1e-5)
     error = float(losses.mean().exp() * losses.std(unbiased=False) / 40**0.5)
-    assert score.error == pytest.approx(error, rel=1e-4)
+    assert score.perplexity.error == pytest.approx(error, rel=1e-4)
     p, q = other.double().softmax(-1), logits.double().softmax(-1)
     assert score.kl / score.tokens == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
     assert score.same_top == int((logits.argmax(-1) == other.argmax(-1)).sum())

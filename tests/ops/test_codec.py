@@ -240,7 +240,7 @@ BAD_FIELDS = [
     ({"block": 0}, "block: 0, expected at least 1"),
     ({"block": 32.0}, "block: 32.0, expected int"),
     ({"block": True}, "block: True, expected int"),
-    ({"block": 1 << 17, "search": True}, "block: 131072, expected 1 to 65536"),
+    ({"block": 1025, "search": True}, "block: 1025, expected 1 to 1024"),
     ({"scale": "round"}, "scale: 'round', expected one of floor"),
     ({"search": 1}, "search: 1, expected bool"),
     ({"rotate": 48}, "rotate: 48, expected one of 0, 32, 64, 128"),

@@ -16,7 +16,7 @@ from fastattn.collectives.dropped import Dropped
 from fastattn.collectives.exact import Exact
 from fastattn.collectives.fused_norm import FusedNorm
 from fastattn.collectives.star import Star
-from fastattn.collectives.sums import row_spans
+from fastattn.collectives.sums import Partial, row_spans
 from fastattn.collectives.tiled import Tiled
 from fastattn.quant import packed
 from fastattn.quant.codec import Codec
@@ -148,9 +148,12 @@ def tiles_are_summed_while_the_next_is_computed(g: TPGroup) -> None:
     posted: list[int] = []
 
     class Noting(Exact):
-        def steps(self, lane: exchange.Lane, x: Tensor):  # type: ignore[no-untyped-def]
+        def steps(self, lane: exchange.Lane, x: Partial):  # type: ignore[no-untyped-def]
+            going = super().steps(lane, x)
+            first = next(going)
             posted.append(len(make.asked))
-            return (yield from super().steps(lane, x))
+            yield first
+            return (yield from going)
 
     partial = torch.randn(12, HIDDEN)
     make = Given(partial)
@@ -159,6 +162,63 @@ def tiles_are_summed_while_the_next_is_computed(g: TPGroup) -> None:
         assert make.asked == [(0, 3), (3, 6), (6, 12)]
         assert posted == [1, 2, 3]
     torch.testing.assert_close(out.residual, partial * (g.world + 1))
+
+
+def receives_are_posted_before_computing(g: TPGroup) -> None:
+    """So that their announcements travel meanwhile: a message waits for its receiver's."""
+    rows, posted = 4 * g.world, []
+    rank, world = g.rank, g.world
+    expected = {
+        "one_step": world - 1,
+        "two_step": 2 * (world - 1),
+        "star": world - 1 if rank == 0 else 1,
+        "fused_norm": 2 * (world - 1),
+    }
+    policies: list[SyncPolicy] = [Direct(scheme="one_step"), Direct(scheme="two_step"), Star(), FusedNorm()]
+    irecv = exchange.dist.irecv
+
+    def noted(*arguments: object, **options: object):  # type: ignore[no-untyped-def]
+        posted.append("irecv")
+        return irecv(*arguments, **options)
+
+    class Asked(Given):
+        def partial(self, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
+            asked.append(len(posted))
+            return super().partial(lo, hi, out)
+
+    exchange.dist.irecv = noted
+    try:
+        for name, policy in zip(expected, policies, strict=True):
+            asked: list[int] = []
+            posted.clear()
+            x = torch.ones(rows, HIDDEN)
+            epilogue = Epilogue(None, lambda y, r: (y, y if r is None else y + r))
+            policy.start(POINT, Asked(x), Stream(x, None), epilogue, g).wait()
+            assert asked == [expected[name] if world > 1 else 0], name
+            assert len(posted) == asked[0], name
+    finally:
+        exchange.dist.irecv = irecv
+
+
+def an_error_in_computing_leaves_the_group_usable(g: TPGroup) -> None:
+    """On all ranks, as of a call that no backend supports; the receives that were posted are given up."""
+
+    class Failing(Given):
+        def partial(self, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
+            raise ValueError("cannot compute")
+
+    x = torch.ones(4 * g.world, HIDDEN)
+    for policy in exact_policies(g.world):
+        try:
+            policy.start(POINT, Failing(x), Stream(x, None), Epilogue(None, None), g).wait()
+        except ValueError as error:
+            assert str(error) == "cannot compute"  # noqa: PT017 (no pytest among ranks)
+        else:
+            raise AssertionError(policy)
+        out = policy.start(POINT, Given(x), Stream(x, None), Epilogue(None, None), g).wait()
+        if out.rows is None:
+            torch.testing.assert_close(out.residual, x * (1 + g.world))
+    assert exchange.idle(1)
 
 
 def tiles_of_no_rows_are_left_out(g: TPGroup) -> None:
@@ -278,6 +338,8 @@ CASES: tuple[Case, ...] = (
     lossy_policies_err_by_their_format_alone,
     tiles_are_summed_while_the_next_is_computed,
     tiles_of_no_rows_are_left_out,
+    receives_are_posted_before_computing,
+    an_error_in_computing_leaves_the_group_usable,
     bytes_counted_are_the_formulas,
     dropped_point_keeps_the_residual_exact,
     exchanges_under_way_do_not_mix,

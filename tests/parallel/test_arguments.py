@@ -139,8 +139,10 @@ def test_exact_cost_and_limits() -> None:
     assert policy.wire_bytes(10, 576, 3) == 4 * 1920 * 2
     assert policy.wire_bytes(1, 7, 2) == 2 * 4 * 2  # an odd number of values: the longer half counts
     link = Link(0.001, 1e6)
-    assert policy.seconds(10, 576, link, Rates(1e9, 1e9, 2, 3)) == pytest.approx(4 * (0.001 + 1920 * 2 / 1e6))
-    assert policy.seconds(10, 576, link, Rates(1e9, 1e9, 2, 1)) == 0
+    assert policy.seconds(10, 576, link, Rates(1e9, 1e9, item_bytes=2, world=3)) == pytest.approx(
+        4 * (0.001 + 1920 * 2 / 1e6)
+    )
+    assert policy.seconds(10, 576, link, Rates(1e9, 1e9, item_bytes=2)) == 0
     assert (policy.name, policy.exact, policy.scatters, policy.needs_full_residual) == (
         "exact",
         True,

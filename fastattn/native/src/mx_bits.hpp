@@ -7,15 +7,48 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
+// Every second field of `width` bits, fields `pitch` bits apart.
+constexpr uint64_t every_second(int width, int pitch) {
+    uint64_t mask = 0;
+    for (int at = 0; at < 64; at += 2 * pitch) mask |= ((uint64_t(1) << width) - 1) << at;
+    return mask;
+}
+
+// Eight bytes below 2^BITS, moved together to the low 8 BITS bits: pairs, then fours, then all.
+template <int BITS>
+FA_INLINE uint64_t gather_fields(uint64_t w) {
+    constexpr uint64_t ones = every_second(BITS, 8), twos = every_second(2 * BITS, 16);
+    constexpr uint64_t fours = every_second(4 * BITS, 32);
+    w = (w & ones) | (w >> (8 - BITS) & ones << BITS);
+    w = (w & twos) | (w >> (16 - 2 * BITS) & twos << 2 * BITS);
+    return (w & fours) | (w >> (32 - 4 * BITS) & fours << 4 * BITS);
+}
+template <int BITS>
+FA_INLINE uint64_t spread_fields(uint64_t w) {
+    constexpr uint64_t ones = every_second(BITS, 8), twos = every_second(2 * BITS, 16);
+    constexpr uint64_t fours = every_second(4 * BITS, 32);
+    w = (w & fours) | (w & fours << 4 * BITS) << (32 - 4 * BITS);
+    w = (w & twos) | (w & twos << 2 * BITS) << (16 - 2 * BITS);
+    return (w & ones) | (w & ones << BITS) << (8 - BITS);
+}
+
+// Copies `bytes`, which is mostly 8 or more, of which 8 suffice.
+FA_INLINE void copy_eight(void* to, const void* from, int64_t bytes) {
+    if (bytes >= 8)
+        memcpy(to, from, 8);
+    else
+        memcpy(to, from, size_t(bytes));
+}
+
 // `codes` is written past n, up to a multiple of 8, with zeros.
 template <int BITS>
 static void pack_bits(uint8_t* codes, int64_t n, uint8_t* out) {
     memset(codes + n, 0, 8);
-    for (; n > 0; n -= 8, codes += 8, out += BITS) {
-        uint64_t word = 0;
-        for (int k = 0; k < 8; k++) word |= uint64_t(codes[k]) << (BITS * k);
-        const int64_t bytes = n < 8 ? (n * BITS + 7) / 8 : BITS;
-        for (int64_t k = 0; k < bytes; k++) out[k] = uint8_t(word >> (8 * k));
+    for (int64_t left = (n * BITS + 7) / 8; left > 0; left -= BITS, codes += 8, out += BITS) {
+        uint64_t word;
+        memcpy(&word, codes, 8);
+        word = gather_fields<BITS>(word);
+        copy_eight(out, &word, left);  // the next word overwrites what is too much
     }
 }
 template <>
@@ -27,11 +60,11 @@ void pack_bits<4>(uint8_t* codes, int64_t n, uint8_t* out) {
 // Writes codes past n, up to a multiple of 8.
 template <int BITS>
 static void unpack_bits(const uint8_t* in, int64_t n, uint8_t* codes) {
-    for (; n > 0; n -= 8, codes += 8, in += BITS) {
+    for (int64_t left = (n * BITS + 7) / 8; left > 0; left -= BITS, codes += 8, in += BITS) {
         uint64_t word = 0;
-        const int64_t bytes = n < 8 ? (n * BITS + 7) / 8 : BITS;
-        for (int64_t k = 0; k < bytes; k++) word |= uint64_t(in[k]) << (8 * k);
-        for (int k = 0; k < 8; k++) codes[k] = uint8_t(word >> (BITS * k) & ((1 << BITS) - 1));
+        copy_eight(&word, in, left);
+        word = spread_fields<BITS>(word);
+        memcpy(codes, &word, 8);
     }
 }
 template <>

@@ -15,7 +15,7 @@ namespace {
 typedef float lanes __attribute__((vector_size(4 * W)));
 typedef int32_t ilanes __attribute__((vector_size(4 * W)));
 
-constexpr int32_t INF_BITS = 0x7f800000, ABS_BITS = 0x7fffffff;
+constexpr int32_t INF_BITS = 0x7f800000, NAN_BITS = 0x7fc00000, ABS_BITS = 0x7fffffff;
 
 FA_INLINE lanes load_lanes(const float* p) { return (lanes)load(p).v; }
 FA_INLINE void store_lanes(float* p, lanes a) { memcpy(p, &a, sizeof a); }
@@ -42,14 +42,12 @@ FA_INLINE ilanes at_most(ilanes a, int32_t most) { return a > most ? ilanes{} + 
 // 2^exponent for -126 <= exponent <= 127.
 FA_INLINE float power_of_two(int exponent) { return bits_float(uint32_t(exponent + 127) << 23); }
 
+FA_INLINE lanes power_of_two(ilanes exponent) { return (lanes)((exponent + 127) << 23); }
+
 // Two factors that are applied one after the other, so that neither step leaves float32's range early.
 struct Factor {
     float first, second;
 };
-FA_INLINE Factor power_factor(int exponent) {
-    const int half = exponent >> 1;
-    return {power_of_two(half), power_of_two(exponent - half)};
-}
 
 struct Nearest {
     ilanes steps, exponent;  // |x| is about steps * 2^(exponent - 127 - mantissa_bits)
@@ -85,41 +83,28 @@ FA_INLINE ilanes encode_lanes(const MxFormat& f, lanes x) {
     return at_most(code, f.max_code) | (negative & (1 << (f.bits - 1)));
 }
 
-// One value, of a float format.
-FA_INLINE uint32_t encode_one(const MxFormat& f, float x) {
-    return uint32_t(encode_lanes<true>(f, lanes{} + x)[0]);
-}
-
 // The value of each code times both factors, rounded once.
 template <bool FLOAT>
 FA_INLINE lanes decode_lanes(const MxFormat& f, ilanes code, Factor scale) {
-    const int sign_bit = f.bits - 1;
-    ilanes sign, significand, exponent = ilanes{} + (127 - f.mantissa_bits);
+    const ilanes wide = code << (32 - f.bits), sign = wide & INT32_MIN;
+    lanes value;
     if (FLOAT) {
-        const ilanes magnitude = code & ((1 << sign_bit) - 1);
-        const ilanes stored = magnitude >> f.mantissa_bits, fraction = magnitude & ((1 << f.mantissa_bits) - 1);
-        sign = (code >> sign_bit) << 31;
-        significand = fraction | ((stored > 0) & (1 << f.mantissa_bits));
-        exponent = at_least(stored, 1) + (127 - f.bias - f.mantissa_bits);
+        // A significand below the smallest normal number is that number's exponent with a one too much.
+        const ilanes magnitude = code & ((1 << (f.bits - 1)) - 1);
+        const ilanes bits = (magnitude << (23 - f.mantissa_bits)) + ((127 - f.bias) << 23);
+        const lanes subnormal = (lanes)(bits + (1 << 23)) - power_of_two(1 - f.bias);
+        value = magnitude < (1 << f.mantissa_bits) ? subnormal : (lanes)bits;
+        if (f.bits == 8) {  // E4M3 has a NaN above its largest number, E5M2 an infinity and NaNs
+            const int32_t infinity = f.mantissa_bits == 2 ? f.max_code + 1 : -1;
+            const ilanes beyond = magnitude == infinity ? ilanes{} + INF_BITS : ilanes{} + NAN_BITS;
+            value = magnitude > f.max_code ? (lanes)beyond : value;
+        }
     } else {
-        const ilanes number = (code << (32 - f.bits)) >> (32 - f.bits), negative = number >> 31;
-        sign = negative << 31;
-        significand = (number ^ negative) - negative;
+        const ilanes number = wide >> (32 - f.bits), negative = number >> 31;
+        const ilanes magnitude = (number ^ negative) - negative;
+        value = __builtin_convertvector(magnitude, lanes) * power_of_two(-f.mantissa_bits);
     }
-    lanes value = __builtin_convertvector(significand, lanes) * (lanes)(exponent << 23);
-    if (FLOAT && f.max_code < (1 << sign_bit) - 1) {
-        // E4M3 has a NaN above its largest number, E5M2 an infinity and NaNs.
-        const ilanes magnitude = code & ((1 << sign_bit) - 1);
-        const int32_t infinity = f.bits == 8 && f.mantissa_bits == 2 ? f.max_code + 1 : -1;
-        const ilanes beyond = magnitude == infinity ? ilanes{} + INF_BITS : ilanes{} + (INF_BITS | 0x400000);
-        value = magnitude > f.max_code ? (lanes)beyond : value;
-    }
-    value = value * scale.first * scale.second;
-    return (lanes)((ilanes)value ^ sign);
-}
-
-FA_INLINE float decode_one(const MxFormat& f, uint32_t code) {
-    return decode_lanes<true>(f, ilanes{} + int32_t(code), {1.0f, 1.0f})[0];
+    return (lanes)((ilanes)(value * scale.first * scale.second) ^ sign);
 }
 
 }  // namespace
