@@ -122,9 +122,7 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
     progress = first and not args.json and sys.stderr.isatty()
     with use_backend(args.backend) if args.backend else nullcontext():
         begin = time.perf_counter()
-        model = load(
-            args.model, dtype=args.dtype, act=args.act, group=group, sync=args.sync, progress=progress
-        )
+        model = load(args.model, dtype=args.dtype, act=args.act, tp=group, sync=args.sync, progress=progress)
         load_s = time.perf_counter() - begin
         prompts = _prompts(args, model.tokenizer) if first else []
         stream = first and not args.json and len(prompts) == 1

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     group = init(timeout_s=PEER_TIMEOUT_S)
     threads = set_threads(group, args.threads).num
     (dtype,), (act,) = args.inference_data_type, args.act
-    model = fastattn.load(args.model, dtype=DTYPES[dtype], act=ACTS[act], group=group)
+    model = fastattn.load(args.model, dtype=DTYPES[dtype], act=ACTS[act], tp=group)
     loading = peak_bytes()
     tokens = model.tokenizer.encode(TEXT)
     cases = list(product(args.batch_size, args.input_len, args.output_len))

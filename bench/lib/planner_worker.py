@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     """Everything of one network; rank 0 prints the rows and writes them to ``args.result``."""
     g = init(TIMEOUT_S)
     set_threads(g, args.threads)
-    model = fastattn.load(args.model, dtype=args.inference_data_type, group=g)
+    model = fastattn.load(args.model, dtype=args.inference_data_type, tp=g)
     trials = Trials(first_layers(model, args.layers), args.prefill_tokens, args.batch)
     link = measure.link(g)
     rows = [_phase(g, args, phase, trials, link) for phase in PHASES]

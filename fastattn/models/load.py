@@ -14,7 +14,7 @@ from ..collectives.exchange import agree
 from ..ops import check_act
 from ..parallel import plan as plans
 from ..parallel.act_order import Align, check_layout, ffn_cuts, head_cuts
-from ..parallel.group import single
+from ..parallel.group import init, set_threads, single
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..parallel.shard import (
     ModelShard,
@@ -40,7 +40,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     act: str = "",
-    group: TPGroup | None = None,
+    tp: str | TPGroup | None = None,
     sync: str | Path | SyncPlan = "exact",
     layout: str = "tp_aware",
     progress: bool = False,
@@ -53,7 +53,9 @@ def load(
             "bf16", "fp16"), or "auto": what the checkpoint names. Quantized weights stay quantized.
         act: "int8" lets linear layers on quantized weights quantize their input to 8-bit integers, which is
             faster and changes results a little (docs/models.md). By default activations are never quantized.
-        group: the ranks that share the model (`parallel.group.init`); None: this process alone.
+        tp: the ranks that share the model: "auto" joins those that the launcher's environment describes and
+            divides each machine's cores among them; or a group (`parallel.group.init`); None: this process
+            alone.
         sync: how the ranks sum their partial results: a policy for all sync points as in `parallel.policies`
             ("star", "tiled+compressed:element=e2m1", "token_weave+fused_norm"), a plan (`fastattn plan`), or
             the .json file of one.
@@ -65,7 +67,7 @@ def load(
     """
     check_act(act)
     check_layout(layout)
-    g = group or single()
+    g = _ranks(tp)
     checkpoint = open_checkpoint(path)
     chosen = parse_dtype(dtype, checkpoint)
     agree(g, "the model", checkpoint.fingerprint().encode())
@@ -78,6 +80,16 @@ def load(
     with tqdm(total=2 * checkpoint.config.num_layers, desc="load", unit="half", disable=not progress) as bar:
         decoder = loader.decoder(bar)
     return Model(checkpoint.config, tokenizer, decoder, g, chosen)
+
+
+def _ranks(tp: str | TPGroup | None) -> TPGroup:
+    if tp == "auto":
+        joined = init()
+        set_threads(joined)
+        return joined
+    if isinstance(tp, str):
+        raise ValueError(f"tp: {tp!r}, expected auto, a TPGroup or None")  # noqa: TRY004 (a wrong word)
+    return tp or single()
 
 
 def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint[Any]) -> torch.dtype:

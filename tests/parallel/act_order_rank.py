@@ -53,7 +53,7 @@ def main() -> None:
     results = {}
     for path in sys.argv[1:]:
         for layout in LAYOUTS:
-            model = fastattn.load(path, dtype="fp32", group=g, layout=layout)
+            model = fastattn.load(path, dtype="fp32", tp=g, layout=layout)
             results[f"{path} {layout}"] = facts(model)
     group.shutdown(g)
     print(json.dumps(results))

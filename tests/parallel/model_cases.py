@@ -35,7 +35,7 @@ LENGTHS = (1, 2, 3, 17, 33, 64, 130)
 
 @cache
 def model(sync: str, g: TPGroup) -> Model:
-    return fastattn.load(os.environ["MODEL"], dtype="float32", group=g, sync=sync)
+    return fastattn.load(os.environ["MODEL"], dtype="float32", tp=g, sync=sync)
 
 
 def hidden_states(m: Model, batches: tuple[tuple[int, ...], ...]) -> list[Tensor]:

@@ -40,7 +40,7 @@ COARSE = Format(Codec(element="e1m1", block=32), 1 / 16)
 
 @cache
 def model(g: TPGroup) -> Model:
-    return fastattn.load(os.environ["MODEL"], dtype="float32", group=g)
+    return fastattn.load(os.environ["MODEL"], dtype="float32", tp=g)
 
 
 @cache

@@ -101,7 +101,8 @@ FA_INLINE lanes decode_lanes(const MxFormat& f, ilanes code, Factor scale) {
         }
     } else {
         const ilanes number = wide >> (32 - f.bits), negative = number >> 31;
-        value = __builtin_convertvector((number ^ negative) - negative, lanes) * power_of_two(-f.mantissa_bits);
+        const ilanes magnitude = (number ^ negative) - negative;
+        value = __builtin_convertvector(magnitude, lanes) * power_of_two(-f.mantissa_bits);
     }
     return (lanes)((ilanes)(value * scale.first * scale.second) ^ sign);
 }

@@ -55,7 +55,8 @@ FA_INLINE Scales power_scales(const MxFormat& f, ilanes amax, float offset) {
     ilanes rule = (bits >> 23) - (127 + f.emax) - ((bits & 0x7fffff) > f.carry_above);
     rule = amax == 0 ? ilanes{} - 127 : clamp_exponent(rule);
     const ilanes exponent = clamp_exponent(rule + int32_t(offset)), half = -exponent >> 1;
-    return {exponent + 127, power_of_two(half), power_of_two(-exponent - half), power_of_two(exponent - rule)};
+    return {exponent + 127, power_of_two(half), power_of_two(-exponent - half),
+            power_of_two(exponent - rule)};
 }
 
 FA_INLINE lanes fine_values(const MxFormat& f, ilanes code) {
@@ -91,7 +92,8 @@ FA_INLINE void write_scale(const MxFormat& f, uint8_t* scales, int64_t block, in
 }
 
 // What elements of each block are multiplied by. Both arrays are written up to a multiple of W.
-static void read_scales(const MxFormat& f, const uint8_t* scales, int64_t blocks, float* first, float* second) {
+static void read_scales(const MxFormat& f, const uint8_t* scales, int64_t blocks, float* first,
+                        float* second) {
     const bool powers = f.scale == MxScale::e8m0;
     const uint8_t* p = scales + scale_head(f);
     for (int64_t b = 0; b < blocks; b += W) {

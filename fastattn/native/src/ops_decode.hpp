@@ -18,7 +18,7 @@ FA_INLINE size_t aligned(size_t bytes) { return (bytes + 63) & ~size_t(63); }
 enum Grouping : int {
     CHUNK_GROUPS,   // one group a chunk: index[c]
     HALF_GROUPS,    // one a half: index[2 c], index[2 c + 1]
-    COLUMN_GROUPS,  // any: index[column]
+    COLUMN_GROUPS,  // any: index[column], or ~index at the first column of a half that is of one group
 };
 
 FA_INLINE Grouping grouping(const WeightArgs& w) {
@@ -49,6 +49,12 @@ void fill_index(const WeightArgs& w, int32_t* index) {
                               : w.g_idx      ? w.g_idx[column]
                                              : (column + w.group_offset) / w.group_size;
         index[i] = banked(group);
+    }
+    if (g != COLUMN_GROUPS) return;
+    for (int64_t half = 0; half < n; half += 16) {
+        int same = 1;
+        while (same < 16 && (half + same >= w.in || index[half + same] == index[half])) same++;
+        if (same == 16) index[half] = ~index[half];
     }
 }
 
@@ -122,18 +128,36 @@ struct Int4Codes {
 template <class Codes, Grouping G>
 struct Grouped {
     static constexpr int BYTES = Codes::BYTES;
-    static constexpr int MAX_ROWS = G == COLUMN_GROUPS ? 1 : 4;
+    static constexpr int MAX_ROWS = 4;
     FA_INLINE void decode(const uint8_t* codes, const Row& row, const int32_t* index, int64_t c, vf* w) {
         vf q[PARTS];
         Codes::load_q(codes, q);
         if (G == COLUMN_GROUPS) {
-            float s[CHUNK], m[CHUNK];
-            for (int i = 0; i < CHUNK; i++) {
-                const float* scale = row.scales + index[c * CHUNK + i];
-                s[i] = scale[0];
-                m[i] = scale[BANK];
+            for (int half = 0; half < 2; half++) {
+                const int32_t* columns = index + c * CHUNK + half * 16;
+                vf* out = w + half * (PARTS / 2);
+                const vf* in = q + half * (PARTS / 2);
+                if (*columns < 0) {
+                    const float* scale = row.scales + ~*columns;
+                    const vf s = set1(scale[0]), m = set1(scale[BANK]);
+                    for (int k = 0; k < PARTS / 2; k++) out[k] = fma(s, in[k], m);
+                    continue;
+                }
+#if defined(FASTATTN_SIMD_AVX512)
+                const __m512i at = _mm512_loadu_si512(columns);
+                const vf s = {_mm512_i32gather_ps(at, row.scales, 4)};
+                const vf m = {_mm512_i32gather_ps(at, row.scales + BANK, 4)};
+                *out = fma(s, *in, m);
+#else
+                float s[16], m[16];
+                for (int i = 0; i < 16; i++) {
+                    const float* scale = row.scales + columns[i];
+                    s[i] = scale[0];
+                    m[i] = scale[BANK];
+                }
+                for (int k = 0; k < PARTS / 2; k++) out[k] = fma(load(s + k * W), in[k], load(m + k * W));
+#endif
             }
-            for (int k = 0; k < PARTS; k++) w[k] = fma(load(s + k * W), q[k], load(m + k * W));
         } else {
             constexpr int SPAN = G == HALF_GROUPS ? PARTS / 2 : PARTS;
             for (int part = 0; part < PARTS; part += SPAN) {

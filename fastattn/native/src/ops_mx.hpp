@@ -145,16 +145,23 @@ static void encode_row(const MxFormat& f, int64_t n, const MxBuffers& w, uint8_t
 
 // --------------------------------------------------------------------------------------------- decoding
 template <bool FLOAT>
-static void decode_row(const MxFormat& f, int64_t n, const MxBuffers& w, const uint8_t* scales, float* values) {
+static void decode_row(const MxFormat& f, int64_t n, const MxBuffers& w, const uint8_t* scales,
+                       float* values) {
     const BlockScales& s = w.best;
     read_scales(f, scales, (n + f.block - 1) / f.block, s.first, s.second);
     each_block(f, n, [&](int64_t b, int64_t at, int64_t m) FA_BODY {
+        const Factor scale = {s.first[b], s.second[b]};
         for (int64_t i = at; i < at + m; i += W)
-            store_lanes(values + i, decode_lanes<FLOAT>(f, load_codes(w.codes + i), {s.first[b], s.second[b]}));
+            store_lanes(values + i, decode_lanes<FLOAT>(f, load_codes(w.codes + i), scale));
     });
 }
 
 // -------------------------------------------------------------------------------------------------- rows
+static int64_t row_scale_bytes(const MxArgs& a) {
+    const int64_t blocks = (a.n + a.format.block - 1) / a.format.block;
+    return scale_head(a.format) + blocks * scale_width(a.format);
+}
+
 // Converts n values; reads and writes no others.
 template <class A, class B>
 FA_INLINE void convert(const A* from, int64_t n, B* to) {
@@ -179,8 +186,8 @@ template <class T>
 static void mx_encode_rows(const MxArgs& a, int threads, void* workspace) {
     const MxFormat& f = a.format;
     const MxMessage& m = a.messages[0];
-    const int64_t blocks = (a.n + f.block - 1) / f.block, scale_bytes = scale_head(f) + blocks * scale_width(f);
-    const int64_t code_bytes = (a.n * f.bits + 7) / 8, hidden = a.n + a.outlier_count;
+    const int64_t code_bytes = (a.n * f.bits + 7) / 8, scale_bytes = row_scale_bytes(a);
+    const int64_t hidden = a.n + a.outlier_count;
     parallel_ranges(a.rows, 1, threads, [&](int64_t lo, int64_t hi, int thread) {
         const MxBuffers w = mx_buffers(a, workspace, thread);
         for (int64_t r = lo; r < hi; r++) {
@@ -193,7 +200,8 @@ static void mx_encode_rows(const MxArgs& a, int threads, void* workspace) {
                 memcpy(m.outliers + 2 * (r * a.outlier_count + o), &value, 2);
             }
             if (a.rotate) rotate_row(w.values, a.n, a.rotate);
-            (f.exponent_bits ? encode_row<true> : encode_row<false>)(f, a.n, w, m.scales + r * scale_bytes);
+            const auto encode = f.exponent_bits ? encode_row<true> : encode_row<false>;
+            encode(f, a.n, w, m.scales + r * scale_bytes);
             pack_codes(w.codes, a.n, f.bits, m.codes + r * code_bytes);
         }
     });
@@ -202,8 +210,8 @@ static void mx_encode_rows(const MxArgs& a, int threads, void* workspace) {
 template <class T>
 static void mx_decode_rows(const MxArgs& a, int threads, void* workspace) {
     const MxFormat& f = a.format;
-    const int64_t blocks = (a.n + f.block - 1) / f.block, scale_bytes = scale_head(f) + blocks * scale_width(f);
-    const int64_t code_bytes = (a.n * f.bits + 7) / 8, hidden = a.n + a.outlier_count;
+    const int64_t code_bytes = (a.n * f.bits + 7) / 8, scale_bytes = row_scale_bytes(a);
+    const int64_t hidden = a.n + a.outlier_count;
     parallel_ranges(a.rows, 1, threads, [&](int64_t lo, int64_t hi, int thread) {
         const MxBuffers w = mx_buffers(a, workspace, thread);
         for (int64_t r = lo; r < hi; r++) {
@@ -211,7 +219,8 @@ static void mx_decode_rows(const MxArgs& a, int threads, void* workspace) {
                 const MxMessage& m = a.messages[i];
                 float* values = i ? w.values : w.total;
                 unpack_codes(m.codes + r * code_bytes, a.n, f.bits, w.codes);
-                (f.exponent_bits ? decode_row<true> : decode_row<false>)(f, a.n, w, m.scales + r * scale_bytes, values);
+                const auto decode = f.exponent_bits ? decode_row<true> : decode_row<false>;
+                decode(f, a.n, w, m.scales + r * scale_bytes, values);
                 for (int64_t k = 0; i && k < a.n; k++) w.total[k] += values[k];
                 for (int64_t o = 0; o < a.outlier_count; o++) {
                     bf16 value;
