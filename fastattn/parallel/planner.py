@@ -167,7 +167,7 @@ def decide(base: Trial, best: Trial) -> tuple[Trial, str]:
     gain = 1 / statistics.median(b / a for a, b in zip(base.samples, best.samples, strict=True))
     if gain * MARGIN < 1:
         return base, f"the fastest measured, {best.candidate}, is only {gain:.3f}x as fast"
-    return best, f"measured {gain:.2f}x as fast as exact"
+    return best, f"round by round {gain:.2f}x as fast as exact"
 
 
 def by_time(trials: Iterable[Trial]) -> list[Trial]:
