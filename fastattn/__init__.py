@@ -18,6 +18,7 @@ from .flash_attn import (
 from .spec import CacheFull, CheckpointError, SyncError, UnsupportedError
 
 if TYPE_CHECKING:
+    from .integrations.transformers import parallelize
     from .models.load import load
 
 __version__ = "0.1.0"
@@ -29,6 +30,10 @@ def __getattr__(name: str) -> Any:
         from .models.load import load
 
         return load
+    if name == "parallelize":
+        from .integrations.transformers import parallelize
+
+        return parallelize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -46,5 +51,6 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "load",
+    "parallelize",
     "use_backend",
 ]

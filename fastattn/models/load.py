@@ -14,7 +14,7 @@ from ..collectives.exchange import agree
 from ..ops import check_act
 from ..parallel import plan as plans
 from ..parallel.act_order import Align, check_layout, ffn_cuts, head_cuts
-from ..parallel.group import init, set_threads, single
+from ..parallel.group import ranks_of
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..parallel.shard import (
     ModelShard,
@@ -67,7 +67,7 @@ def load(
     """
     check_act(act)
     check_layout(layout)
-    g = _ranks(tp)
+    g = ranks_of(tp)
     checkpoint = open_checkpoint(path)
     chosen = parse_dtype(dtype, checkpoint)
     agree(g, "the model", checkpoint.fingerprint().encode())
@@ -80,16 +80,6 @@ def load(
     with tqdm(total=2 * checkpoint.config.num_layers, desc="load", unit="half", disable=not progress) as bar:
         decoder = loader.decoder(bar)
     return Model(checkpoint.config, tokenizer, decoder, g, chosen)
-
-
-def _ranks(tp: str | TPGroup | None) -> TPGroup:
-    if tp == "auto":
-        joined = init()
-        set_threads(joined)
-        return joined
-    if isinstance(tp, str):
-        raise ValueError(f"tp: {tp!r}, expected auto, a TPGroup or None")  # noqa: TRY004 (a wrong word)
-    return tp or single()
 
 
 def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint[Any]) -> torch.dtype:

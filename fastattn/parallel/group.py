@@ -167,6 +167,19 @@ def set_threads(g: TPGroup, threads: int | None = None) -> Threads:
     return chosen
 
 
+def ranks_of(tp: str | TPGroup | None) -> TPGroup:
+    """What ``tp`` means: "auto" joins the launcher's ranks, each with its share of this machine's threads;
+    a group is itself; None is this process alone. Raises as `init`.
+    """
+    if tp == "auto":
+        g = init()
+        set_threads(g)
+        return g
+    if isinstance(tp, str):
+        raise ValueError(f"tp: {tp!r}, expected auto, a TPGroup or None")  # noqa: TRY004 (a wrong word)
+    return tp or single()
+
+
 def _local_world(g: TPGroup) -> int:
     """Ranks on this machine: torchrun says so, otherwise the ranks compare their machines' identities."""
     if "LOCAL_WORLD_SIZE" in os.environ or g.world == 1:
