@@ -43,8 +43,8 @@ from lib.records import Record, write
 from lib.simulated_ranks import SimulatedRanks
 from lib.table import Column, Table
 
-# Plain MX, and what was found for 3.4, 3.0 and 2.5 times fewer bytes. Layer 0 gets more bits: with 3-bit codes
-# in one layer alone, perplexity rises by 4.0 % if that is layer 0, by 0.6 % if it is layer 1 or 2.
+# Plain MX, and what was found for 3.4, 3.0 and 2.5 times fewer bytes. Layer 0 gets more bits: with 3-bit
+# codes in one layer alone, perplexity rises by 4.0 % if that is layer 0, by 0.6 % if it is layer 1 or 2.
 DEFAULT: tuple[dict[str, Any], ...] = (
     {"element": "e2m1"},
     {

@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--budget",
         type=float,
         default=3.0,
-        help="seconds of the planner, a phase; three times that after it; default: 3",
+        help="seconds of the planner, a phase; four times that after it; default: 3",
     )
     p.add_argument("--threads", type=positive, default=1, help="of each rank; default: 1")
     p.add_argument("--verbose", action="store_true", help="show every candidate")

@@ -83,9 +83,7 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
     say: Callable[[str], None] = _print if first else _keep_quiet
     text = _read(args.text) if first and args.text else None
     threads = ranks.set_threads(group, args.threads)
-    model = load(
-        args.model, dtype=args.dtype, act=args.act, tp=group, progress=first and sys.stderr.isatty()
-    )
+    model = load(args.model, dtype=args.dtype, act=args.act, tp=group, progress=first and sys.stderr.isatty())
     dtype = str(model.dtype).removeprefix("torch.")
     say(f"{args.model}, {dtype}: {group.world} ranks, {threads.num} threads each ({threads.why})")
     trials = Trials(model, args.prefill_tokens, args.batch)

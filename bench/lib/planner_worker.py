@@ -62,7 +62,7 @@ def _phase(
     choice = choose(g, trials, phase, found, measured, args.budget)
     chosen = choice.trial.candidate
     every = forecasts(found if chosen in found else [*found, chosen], rows, measured)
-    measure_all(g, trials, phase, every, 3 * args.budget, prune=False)
+    measure_all(g, trials, phase, every, 2 * args.budget, prune=False)
     if g.rank == 0 and args.verbose:
         _show(every)
     by_model = every[0]
@@ -73,7 +73,7 @@ def _phase(
         or t.candidate in (chosen, by_model.candidate)
         or t.candidate.is_baseline
     ]
-    measure_all(g, trials, phase, finalists, 3 * args.budget, prune=False)
+    measure_all(g, trials, phase, finalists, 2 * args.budget, prune=False, least=7)
     ours, exact, model = (
         next(t for t in finalists if t.candidate == c)
         for c in (chosen, next(c for c in found if c.is_baseline), by_model.candidate)

@@ -7,15 +7,15 @@ model of time sees them ahead.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from ..collectives.compressed import Compressed
 from ..parallel import measure
-from ..parallel.candidates import Candidate, codec_of, with_codec
+from ..parallel.candidates import Candidate, codec_of, untiled, with_codec
 from ..parallel.candidates import candidates as found_by
 from ..parallel.forecast import Costs
 from ..parallel.plan import PHASES, points_of
 from ..parallel.planner import MARGIN, Choice, Trial, choose, costs, forecasts
-from ..parallel.schedule import Plain
 from ..quant.codec import Codec
 from ..spec import Link, Phase, SyncPlan
 from .formats import FORMATS, Formats
@@ -96,15 +96,13 @@ class Planner:
         times = {f: forecasts(found, rows, costs)[0].modelled_s for f, found in sending.items()}
         bar = MARGIN * forecasts(exact, rows, costs)[0].modelled_s
         ahead = sorted((f for f in FORMATS if times[f] < bar), key=times.__getitem__)
-        return [
-            Candidate(
-                tuple(map(with_codec, c.attn, allowed.attn)),
-                tuple(map(with_codec, c.mlp, allowed.mlp)),
-                c.schedule,
-            )
-            for f, allowed in self.formats.allowed(ahead)
-            for c in sending[f]
-        ]
+        found = []
+        for f, allowed in self.formats.allowed(ahead):
+            self._increases[allowed.policies(lambda codec: Compressed(codec=codec))] = allowed.increase
+            for c in sending[f]:
+                attn, mlp = map(with_codec, c.attn, allowed.attn), map(with_codec, c.mlp, allowed.mlp)
+                found.append(Candidate(tuple(attn), tuple(mlp), c.schedule))
+        return found
 
     def _findings(
         self, link: Link | None, measured: dict[Phase, Costs], choices: dict[Phase, Choice]
@@ -120,12 +118,17 @@ class Planner:
 
     def _permits(self, c: Candidate) -> bool:
         """Whether it keeps the bound on perplexity."""
-        if c.exact:
-            return True
+        if c.exact or self.formats is None:
+            return c.exact
+        return self.formats.quality.keeps(self._increase(c))
+
+    def _increase(self, c: Candidate) -> Perplexity:
+        """Of the perplexity, measured once: rows are coded one by one, so tiles and halves change nothing."""
         assert self.formats is not None
-        if c not in self._increases:
-            self._increases[c] = self.formats.quality.increase(replace(c, schedule=Plain()))
-        return self.formats.quality.keeps(self._increases[c])
+        whole = Candidate(tuple(map(untiled, c.attn)), tuple(map(untiled, c.mlp)))
+        if whole not in self._increases:
+            self._increases[whole] = self.formats.quality.increase(whole)
+        return self._increases[whole]
 
     def _quality(self, chosen: dict[Phase, Candidate]) -> dict[str, object]:
         """What the plan file says about it."""
@@ -135,6 +138,6 @@ class Planner:
         facts: dict[str, object] = {"tokens": quality.tokens, "token_ids_sha256": quality.digest}
         facts |= {"exact_perplexity": quality.exact.value, "max_increase": quality.max_increase}
         for phase, c in chosen.items():
-            value, error = (0.0, 0.0) if c.exact else self._increases[c]
+            value, error = (0.0, 0.0) if c.exact else self._increase(c)
             facts[phase] = {"increase": value, "standard_error": error}
         return facts

@@ -84,6 +84,11 @@ def codec_of(policy: SyncPolicy) -> Codec | None:
     return inner.codec if isinstance(inner, Compressed) else None
 
 
+def untiled(policy: SyncPolicy) -> SyncPolicy:
+    """How the tiles of a policy are summed; other policies as they are."""
+    return policy.of if isinstance(policy, Tiled) else policy
+
+
 def with_codec(policy: SyncPolicy, codec: Codec) -> SyncPolicy:
     """A compressing policy that sends in that format instead."""
     if isinstance(policy, Tiled):

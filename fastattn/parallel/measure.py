@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import ClassVar, NamedTuple
 
@@ -34,7 +35,7 @@ def slowest(g: TPGroup, samples: Sequence[float], where: str) -> list[float]:
 
 def together(g: TPGroup) -> None:
     """Returns on all ranks within about a hop of each other."""
-    _swap(g, 1, "a common start")
+    _swap(g, "a common start", 1)
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -61,9 +62,9 @@ def link(g: TPGroup, budget_s: float = 0.3) -> Link:
     """
     if g.world == 1:
         raise ValueError("link: one rank has none")
-    hops = _by_size(g, lambda size: _swap(g, size, "measuring the link"), budget_s)
+    hops = _by_size(g, partial(_swap, g, "measuring the link"), budget_s)
     latency_s, byte_s = fit([((g.world - 1) * size, s) for size, s in hops])
-    sums = _by_size(g, lambda size: _sum(g, size, "measuring all_reduce"), budget_s)
+    sums = _by_size(g, partial(_sum, g, "measuring all_reduce"), budget_s)
     steps = 2 * (g.world - 1)
     all_reduce_s, ring_byte_s = fit([(steps * -(-size // g.world), s) for size, s in sums])
     return Link(latency_s, _inverse(byte_s), all_reduce_s, _inverse(ring_byte_s))
@@ -74,18 +75,18 @@ def _by_size(g: TPGroup, call: Callable[[int], object], budget_s: float) -> list
     for size in SIZES:
         if len(found) > 1 and _REPEATS[0] * found[-1][1] > budget_s:
             break
-        found.append((size, _typical(g, lambda n=size: call(n), budget_s, "measuring")))  # type: ignore[misc]
+        found.append((size, _typical(g, partial(call, size), budget_s, "measuring the link")))
     return found
 
 
-def _swap(g: TPGroup, size: int, where: str) -> None:
+def _swap(g: TPGroup, where: str, size: int) -> None:
     """One hop, as `Lane.swap` sees it. Repeated, no rank can be ahead by more than one."""
     others = [r for r in range(g.world) if r != g.rank]
     incoming = {r: torch.empty(size, dtype=torch.uint8) for r in others}
     Lane(g, where).swap(dict.fromkeys(others, torch.zeros(size, dtype=torch.uint8)), incoming).wait()
 
 
-def _sum(g: TPGroup, size: int, where: str) -> None:
+def _sum(g: TPGroup, where: str, size: int) -> None:
     all_reduce(g, torch.zeros(size // 2, dtype=torch.bfloat16), where).wait()
 
 

@@ -28,6 +28,7 @@ from .schedule import Plain
 
 MARGIN = 0.97  # of exact's time: what is not faster than that does not replace it
 _ROUNDS = (3, 40)  # at least and at most
+_FINAL_ROUNDS = 5  # at least
 _HOPELESS = 1.3  # times the fastest: not measured further
 _FINALISTS = 3  # of the fastest measured
 _WITHIN = 1.5  # times the fastest by the model: still worth measuring, one of each family
@@ -136,7 +137,7 @@ def choose(
     """Models all candidates, measures the promising ones, and takes the fastest measured.
 
     ``found``: the first is `Exact` for all points, which everything is compared with. ``budget_s``: about
-    what measuring may take; each candidate is measured at least three times whatever it takes. ``permits``:
+    what measuring may take; those of the final round at least five times whatever it takes. ``permits``:
     whether a candidate that is among the fastest may be chosen.
     """
     exact, rows = found[0], subject.rows(phase)
@@ -150,7 +151,7 @@ def choose(
         finalists.append(merged)
     # Anew: of many noisy medians the least is too low.
     final = forecasts(dict.fromkeys(finalists), rows, costs)
-    measure_all(g, subject, phase, final, budget_s / 2, prune=False)
+    measure_all(g, subject, phase, final, budget_s / 2, prune=False, least=_FINAL_ROUNDS)
     base = next(t for t in final if t.candidate == exact)
     others = [t for t in trials if t.candidate not in finalists]
     return Choice(*decide(base, by_time(final)[0]), forecast_order([*final, *others]))
@@ -166,7 +167,7 @@ def decide(base: Trial, best: Trial) -> tuple[Trial, str]:
     gain = 1 / statistics.median(b / a for a, b in zip(base.samples, best.samples, strict=True))
     if gain * MARGIN < 1:
         return base, f"the fastest measured, {best.candidate}, is only {gain:.3f}x as fast"
-    return best, f"measured {gain:.2f}x as fast as exact"
+    return best, f"round by round {gain:.2f}x as fast as exact"
 
 
 def by_time(trials: Iterable[Trial]) -> list[Trial]:
@@ -181,10 +182,13 @@ def forecast_order(trials: Iterable[Trial]) -> list[Trial]:
 
 # -------------------------------------------------------------------------------------------- measuring
 def measure_all(
-    g: TPGroup, subject: Subject, phase: Phase, trials: Sequence[Trial], budget_s: float, *, prune: bool
-) -> None:
-    """Adds samples to the trials, in rounds; with ``prune`` those that are clearly slower drop out."""
-    least, most = _ROUNDS
+    g: TPGroup, subject: Subject, phase: Phase, trials: Sequence[Trial], budget_s: float,
+    *, prune: bool, least: int = _ROUNDS[0],
+) -> None:  # fmt: skip
+    """Adds samples to the trials, in rounds, at least so many of each and as many as the budget allows; with
+    ``prune`` those that are clearly slower drop out.
+    """
+    most = _ROUNDS[1]
     running, spent_s = list(trials), 0.0
     for n in range(most):
         turn = n % len(running)

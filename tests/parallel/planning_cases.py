@@ -121,7 +121,7 @@ def what_is_measured_as_the_fastest_is_chosen(g: TPGroup) -> None:
     assert choice.trials[0].candidate.is_baseline  # the first by the model
     assert choice.trial.candidate == CHOICES[1]
     assert choice.trial.measured_s == pytest.approx(0.018, rel=0.5)
-    assert choice.reason.startswith("measured")
+    assert choice.reason.startswith("round by round")
     same_everywhere(g, "choice", choice)
 
 
