@@ -6,7 +6,7 @@ a policy (names as in fastattn generate --sync):
   time    from the moment when all ranks have their partial results to the end of the slowest rank: their sum,
           the residual's addition and the norm
   ratio   the time of gloo's all_reduce, followed by the same, over it (above 1: ours is faster)
-  model   the policy's own prediction
+  model   the policy's own prediction, from the link and the codec as the ranks measure them first
   wire    the time that the link needs for one hop and the bytes that the busiest rank sends
   chosen  the least modelled time; fastest is the least measured one
 

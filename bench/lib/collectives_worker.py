@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastattn.collectives.policy import finish
+from fastattn.collectives.sums import Plain
 from fastattn.ops import rms_norm
+from fastattn.parallel import measure
 from fastattn.parallel.group import init, set_threads, shutdown
 from fastattn.parallel.plan import with_item_bytes
 from fastattn.parallel.policies import parse
@@ -53,6 +56,25 @@ class Row:
     spread: float
     model_ms: float | None
     wire_ms: float
+
+
+class Model(NamedTuple):
+    """A policy, and what its own prediction needs."""
+
+    policy: SyncPolicy
+    link: Link
+    rates: Rates
+
+    @classmethod
+    def of(cls, policy: SyncPolicy, g: TPGroup, link: Link, dtype: torch.dtype) -> Model:
+        """Measures what encoding and adding take; collective."""
+        wire = getattr(getattr(policy, "of", policy), "wire", Plain(dtype.itemsize))
+        value_s = measure.value_s(g, wire, 64, HIDDEN, dtype)
+        return cls(policy, link, Rates(value_s=value_s, item_bytes=dtype.itemsize, world=g.world))
+
+    def ms(self, rows: int) -> float:
+        """The prediction."""
+        return 1e3 * self.policy.seconds(rows, HIDDEN, self.link, self.rates)
 
 
 class Given:
@@ -115,11 +137,14 @@ def run(args: argparse.Namespace) -> None:
     dtype = DTYPES[args.data_type]
     policies = {text: with_item_bytes(parse(text)[0], dtype.itemsize) for text in args.policy}
     meeting = Meeting(g)
-    rates = Rates(item_bytes=dtype.itemsize, world=g.world)
     rows = []
     with torch.inference_mode():
+        measured_link = measure.link(g)
+        if g.rank == 0:
+            print(f"as the ranks measure it: {_described(measured_link)}", flush=True)
+        models = {text: Model.of(p, g, measured_link, dtype) for text, p in policies.items()}
         for size in args.bytes:
-            measured = _measure(Problem(g, meeting, size, dtype), policies, link, rates, args.budget)
+            measured = _measure(Problem(g, meeting, size, dtype), models, link, args.budget)
             rows += measured
             if g.rank == 0:
                 print("\n".join(lines(measured)), flush=True)
@@ -129,30 +154,33 @@ def run(args: argparse.Namespace) -> None:
     shutdown(g)
 
 
-def _measure(
-    problem: Problem, policies: dict[str, SyncPolicy], link: Link, rates: Rates, budget: float
-) -> list[Row]:
-    size, meeting = problem.partial.nbytes, problem.meeting
-    for name, policy in policies.items():
-        problem.check(name, policy)
+def _measure(problem: Problem, models: dict[str, Model], link: Link, budget: float) -> list[Row]:
+    size, meeting, world = problem.partial.nbytes, problem.meeting, problem.group.world
+    for name, model in models.items():
+        problem.check(name, model.policy)
 
     def ours(policy: SyncPolicy) -> Callable[[], float]:
         return meeting.timed(lambda: problem.ours(policy))
 
-    runs = {PEER: meeting.timed(problem.peer), **{name: ours(p) for name, p in policies.items()}}
+    runs = {PEER: meeting.timed(problem.peer), **{name: ours(m.policy) for name, m in models.items()}}
     begin = perf_counter()
     interleave(runs, 1, 0)
     rounds = meeting.same(int(min(max(budget / (perf_counter() - begin), ROUNDS[0]), ROUNDS[1])))
     rows = []
     for name, taken in interleave(runs, rounds, 0).items():
         timing = summarize(meeting.slowest(taken))
-        model, sent = None, 2 * (rates.world - 1) * size // rates.world
-        if name in policies:
-            model = 1e3 * policies[name].seconds(problem.rows, HIDDEN, link, rates)
-            sent = policies[name].wire_bytes(problem.rows, HIDDEN, rates.world)
+        predicted, sent = None, 2 * (world - 1) * size // world
+        if name in models:
+            predicted = models[name].ms(problem.rows)
+            sent = models[name].policy.wire_bytes(problem.rows, HIDDEN, world)
         wire = link.latency_s + sent / (link.bytes_per_s * PAYLOAD)
-        rows.append(Row(name, size, rounds, 1e3 * timing.median, timing.spread, model, 1e3 * wire))
+        rows.append(Row(name, size, rounds, 1e3 * timing.median, timing.spread, predicted, 1e3 * wire))
     return rows
+
+
+def _described(link: Link) -> str:
+    rate, hop, ring = 8e-6 * link.bytes_per_s, 1e3 * link.latency_s, 1e3 * (link.all_reduce_s or 0.0)
+    return f"{rate:.1f} Mb/s, a hop {hop:.2f} ms, an empty all_reduce {ring:.2f} ms"
 
 
 def choice(rows: list[Row]) -> tuple[Row, Row]:

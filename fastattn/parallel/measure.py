@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from ..collectives.exchange import Lane, all_gather, all_reduce
+from ..collectives.exchange import Lane, Pending, all_gather, all_reduce
 from ..collectives.policy import finish
 from ..collectives.steps import Exchange, Steps
 from ..collectives.sums import Wire
@@ -58,11 +58,15 @@ def _typical(g: TPGroup, call: Callable[[], object], budget_s: float, where: str
 def link(g: TPGroup, budget_s: float = 0.3) -> Link:
     """The alpha-beta model of one hop, all ranks sending to all others at once, and of the own all-reduce.
 
+    The hop is that of a message whose receiver was ready before.
+
     ``budget_s``: about what each message size may take; sizes that would take more are left out.
     """
     if g.world == 1:
         raise ValueError("link: one rank has none")
-    hops = _by_size(g, partial(_swap, g, "measuring the link"), budget_s)
+    hop = _Hops(g)
+    hops = _by_size(g, hop, budget_s)
+    hop.close()
     latency_s, byte_s = fit([((g.world - 1) * size, s) for size, s in hops])
     sums = _by_size(g, partial(_sum, g, "measuring all_reduce"), budget_s)
     steps = 2 * (g.world - 1)
@@ -84,6 +88,39 @@ def _swap(g: TPGroup, where: str, size: int) -> None:
     others = [r for r in range(g.world) if r != g.rank]
     incoming = {r: torch.empty(size, dtype=torch.uint8) for r in others}
     Lane(g, where).swap(dict.fromkeys(others, torch.zeros(size, dtype=torch.uint8)), incoming).wait()
+
+
+class _Hops:
+    """One hop a call, whose receives were posted in the call before, as `sums` posts them before it computes:
+    a message waits for its receiver's announcement of room, which takes a hop itself.
+    """
+
+    def __init__(self, g: TPGroup) -> None:
+        self._group, self._others = g, [r for r in range(g.world) if r != g.rank]
+        self._next: tuple[int, Lane, Pending] | None = None
+
+    def __call__(self, size: int) -> None:
+        if self._next and self._next[0] != size:
+            self.close()
+        now, self._next = self._next or self._post(size), self._post(size)
+        self._send(now)
+
+    def close(self) -> None:
+        """Answers the last receives."""
+        if self._next:
+            self._send(self._next)
+        self._next = None
+
+    def _post(self, size: int) -> tuple[int, Lane, Pending]:
+        lane = Lane(self._group, "measuring the link")
+        incoming = {r: torch.empty(size, dtype=torch.uint8) for r in self._others}
+        return size, lane, lane.swap({}, incoming)
+
+    def _send(self, posted: tuple[int, Lane, Pending]) -> None:
+        size, lane, arriving = posted
+        sent = lane.swap(dict.fromkeys(self._others, torch.zeros(size, dtype=torch.uint8)), {})
+        arriving.wait()
+        sent.wait()
 
 
 def _sum(g: TPGroup, where: str, size: int) -> None:

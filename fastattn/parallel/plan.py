@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby, product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 
@@ -56,14 +57,12 @@ def uniform(
 
 def with_item_bytes(policy: SyncPolicy, item_bytes: int) -> SyncPolicy:
     """The policy for activations of that size."""
-    value = policy_to_json(policy)
-    inner = value
-    while "of" in inner:
-        inner = inner["of"]
-    kind = type(policy_from_json({"name": inner["name"]}))
-    if "item_bytes" in getattr(kind, "__dataclass_fields__", {}):
-        inner["item_bytes"] = item_bytes
-    return policy_from_json(value)
+    values: Any = policy
+    if hasattr(values, "of"):
+        return cast("SyncPolicy", replace(values, of=with_item_bytes(values.of, item_bytes)))
+    if hasattr(values, "item_bytes"):
+        return cast("SyncPolicy", replace(values, item_bytes=item_bytes))
+    return policy
 
 
 # ------------------------------------------------------------------------------------------------- JSON

@@ -327,3 +327,13 @@ def test_a_dtype_that_cannot_travel_is_refused() -> None:
 def test_one_rank_accepts_its_plan() -> None:
     plan = plans.uniform("exact", "0123abcd", LAYERS, single(), 2)
     plans.verify(plan, single(), "0123abcd", LAYERS, 96, torch.bfloat16)
+
+
+@pytest.mark.parametrize("text", ["exact", "star:hub=1", "fused_norm", "tiled", "tiled+direct", "compressed"])
+def test_item_bytes_reach_what_sends(text: str) -> None:
+    """Also where the inner policy is the default one, which JSON leaves out."""
+    for item_bytes in (2, 4):
+        policy = plans.with_item_bytes(parse(text)[0], item_bytes)
+        inner = getattr(policy, "of", policy)
+        assert getattr(inner, "item_bytes", item_bytes) == item_bytes
+        assert type(policy) is type(parse(text)[0])
