@@ -27,7 +27,7 @@ from .forecast import SITES, Costs, seconds, wire_bytes
 from .schedule import Plain
 
 MARGIN = 0.97  # of exact's time: what is not faster than that does not replace it
-_ROUNDS = (3, 40)  # at least and at most
+_ROUNDS = (3, 400)  # at least and at most
 _FINAL_ROUNDS = 5  # at least
 _HOPELESS = 1.3  # times the fastest: not measured further
 _FINALISTS = 3  # of the fastest measured
