@@ -85,9 +85,7 @@ def policies_mix_by_layer_and_point(g: TPGroup) -> None:
     """Each point of a plan has another policy, scattering ones between those that need all rows."""
     plans = [_plan(model(sync, g)) for sync in ("fused_norm", "exact", "tiled+star", "direct")]
     points = {p: plans[(p.layer + (p.site == "mlp")) % len(plans)].points[p] for p in plans[0].points}
-    mixed = fastattn.load(
-        os.environ["MODEL"], dtype="float32", group=g, sync=plans[0]._replace(points=points)
-    )
+    mixed = fastattn.load(os.environ["MODEL"], dtype="float32", tp=g, sync=plans[0]._replace(points=points))
     woven = {"prefill": TokenWeave(min_tokens=2), "decode": TokenWeave(min_tokens=2)}
     for schedule in (mixed.decoder.schedule, woven):
         mixed.decoder.schedule = schedule
