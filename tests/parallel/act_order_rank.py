@@ -13,10 +13,14 @@ from fastattn.collectives.exchange import traffic
 from fastattn.memory.paged import PagedKvCache
 from fastattn.models.generate import Model
 from fastattn.models.sampling import SamplingParams
-from fastattn.parallel import group
+from fastattn.parallel import group, plan
 from fastattn.parallel.act_order import LAYOUTS
 from fastattn.spec import PackedWeight
 
+EXACT = (
+    "star", "direct", "direct:scheme=two_step", "tiled", "tiled+direct", "fused_norm",
+    "token_weave:min_tokens=2+exact", "token_weave:min_tokens=2+fused_norm",
+)  # fmt: skip
 PROMPTS = [[5, 17, 3, 200, 9], [44, 8]]
 
 
@@ -48,6 +52,19 @@ def facts(model: Model) -> dict[str, Any]:
     }
 
 
+def under_every_policy(model: Model) -> dict[str, list[list[int]]]:
+    """The tokens that each exact policy and schedule gives."""
+    decoder, found = model.decoder, {}
+    policy, schedule = decoder.policy, decoder.schedule
+    for sync in EXACT:
+        p = plan.uniform(sync, "", model.config.num_layers, model.group, model.dtype.itemsize)
+        decoder.policy, decoder.schedule = p.points.__getitem__, p.schedule
+        done = model.generate(PROMPTS, SamplingParams(max_tokens=12, ignore_eos=True))
+        found[sync] = [one.token_ids for one in done]
+    decoder.policy, decoder.schedule = policy, schedule
+    return found
+
+
 def main() -> None:
     g = group.init(60)
     results = {}
@@ -55,6 +72,7 @@ def main() -> None:
         for layout in LAYOUTS:
             model = fastattn.load(path, dtype="fp32", tp=g, layout=layout)
             results[f"{path} {layout}"] = facts(model)
+        results[f"{path} policies"] = under_every_policy(fastattn.load(path, dtype="fp32", tp=g))
     group.shutdown(g)
     print(json.dumps(results))
 

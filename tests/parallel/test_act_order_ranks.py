@@ -62,6 +62,18 @@ def runs(
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_exact_policy_gives_the_same_tokens(
+    kind: str, world: int, models: dict[str, Any], runs: dict[int, Any]
+) -> None:
+    path, _ = models[kind]
+    alone = runs[1][0][f"{path} tp_aware"]
+    for rank in runs[world]:
+        for sync, tokens in rank[f"{path} policies"].items():
+            assert tokens == alone["tokens"], sync
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_model(kind: str, layout: str, world: int, models: dict[str, Any], runs: dict[int, Any]) -> None:
