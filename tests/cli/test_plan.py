@@ -36,6 +36,7 @@ def tokens(folder: Path, model: Path, sync: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_plan_of_two_ranks_generates_the_same(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     sizes = ("--prefill-tokens", "70", "--batch", "2", "--budget", "0.5", "--threads", "1")
@@ -52,6 +53,7 @@ def test_a_plan_of_two_ranks_generates_the_same(model: Path, tmp_path: Path) -> 
     assert tokens(tmp_path / "b", model, str(file)) == tokens(tmp_path / "c", model, "exact")
 
 
+@pytest.mark.slow
 def test_a_text_lets_lossy_formats_compete(model: Path, tmp_path: Path) -> None:
     file, text = tmp_path / "plan.json", tmp_path / "text.txt"
     text.write_text(TEXT)

@@ -258,6 +258,7 @@ def test_perplexity_program(tmp_path: Path) -> None:
     assert 3 < values["fp32", "perplexity"] < 300
 
 
+@pytest.mark.slow
 def test_llm_program_on_two_ranks(tmp_path: Path) -> None:
     """Real weights on 1 and 2 ranks, against transformers on the same file: the greedy tokens are equal."""
     out = tmp_path / "llm.json"

@@ -89,6 +89,7 @@ def test_simulated_ranks_sum_to_the_whole(world: int, tmp_path: Path) -> None:
     assert len(ranks.shares.outliers(1)) == 2 * model.config.num_layers
 
 
+@pytest.mark.slow
 def test_compression_program(tmp_path: Path) -> None:
     out = tmp_path / "compression.json"
     codecs = ['{"element": "int8", "scale": "fp16"}', '{"element": "e1m1", "block": 8}']

@@ -51,6 +51,7 @@ def test_calibration_and_evaluation_share_no_passages() -> None:
     assert len(one & other) < 0.01 * min(len(one), len(other))
 
 
+@pytest.mark.slow
 def test_quantizer_program(tmp_path: Path) -> None:
     out = tmp_path / "quantizer.json"
     model = save_hf(hf_model("llama"), tmp_path / "m")

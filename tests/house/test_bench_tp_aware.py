@@ -23,6 +23,7 @@ def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
         assert "expected" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_program(tmp_path: Path) -> None:
     out = tmp_path / "pair.json"
     line = "--shape 256x512x256 --rows 1,20 --ranks 1,2 --budget 0.1"

@@ -13,7 +13,9 @@ from tests.parallel import planning_cases
 from tests.parallel.ranks import HERE, Ranks
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=lambda n: f"world{n}")
+@pytest.fixture(
+    scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=lambda n: f"world{n}"
+)
 def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, str]]:

@@ -17,6 +17,7 @@ PROGRAMS = {
     "policy_cases.py": policy_cases.CASES,
     "model_cases.py": model_cases.CASES,
 }
+WORLDS = [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
 NAMES = [(program, case.__name__) for program, found in PROGRAMS.items() for case in found]
 
 
@@ -27,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_hf(model, tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids=lambda n: f"world{n}")
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda n: f"world{n}")
 def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path
 ) -> dict[str, list[dict[str, str]]]:
