@@ -16,7 +16,6 @@ from typing import Generic, TypeVar
 
 import torch
 
-from ..spec import SyncError
 from ..threads import compute_on_one_thread
 from .exchange import Pending
 
@@ -32,6 +31,7 @@ class Exchange(Generic[T]):
         self._steps = steps
         self._pending: Pending | None = None
         self._result: list[T] = []
+        self._error: BaseException | None = None
         self._future: Future[None] | None = None
         # The thread continues with the caller's backend (a context variable) and inference mode.
         self._context, self._inference = copy_context(), torch.is_inference_mode_enabled()
@@ -44,7 +44,7 @@ class Exchange(Generic[T]):
         return self
 
     def wait(self) -> T:
-        """The result; raises `SyncError` within the group's timeout, a step. May be called again."""
+        """The result; raises `SyncError` within the group's timeout, a step. A second call says the same."""
         if self._future is None or self._future.cancel():  # what has not begun is done faster here
             self._finish()
         else:
@@ -53,17 +53,27 @@ class Exchange(Generic[T]):
 
     def cancel(self) -> None:
         """Waits for the end and ignores how it ended: messages cannot be withdrawn."""
-        with suppress(SyncError):
+        with suppress(Exception):
             self.wait()
+        if self._error is not None and self._pending is not None:
+            self._pending.cancel()
 
     def _on_thread(self) -> None:
         with torch.inference_mode(self._inference):
             self._finish()
 
     def _finish(self) -> None:
-        while self._pending is not None:
-            self._pending.wait()
-            self._advance()
+        if self._error is not None:
+            raise self._error
+        try:
+            while self._pending is not None:
+                self._pending.wait()
+                self._advance()
+        except BaseException as error:
+            # Going on would send the other ranks sums of what never came.
+            self._error = error
+            self._steps.close()
+            raise
 
     def _advance(self) -> None:
         try:

@@ -56,7 +56,7 @@ class Tiled:
                 x = partial(make, s, lo, hi)
                 tile = s._replace(residual=s.residual[lo:hi], pending=None)
                 works.append(Exchange(self.of.rows(f"{p} rows {lo} to {hi}", x, tile, e, g)).overlap())
-        except BaseException:
+        except BaseException:  # whatever it is, what is under way must be awaited
             TiledWork(works).cancel()
             raise
         return TiledWork(works)
@@ -87,7 +87,7 @@ class TiledWork:
     def wait(self) -> Stream:
         try:
             streams = [work.wait() for work in self._works]
-        except BaseException:
+        except BaseException:  # as above
             self.cancel()
             raise
         if len(streams) == 1:

@@ -82,7 +82,7 @@ def woven(first: Layers[T], second: Layers[T]) -> tuple[T, T]:
                     works[i] = half.send(stream).overlap()
                 except StopIteration as end:
                     results.append(end.value)
-    except BaseException:
+    except BaseException:  # whatever it is, what is under way must be awaited
         for work in works:
             with suppress(SyncError):
                 work.cancel()
