@@ -20,6 +20,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _emulated(text: str) -> frozenset[str]:
+    names = frozenset(name for name in text.split(",") if name)
+    if not names <= {"volta", "triton", "ascend"}:
+        raise ValueError(text)
+    return names
+
+
 def _variable(default: Any, name: str, parse: Callable[[str], Any], accepted: str, doc: str) -> Any:
     return field(default=default, metadata={"name": name, "parse": parse, "accepted": accepted, "doc": doc})
 
@@ -33,6 +40,20 @@ class Settings:
     )
     cpu_isa: str = _variable(
         "", "FASTATTN_CPU_ISA", str, "a name listed by `fastattn info`", "instruction set of the CPU kernels"
+    )
+    emulate: frozenset[str] = _variable(
+        frozenset(),
+        "FASTATTN_EMULATE",
+        _emulated,
+        "volta, triton, ascend, separated by commas",
+        "these backends also take CPU tensors and run their kernels emulated there: correct, very slow",
+    )
+    volta_ptx: bool = _variable(
+        False,
+        "FASTATTN_VOLTA_PTX",
+        _flag,
+        "0 or 1",
+        "run the Volta kernels on newer NVIDIA GPUs from their compute_70 PTX: for testing, not for speed",
     )
     strict: bool = _variable(
         False,

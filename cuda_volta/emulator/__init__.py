@@ -1,0 +1,1 @@
+"""Runs the kernel sources on a CPU, every access checked."""

@@ -1,0 +1,44 @@
+"""What identifies one compiled kernel, and what can launch it: the seam of build, driver and emulator."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+KERNELS = Path(__file__).parent / "kernels"
+
+
+class Variant(NamedTuple):
+    """One instantiation of a kernel: a source, its entry point and the macros that shape it.
+
+    ``defines`` are passed to the compiler as ``-DNAME=VALUE``, in this order; the entry point is
+    ``extern "C"`` and takes one struct by value.
+    """
+
+    op: str  # "prefill", "decode", "combine", "append", "linear", ...
+    source: str  # file in kernels/
+    entry: str
+    defines: tuple[tuple[str, int], ...]
+    threads: int  # of a block
+    min_blocks: int  # resident on one SM, for __launch_bounds__
+    shared_bytes: int  # dynamic shared memory of a block
+    head_dim: int = 0
+    block_q: int = 0
+    block_k: int = 0
+    causal: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique among all variants; names the cubin."""
+        return "_".join([self.entry, *(f"{key.lower()}{value}" for key, value in self.defines)])
+
+
+class Kernel(Protocol):
+    """A loaded variant, ready to launch: on a GPU through the driver, on a CPU through the emulator."""
+
+    variant: Variant
+
+    def launch(self, grid: tuple[int, int, int], params: ctypes.Structure, stream: int = 0) -> None:
+        """Launches ``grid`` blocks. ``params`` holds raw pointers: the caller keeps their tensors alive."""
+        ...
