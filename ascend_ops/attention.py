@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .chips import CHIPS, Chip
-from .interpreter import prepare
+from .launch import kernel
 from .planner import DecodeTiles, PrefillTiles, decode_tiles, padded, prefill_tiles
 from .tiling_mask import UNBOUNDED, tiling_mask
 
@@ -68,8 +68,6 @@ def attention(
         out in q's dtype with Dv for D; lse float32 (B, H, Sq) or (H, total_q), empty unless asked for. A query
         without a visible key has output 0 and, without a sink, lse -inf.
     """
-    if q.device.type == "cpu":
-        prepare()
     chip = chip or chip_of(q.device)
     cores = cores or chip.cube_cores
     left, right = window[0], 0 if causal else window[1]
@@ -157,8 +155,6 @@ def _prefill(
     *,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    from .kernels.prefill import prefill_kernel
-
     cu_seqlens_q, seqlen_q = spans
     heads = q.shape[-2]
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -169,7 +165,7 @@ def _prefill(
     if work == 0:
         return out, lse
     attn_mask = shared["attn_mask"]
-    prefill_kernel[(min(cores, work),)](
+    kernel("prefill:prefill_kernel", q.device)[(min(cores, work),)](
         q=q,
         k=k,
         v=v,
@@ -216,8 +212,6 @@ def _decode(
     *,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    from .kernels.decode import combine_kernel, decode_kernel
-
     batch, kv_heads, v_dim = shared["batch"], k.shape[-2], v.shape[-1]
     queries = q.shape[-3] if q.ndim == 4 else q.shape[0] // max(batch, 1)
     heads = q.shape[-2]
@@ -233,7 +227,7 @@ def _decode(
     part_lse = q.new_empty((batch, kv_heads, splits, count), dtype=torch.float32)
     left, right = (UNBOUNDED if n is None else min(n, UNBOUNDED) for n in bounds)
     if batch:
-        decode_kernel[(min(cores, batch * kv_heads * splits),)](
+        kernel("decode:decode_kernel", q.device)[(min(cores, batch * kv_heads * splits),)](
             q=rows,
             k=k,
             v=v,
@@ -252,7 +246,7 @@ def _decode(
             BLOCK_K=tiles.block_k,
             **shared,
         )
-        combine_kernel[(min(2 * cores, batch * kv_heads),)](
+        kernel("decode:combine_kernel", q.device)[(min(2 * cores, batch * kv_heads),)](
             part,
             part_lse,
             out,
