@@ -67,13 +67,3 @@ def specialization(arg: Any) -> Hashable:
     if isinstance(arg, float):
         return float
     return (arg.base.dtype, *arg.block_shape)
-
-
-def divisible(arg: Any) -> bool:
-    """Whether Triton may rely on 16 dividing the number or the address."""
-    return isinstance(arg, (int, Tensor)) and specialization(arg) in _DIVISIBLE or (
-        isinstance(arg, Tensor) and arg.data_ptr() & 15 == 0
-    )
-
-
-_DIVISIBLE = {(True, False, True), (True, False, False)}
