@@ -207,10 +207,7 @@ def prefill_kernel(
                 reach = own + right - slot
                 reach = tl.maximum(tl.minimum(reach, EDGE_K - 1), reach - band_skip)
                 reach = tl.minimum(tl.maximum(reach, -BLOCK_Q), band_origin)
-                window = tl.load(
-                    band + (band_origin - reach) + rows[:, None] * band_stride + edge_columns[None, :]
-                )
-                s += window.to(tl.float32)
+                s += tl.load(band + (band_origin - reach) + rows[:, None] * band_stride + edge_columns[None, :])
             if attn_mask is not None:
                 visible = (rows < q_rows)[:, None] & (edge_columns < present)[None, :]
                 mask_rows = attn_mask + tl.cast(b, tl.int64) * stride_mb + h * stride_mh
@@ -237,7 +234,8 @@ def prefill_kernel(
             acc *= rescale[:, None]
             m = m_new
         unseen = l == 0.0
-        factor = 1.0 / tl.where(unseen, 1.0, l)
+        l = tl.where(unseen, 1.0, l)
+        factor = 1.0 / l
         if v_scale is not None:
             factor *= tl.load(v_scale + kh)
         acc *= factor[:, None]
