@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ..attention import attention
-from ..chips import CHIPS
 from .client import call_all
 from .instances import Instance, recording
 
@@ -35,7 +34,8 @@ class Call(NamedTuple):
     group: int = 4
     dtype: torch.dtype = torch.float16
     page: int = 0
-    options: Mapping[str, Any] = {}  # noqa: RUF012 - empty and never written
+    packed: bool = False
+    options: Mapping[str, Any] = {}
 
     def instances(self) -> list[Instance]:
         """The kernels that the call launches, with their constants."""
@@ -47,6 +47,10 @@ class Call(NamedTuple):
         if self.page:
             options["block_table"] = torch.zeros(2, 2, dtype=torch.int32)
             options["seqused_k"] = torch.zeros(2, dtype=torch.int32)
+        if self.packed:
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+            ends = torch.zeros(3, dtype=torch.int32)
+            options.update(cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=self.queries, max_seqlen_k=64)
         with recording() as seen:
             attention(q, k, v, scale=1.0, **options)
         return seen
@@ -63,18 +67,22 @@ def calls() -> Iterator[Call]:
     yield Call("causal, D=80 (padded to 128)", 80, 80, options=causal)
     yield Call("causal, bfloat16", dtype=torch.bfloat16, options=causal)
     yield Call("causal, softcap", options={**causal, "softcap": 30.0})
-    yield Call("causal, D=256, softcap", 256, 256, options={**causal, "softcap": 30.0})
+    for head_dim in (64, 256):
+        yield Call(f"causal, softcap, D={head_dim}", head_dim, head_dim, options={**causal, "softcap": 30.0})
     yield Call("causal, sinks, k and v scales", options={**causal, "sinks": torch.zeros(8), **_scales()})
     yield Call("causal, every index", options={**causal, **_indices()})
-    yield Call("causal, packed", options={**causal, **_indices()})
+    yield Call("causal, packed", packed=True, options=causal)
     for page in (16, 128):
         yield Call(f"causal, pages of {page}", page=page, options=causal)
         yield Call(f"decode, pages of {page}", queries=1, page=page)
     for head_dim in (64, 128, 256):
         for name, biases in _biases().items():
             yield Call(f"causal, {name}, D={head_dim}", head_dim, head_dim, options={**causal, **biases})
-    yield Call("decode, ALiBi, sinks, scales", queries=1, options={"alibi_slopes": torch.zeros(8), "sinks": torch.zeros(8), **_scales()})  # fmt: skip
-    yield Call("decode, bool mask", queries=1, options={"attn_mask": torch.zeros(2, 8, 1, 64, dtype=torch.bool)})
+    slopes_and_sinks = {"alibi_slopes": torch.zeros(8), "sinks": torch.zeros(8)}
+    yield Call("decode, ALiBi, sinks, scales", queries=1, options={**slopes_and_sinks, **_scales()})
+    yield Call(
+        "decode, bool mask", queries=1, options={"attn_mask": torch.zeros(2, 8, 1, 64, dtype=torch.bool)}
+    )
     yield Call("decode, 4 queries, causal", queries=4, options=causal)
     yield Call("decode, 8 queries of 8 heads, causal", queries=8, group=8, options=causal)
 
@@ -102,10 +110,7 @@ def plans(python: Path, root: Path) -> list[tuple[Call, Instance, dict[str, Any]
     """(call, kernel, target -> fields of its `plan.Plan`) of the whole table."""
     found = [(call, kernel) for call in calls() for kernel in call.instances()]
     distinct = list(dict.fromkeys(kernel for _, kernel in found))
-    requests = [
-        {"kernel": i.kernel, "signature": dict(i.signature), "constants": dict(i.constants), "chips": TARGETS}
-        for i in distinct
-    ]
+    requests = [kernel.planning(*TARGETS) for kernel in distinct]
     answers = call_all(python, [root], "ascend_ops.toolchain.worker:plan_kernel", requests)
     planned = dict(zip(distinct, answers, strict=True))
     return [(call, kernel, planned[kernel]) for call, kernel in found]
@@ -118,7 +123,8 @@ def row(call: Call, kernel: Instance, plan: Mapping[str, Any]) -> str:
     used = [f"{plan['occupancy'].get(memory, 0) / 1024:.1f} K" for memory in ("UB", "L1", "L0C")]
     name = kernel.kernel.split(":")[1].removesuffix("_kernel")
     syncs = ", ".join(map(str, plan["syncs"].get("aic", ()))) or "0"
-    return f"| {call.name} | {name} | {' x '.join(sizes)} | {' | '.join(used)} | {plan['workspace'] // 1024} K | {syncs} |"
+    cells = (call.name, name, " x ".join(sizes), *used, f"{plan['workspace'] / 1024:.0f} K", syncs)
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
