@@ -54,7 +54,7 @@ def run(a: AttentionArgs, p: Plan) -> tuple[Tensor, Tensor]:
 def plan(a: AttentionArgs, c: Chip) -> Plan:
     """The plan for a call on a chip: of shapes and bounds that the host knows, never of values."""
     heads, group = a.q.shape[-2], a.q.shape[-2] // a.k.shape[-2]
-    pack = 1 < group and a.max_seqlen_q * group <= DECODE_ROWS
+    pack = group > 1 and a.max_seqlen_q * group <= DECODE_ROWS
     rows = a.max_seqlen_q * (group if pack else 1)
     width = next_power_of_2(max(a.q.shape[-1], a.v.shape[-1], 16))
     t = tile(c, Need(rows <= DECODE_ROWS, width, a.q.element_size()))
@@ -93,7 +93,9 @@ def _against_descriptors(a: AttentionArgs, t: Tile) -> bool:
     if a.block_table is not None and (a.k.shape[1] % t.block_n or a.cache_leftpad is not None):
         return True  # a block of keys would cross pages
     return any(
-        x.data_ptr() % 16 or not x.numel() or any(s <= 0 or s * x.element_size() % 16 for s in x.stride()[:-1])
+        x.data_ptr() % 16
+        or not x.numel()
+        or any(s <= 0 or s * x.element_size() % 16 for s in x.stride()[:-1])
         for x in (a.k, a.v)
     )
 

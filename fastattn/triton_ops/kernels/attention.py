@@ -65,7 +65,17 @@ def diagonal(q_pos0, k_pos0, b, q_len, k_len):
 
 
 @triton.jit(
-    do_not_specialize=["left", "right", "max_q", "total_q", "kv_rows", "kv_len", "max_pages", "out_split", "lse_split"]
+    do_not_specialize=[
+        "left",
+        "right",
+        "max_q",
+        "total_q",
+        "kv_rows",
+        "kv_len",
+        "max_pages",
+        "out_split",
+        "lse_split",
+    ]
 )
 def attention_kernel(
     q, k, v,  # k and v: tensor descriptors (row, key, head, dimension) with TMA, else pointers
@@ -176,7 +186,11 @@ def attention_kernel(
             # ------------------------------------------------------------------ keys and scores
             if TMA:
                 if PAGE > 0:
-                    page = clamp(tl.load(block_table + batch * max_pages + (storage_first + j0) // PAGE), 0, kv_rows - 1)
+                    page = clamp(
+                        tl.load(block_table + batch * max_pages + (storage_first + j0) // PAGE),
+                        0,
+                        kv_rows - 1,
+                    )
                     tile = [page, (storage_first + j0) % PAGE, kv_head, 0]
                 else:
                     tile = [row, key_first + j0, kv_head, 0]
@@ -196,7 +210,9 @@ def attention_kernel(
                     k_there = there[:, None] & (d < HEAD_DIM)[None, :]
                     k_tile = tl.load(k_at + k_rows[:, None] + d[None, :], mask=k_there, other=0.0)
                 elif BLOCK_D != HEAD_DIM:
-                    k_tile = tl.load(k_at + k_rows[:, None] + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
+                    k_tile = tl.load(
+                        k_at + k_rows[:, None] + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0
+                    )
                 else:
                     k_tile = tl.load(k_at + k_rows[:, None] + d[None, :])
             s = tl.dot(q_tile, k_tile.to(q_tile.dtype).T, input_precision=PRECISION)
@@ -242,7 +258,9 @@ def attention_kernel(
                 v_there = there[:, None] & (dv < V_HEAD_DIM)[None, :]
                 v_tile = tl.load(v_at + v_rows[:, None] + dv[None, :], mask=v_there, other=0.0)
             elif BLOCK_DV != V_HEAD_DIM:
-                v_tile = tl.load(v_at + v_rows[:, None] + dv[None, :], mask=(dv < V_HEAD_DIM)[None, :], other=0.0)
+                v_tile = tl.load(
+                    v_at + v_rows[:, None] + dv[None, :], mask=(dv < V_HEAD_DIM)[None, :], other=0.0
+                )
             else:
                 v_tile = tl.load(v_at + v_rows[:, None] + dv[None, :])
             acc = acc * decay[:, None]

@@ -1,7 +1,7 @@
 """Elements and scales of the formats of few bits (quant/mx.py), on values in registers.
 
 Bit for bit what the oracle gives: every step is exact or one rounding of float32. Kernels that call these
-are compiled without contraction into fused multiply-adds (`EXACT`), which would round once where the
+are compiled without contraction into fused multiply-adds (`Launch.fuse`), which would round once where the
 definition rounds twice.
 """
 
@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-#: Options of every launch.
-EXACT = {"enable_fp_fusion": False}
 
 _ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
 _NAN: tl.constexpr = tl.constexpr(float("nan"))
@@ -70,7 +67,9 @@ def encode(
 
 
 @triton.jit
-def decode(code, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, BIAS: tl.constexpr, BITS: tl.constexpr):
+def decode(
+    code, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, BIAS: tl.constexpr, BITS: tl.constexpr
+):
     """Value of each code (int32), float32."""
     half: tl.constexpr = 1 << (BITS - 1)
     if EXPONENT_BITS == 0:
