@@ -28,14 +28,13 @@ def append_kv(a: AppendKvArgs) -> None:
         None if t is None else t.contiguous() for t in (a.cos, a.sin, a.k_scale, a.v_scale)
     )
     width, v_width = next_power_of_2(head_dim), next_power_of_2(v_head_dim)
-    group = heads_of_a_program(heads, max(width, v_width))
+    group, rows = heads_of_a_program(max(width, v_width)), a.slots.shape[0] * heads
     table, half = (1, 0) if cos is None else cos.shape
     args = (
         a.k_cache, a.v_cache, k, v, a.slots, cos, sin, a.positions, k_scale, v_scale,
-        heads, page, pages * page, table, *a.k_cache.stride()[:3], *a.v_cache.stride()[:3],
+        rows, heads, page, pages * page, table, *a.k_cache.stride()[:3], *a.v_cache.stride()[:3],
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), a.slots.stride(0),
         0 if a.positions is None else a.positions.stride(0),
     )  # fmt: skip
     constants = (head_dim, v_head_dim, half, a.interleaved, group, width, v_width)
-    programs = a.slots.shape[0] * cdiv(heads, group)
-    launch.run([Launch(append_kernel, programs, args, constants, 4, 1)], a.slots.device)
+    launch.run([Launch(append_kernel, cdiv(rows, group), args, constants, 4, 1)], a.slots.device)

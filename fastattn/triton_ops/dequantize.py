@@ -11,7 +11,7 @@ from . import launch
 from .kernels.dequantize import dequantize_kernel
 from .launch import Launch
 
-_WIDTH = 1024  # columns of a program
+_TILE = 1024  # values of a program
 
 
 def dequantize(
@@ -29,17 +29,16 @@ def dequantize(
     count = ids.shape[0] if ids is not None else w.shape[0] - first if rows is None else rows
     out = torch.empty((count, w.shape[1]), dtype=dtype, device=codes.device)
     if out.numel():
-        width = min(_WIDTH, next_power_of_2(w.shape[1]))
+        width = min(_TILE, next_power_of_2(w.shape[1]))
+        group = min(_TILE // width, next_power_of_2(count))
         args = (
-            codes, scales, mins, w.g_idx, None if stored else w.x_perm, ids, out, first, w.shape[0],
+            codes, scales, mins, w.g_idx, None if stored else w.x_perm, ids, out, count, first, w.shape[0],
             0 if ids is None else ids.stride(0), codes.stride(0), scales.stride(0),
             0 if mins is None else mins.stride(0),
         )  # fmt: skip
-        constants = (w.shape[1], w.group_size, w.group_offset, w.format, width)
-        programs = count * cdiv(w.shape[1], width)
-        launch.run(
-            [Launch(dequantize_kernel, programs, args, constants, max(1, width // 256), 1)], out.device
-        )
+        constants = (w.shape[1], w.group_size, w.group_offset, w.format, group, width)
+        programs = cdiv(count, group) * cdiv(w.shape[1], width)
+        launch.run([Launch(dequantize_kernel, programs, args, constants, 4, 1)], out.device)
     return out
 
 

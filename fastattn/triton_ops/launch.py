@@ -72,13 +72,3 @@ def specialization(arg: Any) -> Hashable:
     if isinstance(arg, tuple):
         return tuple(map(specialization, arg))
     return (arg.base.dtype, *arg.block_shape)
-
-
-def divisible(arg: Any) -> bool:
-    """Whether Triton may rely on 16 dividing the number or the address."""
-    return (isinstance(arg, (int, Tensor)) and specialization(arg) in _DIVISIBLE) or (
-        isinstance(arg, Tensor) and arg.data_ptr() & 15 == 0
-    )
-
-
-_DIVISIBLE = {(True, False, True), (True, False, False)}

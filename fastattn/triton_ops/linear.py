@@ -56,15 +56,17 @@ def _fused(x: Tensor, w: PackedWeight) -> Tensor:
     t = w.tensors
     codes, scales = unit_stride(t["codes"]), unit_stride(t["scales"])
     mins = unit_stride(t["mins"]) if "mins" in t else None
+    bias = None if w.bias is None else unit_stride(w.bias)
     out = x.new_empty((rows, out_features))
     partial = out if splits == 1 else x.new_empty((splits, rows, out_features), dtype=torch.float32)
     args = (
-        x, codes, scales, mins, w.g_idx, w.bias, partial, rows, out_features, x.stride(0), codes.stride(0),
+        x, codes, scales, mins, w.g_idx, bias, partial, rows, out_features, x.stride(0), codes.stride(0),
         scales.stride(0), 0 if mins is None else mins.stride(0),
     )  # fmt: skip
     uniform = w.g_idx is None and _common(w) % block_k == 0
     constants = (
-        w.shape[1], w.group_size, w.group_offset, w.format == "int4", uniform, splits, block_m, block_n, block_k
+        w.shape[1], w.group_size, w.group_offset, w.format == "int4", uniform, splits, block_m, block_n,
+        block_k,
     )  # fmt: skip
     launches = [Launch(linear_kernel, programs * splits, args, constants, warps, _STAGES)]
     if splits > 1:

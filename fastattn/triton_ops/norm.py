@@ -35,7 +35,7 @@ def rms_norm(a: RmsNormArgs) -> tuple[Tensor, Tensor]:
 
 
 def flat_rows(x: Tensor) -> Tensor:
-    """``x`` as (rows, last dimension) with unit stride along it; copies only where strides leave no other way."""
+    """``x`` as (rows, last dimension), unit stride along it; copies only where strides leave no other way."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 

@@ -9,48 +9,41 @@ from .rotary import rotated
 
 
 @triton.jit
-def _store(cache, slot, page, page_stride, slot_stride, head_stride, head, column, value, inside):
-    at = cache + slot // page * page_stride + slot % page * slot_stride + head * head_stride + column
-    tl.store(at, value.to(cache.dtype.element_ty), inside)
-
-
-@triton.jit
 def append_kernel(
     k_cache, v_cache, k, v, slots, cos, sin, positions, k_scale, v_scale,
-    heads, page, num_slots, max_position,
+    rows, heads, page, num_slots, max_position,
     k_page_stride, k_slot_stride, k_cache_head_stride, v_page_stride, v_slot_stride, v_cache_head_stride,
     k_stride, k_head_stride, v_stride, v_head_stride, slots_stride, positions_stride,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """HEADS KV heads of one token a program. Absent ``cos`` or scales are None; slots outside are skipped."""
-    pieces = tl.cdiv(heads, HEADS)
-    row = (tl.program_id(0) // pieces).to(tl.int64)
-    head = tl.program_id(0) % pieces * HEADS + tl.arange(0, HEADS)[:, None]
-    slot = tl.load(slots + row * slots_stride)
-    valid = (slot >= 0) & (slot < num_slots) & (head < heads)
+    """ROWS heads a program, of ``rows`` in all tokens. Absent ``cos`` or scales are None.
+
+    Slots outside the cache are skipped.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    token, head = row // heads, row % heads
+    slot = tl.load(slots + token * slots_stride, row < rows, -1)
+    valid = (slot >= 0) & (slot < num_slots)
 
     column = tl.arange(0, WIDTH)[None, :]
+    source = k + token * k_stride + head * k_head_stride
     if cos is not None:
-        position = tl.load(positions + row * positions_stride)
+        position = tl.load(positions + token * positions_stride, valid, 0)
         new_k = rotated(
-            k + row * k_stride, head, heads, cos, sin, position, max_position, k_head_stride,
-            HEAD_DIM, HALF, INTERLEAVED, WIDTH,
+            source, valid, cos, sin, position, max_position, HEAD_DIM, HALF, INTERLEAVED, WIDTH
         ).to(k.dtype.element_ty)  # fmt: skip
     else:
-        new_k = tl.load(k + row * k_stride + head * k_head_stride + column, valid & (column < HEAD_DIM), 0.0)
+        new_k = tl.load(source + column, valid & (column < HEAD_DIM), 0.0)
     if k_scale is not None:
-        new_k = tl.div_rn(new_k.to(tl.float32), tl.load(k_scale + head, head < heads, 1.0))
-    _store(
-        k_cache, slot, page, k_page_stride, k_slot_stride, k_cache_head_stride, head, column, new_k,
-        valid & (column < HEAD_DIM),
-    )  # fmt: skip
+        new_k = tl.div_rn(new_k.to(tl.float32), tl.load(k_scale + head))
+    at = k_cache + slot // page * k_page_stride + slot % page * k_slot_stride + head * k_cache_head_stride
+    tl.store(at + column, new_k.to(k_cache.dtype.element_ty), valid & (column < HEAD_DIM))
 
     column = tl.arange(0, V_WIDTH)[None, :]
-    new_v = tl.load(v + row * v_stride + head * v_head_stride + column, valid & (column < V_HEAD_DIM), 0.0)
+    source = v + token * v_stride + head * v_head_stride
+    new_v = tl.load(source + column, valid & (column < V_HEAD_DIM), 0.0)
     if v_scale is not None:
-        new_v = tl.div_rn(new_v.to(tl.float32), tl.load(v_scale + head, head < heads, 1.0))
-    _store(
-        v_cache, slot, page, v_page_stride, v_slot_stride, v_cache_head_stride, head, column, new_v,
-        valid & (column < V_HEAD_DIM),
-    )  # fmt: skip
+        new_v = tl.div_rn(new_v.to(tl.float32), tl.load(v_scale + head))
+    at = v_cache + slot // page * v_page_stride + slot % page * v_slot_stride + head * v_cache_head_stride
+    tl.store(at + column, new_v.to(v_cache.dtype.element_ty), valid & (column < V_HEAD_DIM))

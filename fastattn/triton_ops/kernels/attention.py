@@ -80,7 +80,8 @@ def diagonal(q_pos0, k_pos0, b, q_len, k_len):
 def attention_kernel(
     q, k, v,  # k and v: tensor descriptors (row, key, head, dimension) with TMA, else pointers
     out, lse,  # with SPLITS: float32, a piece each
-    alibi_slopes, sinks, mask, cu_q, cu_k, block_table, used, kv_row, leftpad, q_pos0, k_pos0, k_scale, v_scale,
+    alibi_slopes, sinks, mask, cu_q, cu_k, block_table, used, kv_row, leftpad, q_pos0, k_pos0,
+    k_scale, v_scale,
     scale, softcap, left, right,
     max_q, total_q,  # queries of a sequence at most; rows of q
     kv_rows, kv_len,  # rows or pages of k; keys a row holds, or packed keys, or those of all pages of a table

@@ -15,6 +15,6 @@ def swiglu_kernel(x, out, x_stride, FEATURES: tl.constexpr, WIDTH: tl.constexpr)
     inside = column < FEATURES
     gate = tl.load(x + row * x_stride + column, inside, 0.0).to(tl.float32)
     up = tl.load(x + row * x_stride + FEATURES + column, inside, 0.0).to(tl.float32)
-    # exp(-gate) overflows to infinity for very negative gates, and the quotient is then the right zero.
-    gated = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * FEATURES + column, gated.to(out.dtype.element_ty), inside)
+    decay = tl.exp(-tl.abs(gate))  # never overflows
+    sigmoid = tl.where(gate < 0, decay, 1.0) / (1.0 + decay)
+    tl.store(out + row * FEATURES + column, (gate * sigmoid * up).to(out.dtype.element_ty), inside)

@@ -30,7 +30,8 @@ def linear_kernel(
     x, codes, scales, mins, g_idx, bias, partial, rows, out_features, x_stride, codes_stride, scales_stride,
     mins_stride,
     COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr, GROUP_OFFSET: tl.constexpr, INT4: tl.constexpr,
-    UNIFORM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIFORM: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_M, BLOCK_N) tile of x @ W^T over this program's share of the columns.
 
@@ -73,9 +74,8 @@ def linear_kernel(
             column = column[None, :]
             values = tl.load(x + m * x_stride + column, (m < rows) & (column < COLUMNS), 0.0)
             total = tl.dot(values, w.to(x.dtype.element_ty), total, input_precision="ieee")
-    if bias is not None:
-        if split == 0:
-            total += tl.load(bias + n, row_mask, 0.0).to(tl.float32)
+    if bias is not None:  # a compile-time fact, unlike what follows
+        total += tl.load(bias + n, row_mask & (split == 0), 0.0).to(tl.float32)
     at = partial + (split * rows + m) * out_features + n
     tl.store(at, total.to(partial.dtype.element_ty), (m < rows) & row_mask)
 

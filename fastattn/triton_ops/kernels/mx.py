@@ -112,8 +112,8 @@ def encode_kernel(
     if ROTATE > 0:
         values = _rotated(values, ROTATE, WIDTH, WHOLE, FACTOR)
     found, scale, k = _quantized(
-        tl.reshape(values, (BLOCKS, BLOCK)), EXPONENT_BITS, MANTISSA_BITS, BIAS, BITS, MAX_CODE, MAX_VALUE, EMAX,
-        CARRY, SCALE, FINE, TOP, NAN_CODE, CANDIDATES, TRIED, ERROR_UNIT, ERROR_MAX,
+        tl.reshape(values, (BLOCKS, BLOCK)), EXPONENT_BITS, MANTISSA_BITS, BIAS, BITS, MAX_CODE, MAX_VALUE,
+        EMAX, CARRY, SCALE, FINE, TOP, NAN_CODE, CANDIDATES, TRIED, ERROR_UNIT, ERROR_MAX,
     )  # fmt: skip
     # What lies past the row is zero, so the bits that fill its last byte are.
     found = tl.where(tl.reshape(place, (BLOCKS, BLOCK)) < n, found, 0)
@@ -168,9 +168,10 @@ def decode_sum_kernel(
     MANTISSA_BITS: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, FINE: tl.constexpr,
     SCALE_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Row ``program_id(0)`` of the sum; ``scales_at`` is where scales begin in a message of codes | scales."""
+    """One row of the sum a program; ``scales_at`` is where scales begin in a message."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.float32)
     for i in tl.static_range(WORLD):
         codes = messages[i] + row * code_bytes
         scales = messages[i] + scales_at + row * scale_bytes

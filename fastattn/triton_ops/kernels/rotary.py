@@ -5,13 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .maths import clamp
+
 
 @triton.jit
 def rotated(
-    x, head, heads, cos, sin, position, max_position, head_stride,
+    x, valid, cos, sin, position, max_position,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Heads of a token (heads, WIDTH) rotated to its position, float32; ``x`` points at its head 0.
+    """Heads (rows, WIDTH) at pointers ``x`` (rows, 1), rotated to ``position`` (rows, 1), float32.
 
     Each lane computes one value of a pair and reads the other: ``x * cos -+ other * sin``. Positions
     outside the table are clamped to it.
@@ -24,30 +26,28 @@ def rotated(
     else:
         pair, second = tl.where(column < HALF, column, column - HALF), column >= HALF
         other = tl.where(second, column - HALF, column + HALF)
-    inside = (head < heads) & (column < HEAD_DIM)
-    mine = tl.load(x + head * head_stride + column, inside, 0.0).to(tl.float32)
-    theirs = tl.load(x + head * head_stride + other, inside & turns, 0.0).to(tl.float32)
-    at = tl.minimum(tl.maximum(position, 0), max_position - 1) * HALF + pair
-    c = tl.load(cos + at, turns, 1.0)
-    s = tl.load(sin + at, turns, 0.0)
+    mine = tl.load(x + column, valid & (column < HEAD_DIM), 0.0).to(tl.float32)
+    theirs = tl.load(x + other, valid & turns, 0.0).to(tl.float32)
+    at = clamp(position, 0, max_position - 1) * HALF + pair
+    c = tl.load(cos + at, valid & turns, 1.0)
+    s = tl.load(sin + at, valid & turns, 0.0)
     return mine * c + tl.where(second, theirs, -theirs) * s
 
 
 @triton.jit
 def rotary_kernel(
-    x, cos, sin, positions, out, heads, max_position, x_stride, head_stride, positions_stride,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
+    x, cos, sin, positions, out, rows, heads, max_position, x_stride, head_stride, positions_stride,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of one token a program; ``out`` is contiguous."""
-    pieces = tl.cdiv(heads, HEADS)
-    row = (tl.program_id(0) // pieces).to(tl.int64)
-    head = tl.program_id(0) % pieces * HEADS + tl.arange(0, HEADS)[:, None]
-    column = tl.arange(0, WIDTH)[None, :]
-    position = tl.load(positions + row * positions_stride)
+    """ROWS heads a program, of ``rows`` in all tokens; ``out`` is contiguous."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    valid = row < rows
+    token, head = row // heads, row % heads
+    position = tl.load(positions + token * positions_stride, valid, 0)
     y = rotated(
-        x + row * x_stride, head, heads, cos, sin, position, max_position, head_stride,
+        x + token * x_stride + head * head_stride, valid, cos, sin, position, max_position,
         HEAD_DIM, HALF, INTERLEAVED, WIDTH,
     )  # fmt: skip
-    at = out + (row * heads + head) * HEAD_DIM + column
-    tl.store(at, y.to(out.dtype.element_ty), (head < heads) & (column < HEAD_DIM))
+    column = tl.arange(0, WIDTH)[None, :]
+    tl.store(out + row * HEAD_DIM + column, y.to(out.dtype.element_ty), valid & (column < HEAD_DIM))
