@@ -78,7 +78,8 @@ def _attend(a: AttentionArgs, p: Plan, out: Tensor, lse: Tensor | None) -> Launc
     k: Any = a.k
     v: Any = a.v
     if p.specialize:
-        q = _descriptor(a.q, p.tile.block_m, block_d)
+        rows = a.q.view(-1, heads * head_dim)
+        q = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [p.tile.block_m, block_d])
     if p.tma:
         k, v = _descriptor(a.k, p.tile.block_n, block_d), _descriptor(a.v, p.tile.block_n, block_dv)
     split = p.splits > 1

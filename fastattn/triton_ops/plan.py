@@ -1,4 +1,4 @@
-"""How an attention call is spread over a GPU: from shapes and bounds that the host knows, never from values."""
+"""How an attention call is spread over a GPU: from shapes and bounds that the host knows, never values."""
 
 from __future__ import annotations
 
@@ -65,7 +65,12 @@ def can_specialize(a: AttentionArgs, p: Plan, c: Chip) -> bool:
     """
     dense = a.cu_seqlens_q is None and a.attn_mask is None and not has_absent_keys(a)
     whole = not p.pack and p.splits == 1 and p.tile.num_warps == 4 and p.tile.block_m == 128
-    return c.warpgroups and p.tma and dense and whole and a.q.element_size() == 2 and _describable(a.q)
+    return c.warpgroups and p.tma and dense and whole and a.q.element_size() == 2 and _rows(a.q)
+
+
+def _rows(q: Tensor) -> bool:
+    """Whether queries are rows of (heads * head_dim) whose heads a descriptor can cut out."""
+    return q.is_contiguous() and _describable(q) and q.shape[-1] == next_power_of_2(q.shape[-1]) >= 16
 
 
 def _keys(a: AttentionArgs, rows: int) -> int:

@@ -80,7 +80,8 @@ def diagonal(q_pos0, k_pos0, b, q_len, k_len):
     ]
 )
 def attention_kernel(
-    q, k, v,  # with TMA k and v, and with SPECIALIZE q: tensor descriptors (row, key, head, dimension)
+    q,  # with SPECIALIZE a tensor descriptor (row, head and dimension)
+    k, v,  # with TMA tensor descriptors (sequence or page, key, head, dimension)
     out, lse,  # with SPLITS: float32, a piece each
     alibi_slopes, sinks, mask, cu_q, cu_k, block_table, used, kv_row, leftpad, q_pos0, k_pos0,
     k_scale, v_scale,
@@ -133,7 +134,7 @@ def attention_kernel(
     dv = tl.arange(0, BLOCK_DV)
     batch = b.to(tl.int64)
     if SPECIALIZE:
-        q_tile = q.load([b, block * BLOCK_M, first_head, 0]).reshape(BLOCK_M, BLOCK_D)
+        q_tile = q.load([b * max_q + block * BLOCK_M, first_head * HEAD_DIM])
     else:
         q_at = q + batch * q_batch + (q_first + i).to(tl.int64) * q_row + head * q_head
         q_there = live[:, None] & (d < HEAD_DIM)[None, :]
