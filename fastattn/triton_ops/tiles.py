@@ -20,6 +20,7 @@ class Tile(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int  # blocks of keys in flight
+    specialize: bool = False  # `plan.Plan.specialize`, where the call allows it
 
 
 class Need(NamedTuple):
