@@ -20,7 +20,7 @@ _STRIDES = (
 )  # fmt: skip
 _INTS = (
     "batch", "heads", "kv_heads", "head_dim", "v_head_dim", "q_rows", "max_seqlen_q", "k_rows", "k_batches",
-    "max_pages", "alibi_batch", "mask_kind", "left", "right", "splits", "partial_width", "rows_per_block",
+    "max_pages", "alibi_batch", "mask_kind", "left", "right", "splits", "partial_width",
 )  # fmt: skip
 _FAR = 1 << 29  # FAR of attention.cuh
 _MASK_KINDS = {torch.bool: 1, torch.float16: 2, torch.float32: 3}
@@ -172,6 +172,8 @@ def _expect(name: str, t: Tensor | None, dtype: torch.dtype) -> None:
 def aligned(c: AttentionCall) -> bool:
     """Whether every row of q, k and v can be read 16 bytes at a time."""
     return all(
-        t.shape[-1] % 8 == 0 and t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1])
+        t.shape[-1] % 8 == 0
+        and t.data_ptr() % 16 == 0
+        and all(s % 8 == 0 for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1)
         for t in (c.q, c.k, c.v)
     )

@@ -46,7 +46,7 @@ struct AttentionParams {
     i32 alibi_batch;          // stride; 0: slopes are per head only
     i32 mask_kind;            // MASK_*
     i32 left, right;          // visible band, NO_BOUND: unbounded
-    i32 splits, partial_width, rows_per_block;  // decode
+    i32 splits, partial_width;  // decode
     float scale, softcap;
 };
 
