@@ -50,12 +50,12 @@ class Kernel(Protocol):
         *,
         reads: Sequence[torch.Tensor] = (),
         writes: Sequence[torch.Tensor] = (),
-        stream: int = 0,
+        stream: int | None = None,
     ) -> None:
         """Launches ``grid`` blocks. ``params`` holds raw pointers into ``reads`` and ``writes``.
 
         The caller keeps the tensors alive until the kernel has run. The emulator turns every access outside
         them into an error, and so every store outside ``writes`` (which may be read as well); the driver
-        does not look at them.
+        does not look at them. ``stream`` is a raw handle; None: torch's current stream of the device.
         """
         ...
