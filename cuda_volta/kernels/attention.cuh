@@ -36,6 +36,7 @@ struct AttentionParams {
     i64 out_batch, out_row, out_head;
     i64 lse_batch, lse_head;
     i64 mask_batch, mask_head, mask_row, mask_key;
+    i64 partial_rows;            // of a split
     i32 batch, heads, kv_heads;
     i32 head_dim, v_head_dim;
     i32 q_rows;               // of a sequence; packed: of all
@@ -55,8 +56,8 @@ constexpr i32 NO_BOUND = -1;
 constexpr i32 FAR = 1 << 29;  // past any position: sums of two still fit into 32 bits
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
-constexpr float INFINITE = __builtin_huge_valf();
 
+VOLTA_DEVICE float infinity() { return bits_float(0x7f800000); }
 VOLTA_DEVICE i32 clamp(i32 x, i32 low, i32 high) { return x < low ? low : x > high ? high : x; }
 
 // One sequence of the batch. Query i stands at position i + shift, key j at position j.
@@ -133,11 +134,11 @@ VOLTA_DEVICE float soft_cap(float x, float cap, float inverse_cap) {
 // What attn_mask adds to the score of (b, h, i, key j), base 2; a finite mask stays finite.
 VOLTA_DEVICE float mask_bias(const AttentionParams& p, const Sequence& s, i32 b, i32 h, i32 i, i32 j) {
     const i64 at = b * p.mask_batch + h * p.mask_head + i * p.mask_row + (s.k_begin + j) * p.mask_key;
-    if (p.mask_kind == MASK_BOOL) return ldg(static_cast<const u8*>(p.attn_mask) + at) ? 0.0f : -INFINITE;
+    if (p.mask_kind == MASK_BOOL) return ldg(static_cast<const u8*>(p.attn_mask) + at) ? 0.0f : -infinity();
     const float x = p.mask_kind == MASK_HALF ? from_half(ldg(static_cast<const u16*>(p.attn_mask) + at))
                                              : ldg(static_cast<const float*>(p.attn_mask) + at);
     const float scaled = x * LOG2_E;
-    return scaled < -3e38f && x > -INFINITE ? -3e38f : scaled;
+    return scaled < -3e38f && x > -infinity() ? -3e38f : scaled;
 }
 
 }  // namespace volta

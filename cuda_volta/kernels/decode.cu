@@ -19,6 +19,8 @@ constexpr int GROUPS = BLOCK_K / 8;            // of keys, one 8x8 tile of score
 constexpr int K_CHUNKS = HEAD_DIM / 32;        // elements of a key that one load covers
 constexpr int V_CHUNKS = (HEAD_DIM + 63) / 64;  // columns of a value that one load covers
 constexpr u32 CHUNK_BYTES = 512;
+// The next tile's keys are on their way during the softmax, unless the output leaves no registers for them.
+constexpr bool EARLY_KEYS = HEAD_DIM < 256;
 
 // 8 elements at p, of which `present` exist.
 VOLTA_DEVICE Word4 load8(const u16* p, i32 present) {
@@ -32,18 +34,6 @@ VOLTA_DEVICE Word4 load8(const u16* p, i32 present) {
     v = {h[0] | h[1] << 16, h[2] | h[3] << 16, h[4] | h[5] << 16, h[6] | h[7] << 16};
 #endif
     return v;
-}
-
-// What all lanes of a block share.
-struct Block {
-    Sequence seq;
-    i32 batch, kv_head, first_row, rows;  // rows: packed, of this block
-    i32 group;                            // query heads of a KV head
-};
-
-VOLTA_DEVICE PackedRow packed_row(const Block& k, i32 row) {
-    const i32 r = k.first_row + row;
-    return {r / k.group, k.kv_head * k.group + r % k.group};
 }
 
 // Q as row operands in shared memory, in the order in which lanes read them: free of conflicts.
@@ -121,7 +111,7 @@ VOLTA_DEVICE void load_values(ValueTile& values, const AttentionParams& p, const
 using namespace volta;
 
 // Grid: (batch * kv_heads * row tiles, splits).
-VOLTA_KERNEL(decode, 256, MIN_BLOCKS)(AttentionParams p) {
+VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
     const u32 lane = lane_index();
     Block k;
     k.group = p.heads / p.kv_heads;
@@ -138,13 +128,12 @@ VOLTA_KERNEL(decode, 256, MIN_BLOCKS)(AttentionParams p) {
     const u32 queries = shared_base();
     const u32 merging = queries + 2 * K_CHUNKS * CHUNK_BYTES;
     store_queries(p, k, queries);
-    LaneRows rows;
+    LaneRow rows[2][2];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const i32 row = m * 8 + static_cast<i32>(accumulator_row(lane, r));
-            start_row(rows.at[m][r], p, k.seq, k.batch, packed_row(k, row), row < k.rows);
+            rows[m][r] = start_row(p, k, m * 8 + static_cast<i32>(accumulator_row(lane, r)));
         }
     }
     barrier();
@@ -187,13 +176,13 @@ VOLTA_KERNEL(decode, 256, MIN_BLOCKS)(AttentionParams p) {
                 }
             }
         }
-        load_keys(keys, p, k, places, next, next_end);
+        if (EARLY_KEYS) load_keys(keys, p, k, places, next, next_end);
 
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
             if (m == 1 && !second) continue;
             float rescale[2];
-            online_softmax<GROUPS>(s[m], rows.at[m], rescale, scale, p, k.seq, k.batch, tile);
+            online_softmax<GROUPS>(s[m], rows[m], rescale, scale, p, k, m, tile);
 #pragma unroll
             for (int c = 0; c < V_CHUNKS; ++c) {
 #pragma unroll
@@ -217,9 +206,44 @@ VOLTA_KERNEL(decode, 256, MIN_BLOCKS)(AttentionParams p) {
                 }
             }
         }
+        if (!EARLY_KEYS) load_keys(keys, p, k, places, next, next_end);
         load_values(values, p, k, places, next, next_end);
     }
 
-    const MergedRow merged = merge_rows(rows, merging, p, packed_row(k, static_cast<i32>(thread_index() / 16)), o);
-    (void)merged;
+    // Lanes whose row exists nowhere else (l ^ 2 shares it, as do all quadpairs) publish it.
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float sum = row_sum(rows[m][r].sum);
+            const u32 row = warp_index() * 16 + m * 8 + accumulator_row(lane, r);
+            if ((lane & 14) == 0) sts64(merging + row * 8, {float_bits(rows[m][r].max), float_bits(sum)});
+        }
+    }
+    barrier();
+
+    const i32 row = static_cast<i32>(thread_index() / 16);
+    const i32 column = static_cast<i32>(thread_index() % 16) * 4;
+    const bool mine = row < k.rows;
+    const PackedRow at = packed_row(k, mine ? row : 0);
+    const float lse = row_lse(merge_stats(merging, row));
+    if (p.splits > 1) {
+        const i64 place = block_y() * p.partial_rows + packed_place(p, k.seq, k.batch, at);
+        if (mine && column == 0) stg(p.partial_lse + place, lse);
+        float* const out = p.partial_out + place * p.partial_width;
+        merge_outputs(o, rows, merging, second, mine, [&](int c, const float(&x)[4]) {
+            const Word4 bits{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])};
+            if (c * 64 + column < p.v_head_dim) stg(reinterpret_cast<Word4*>(out + c * 64 + column), bits);
+        });
+    } else {
+        const Sunk sunk = add_sink(p, at.head, lse);
+        const float factor = p.v_scale ? sunk.factor * ldg(p.v_scale + k.kv_head) : sunk.factor;
+        u16* const out = out_row(p, k.seq, k.batch, at);
+        if (mine && column == 0) write_lse(p, k.seq, k.batch, at, sunk.lse);
+        merge_outputs(o, rows, merging, second, mine, [&](int c, float(&x)[4]) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[i] *= factor;
+            write_halves(p, out, c * 64 + column, x);
+        });
+    }
 }

@@ -5,7 +5,7 @@
 // apart, column pairs 2 apart) and a 128-bit load of 8 lanes (half a row) then meet every bank once.
 #pragma once
 
-#include "decode_softmax.cuh"
+#include "decode_output.cuh"
 
 namespace volta {
 
@@ -13,15 +13,11 @@ constexpr u32 MERGE_WARPS = 8;
 constexpr u32 MERGE_PITCH = 72;
 constexpr u32 MERGE_STATS = MERGE_WARPS * 16 * 8;  // (maximum, sum) of every warp's rows, before the columns
 
-struct RowTotal {
-    float max, sum;
-};
-
 VOLTA_DEVICE u32 merge_word(u32 row, u32 column) { return row * MERGE_PITCH + (column ^ (column >> 5 << 2)); }
 
 // Maximum and sum of a row over all warps.
 VOLTA_DEVICE RowTotal merge_stats(u32 base, u32 row) {
-    RowTotal total{-INFINITE, 0.0f};
+    RowTotal total{-infinity(), 0.0f};
 #pragma unroll
     for (u32 w = 0; w < MERGE_WARPS; ++w) {
         const float x = bits_float(lds32(base + (w * 16 + row) * 8));
@@ -30,7 +26,7 @@ VOLTA_DEVICE RowTotal merge_stats(u32 base, u32 row) {
 #pragma unroll
     for (u32 w = 0; w < MERGE_WARPS; ++w) {
         const Word2 x = lds64(base + (w * 16 + row) * 8);
-        if (bits_float(x.x) > -INFINITE) total.sum += bits_float(x.y) * exp2_approx(bits_float(x.x) - total.max);
+        if (bits_float(x.x) > -infinity()) total.sum += bits_float(x.y) * exp2_approx(bits_float(x.x) - total.max);
     }
     return total;
 }
@@ -38,7 +34,7 @@ VOLTA_DEVICE RowTotal merge_stats(u32 base, u32 row) {
 // Adds up the warps' outputs, rows and columns over the block's 256 threads: a thread gets 4 columns of row
 // thread / 16 in each chunk of 64, through `use(chunk, values)`.
 template <int V_CHUNKS, typename Use>
-VOLTA_DEVICE void merge_outputs(float (&o)[2][V_CHUNKS][2][8], const LaneRows& rows, u32 base, bool second, bool mine,
+VOLTA_DEVICE void merge_outputs(float (&o)[2][V_CHUNKS][2][8], const LaneRow (&rows)[2][2], u32 base, bool second, bool mine,
                                 Use use) {
     const u32 lane = lane_index();
     const u32 columns = base + MERGE_STATS;
@@ -48,8 +44,8 @@ VOLTA_DEVICE void merge_outputs(float (&o)[2][V_CHUNKS][2][8], const LaneRows& r
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const RowTotal total = merge_stats(base, m * 8 + accumulator_row(lane, r));
-            const bool empty = total.max == -INFINITE;
-            factor[m][r] = empty ? 0.0f : exp2_approx(rows.at[m][r].max - total.max) * (1.0f / total.sum);
+            const bool empty = total.max == -infinity();
+            factor[m][r] = empty ? 0.0f : exp2_approx(rows[m][r].max - total.max) * (1.0f / total.sum);
         }
     }
 #pragma unroll
