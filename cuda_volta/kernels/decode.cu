@@ -28,10 +28,11 @@ VOLTA_DEVICE Word4 load8(const u16* p, i32 present) {
 #if VECTOR
     if (present > 0) v = ldg128_stream(p);
 #else
-    u32 h[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) h[i] = i < present ? ldg(p + i) : 0;
-    v = {h[0] | h[1] << 16, h[2] | h[3] << 16, h[4] | h[5] << 16, h[6] | h[7] << 16};
+#pragma unroll 4
+    for (int i = 0; i < 8; ++i) {
+        const u32 h = i < present ? ldg(p + i) : 0;
+        v = {v.x >> 16 | v.y << 16, v.y >> 16 | v.z << 16, v.z >> 16 | v.w << 16, v.w >> 16 | h << 16};
+    }
 #endif
     return v;
 }
