@@ -36,6 +36,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     expect_device(x, weight=weight, residual=residual)
     if weight.dtype not in (torch.float16, torch.float32):
         raise ValueError(f"weight: {weight.dtype}, expected float16 or float32")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}")
     out = x.new_empty(x.shape)
     rows, weight = _rows(x), weight.contiguous()
     total = x.new_empty(0)
