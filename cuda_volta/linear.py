@@ -19,7 +19,7 @@ from torch import Tensor
 from .checks import expect_device, expect_half, in_octets
 from .runtime import load
 from .variant import Variant
-from .weights import GroupedWeight, WeightParams, dequantize, perm_stride, weight_params
+from .weights import GroupedWeight, WeightParams, dequantize, expect, perm_stride, weight_params
 
 FEW_ROWS = 256
 ROWS = 16  # of x in a block
@@ -41,7 +41,7 @@ VARIANTS = (*LINEAR.values(), SPLIT_SUM)
 class LinearParams(ctypes.Structure):
     """``struct LinearParams`` of linear.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("w", WeightParams),
         *((name, ctypes.c_void_p) for name in ("x", "x_perm", "bias", "out", "partial")),
         ("x_row", ctypes.c_int64),
@@ -52,7 +52,7 @@ class LinearParams(ctypes.Structure):
 class SplitSumParams(ctypes.Structure):
     """``struct SplitSumParams`` of split_sum.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("partial", "bias", "out")),
         ("size", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("width", "splits", "bias_is_float")),
@@ -66,10 +66,11 @@ def linear(x: Tensor, w: GroupedWeight) -> Tensor:
     take.
     """
     expect_half("x", x)
-    expect_device(x, codes=w.codes)
+    expect_device(x, codes=w.codes, bias=w.bias)
     if x.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x: {tuple(x.shape)}, expected (N, {w.shape[1]})")
     if w.bias is not None:
+        expect("bias", w.bias, w.shape[:1], torch.float16, torch.float32, torch.bfloat16)
         w = w._replace(bias=(w.bias.float() if w.bias.dtype == torch.bfloat16 else w.bias).contiguous())
     if x.shape[0] <= FEW_ROWS and groups_are_whole(w):
         return _few_rows(x, w)

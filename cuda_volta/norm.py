@@ -18,7 +18,7 @@ VARIANTS = (RMS_NORM,)
 class NormParams(ctypes.Structure):
     """``struct NormParams`` of norm.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "out", "total")),
         *((name, ctypes.c_int64) for name in ("x_row", "residual_row")),
         *((name, ctypes.c_int32) for name in ("width", "weight_is_float", "wide")),

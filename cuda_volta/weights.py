@@ -14,7 +14,13 @@ from .variant import Variant
 
 DEQUANTIZE = {
     bits: Variant(
-        "dequantize", "dequantize.cu", "dequantize", (("BITS", bits),), threads=256, min_blocks=4, shared_bytes=0
+        "dequantize",
+        "dequantize.cu",
+        "dequantize",
+        (("BITS", bits),),
+        threads=256,
+        min_blocks=4,
+        shared_bytes=0,
     )
     for bits in (4, 8)
 }
@@ -39,7 +45,7 @@ class GroupedWeight(NamedTuple):
     group_offset: int = 0
     g_idx: Tensor | None = None  # int32 (in,)
     x_perm: Tensor | None = None  # int32 or int64 (in,), a permutation
-    bias: Tensor | None = None  # (out,)
+    bias: Tensor | None = None  # (out,), any float dtype; no part of the matrix
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor that a kernel may read."""
@@ -49,7 +55,7 @@ class GroupedWeight(NamedTuple):
 class WeightParams(ctypes.Structure):
     """``struct WeightParams`` of weight.cuh."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "mins", "g_idx")),
         *((name, ctypes.c_int64) for name in ("codes_row", "scales_row", "mins_row")),
         *((name, ctypes.c_int32) for name in ("out", "inn", "group_size", "group_offset", "groups")),
@@ -60,7 +66,7 @@ class WeightParams(ctypes.Structure):
 class DequantizeParams(ctypes.Structure):
     """``struct DequantizeParams`` of dequantize.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("w", WeightParams),
         *((name, ctypes.c_void_p) for name in ("ids", "x_perm", "out")),
         ("rows", ctypes.c_int64),
@@ -74,23 +80,26 @@ def weight_params(w: GroupedWeight) -> WeightParams:
     """The kernels' view of a weight. Raises ValueError that names what contradicts its layout."""
     out, inn = w.shape
     groups = w.scales.shape[-1]
-    _expect("codes", w.codes, (out, inn * w.bits // 8), torch.uint8 if w.bits == 4 else torch.int8)
-    _expect("scales", w.scales, (out, groups), torch.float16, torch.float32)
+    expect("codes", w.codes, (out, inn * w.bits // 8), torch.uint8 if w.bits == 4 else torch.int8)
+    expect("scales", w.scales, (out, groups), torch.float16, torch.float32)
     if w.bits == 4 and inn % 32:
         raise ValueError(f"shape: {inn} columns, 4 bits need a multiple of 32")
     if w.group_size < 1 or not 0 <= w.group_offset < w.group_size:
-        raise ValueError(f"group_size, group_offset: {w.group_size}, {w.group_offset}, expected 0 <= offset < size")
+        raise ValueError(
+            f"group_size, group_offset: {w.group_size}, {w.group_offset}, expected 0 <= offset < size"
+        )
     if w.g_idx is None and inn and (inn - 1 + w.group_offset) // w.group_size >= groups:
         raise ValueError(f"scales: {groups} groups of {w.group_size} columns, fewer than {inn} columns need")
     if w.mins is not None:
-        _expect("mins", w.mins, (out, groups), w.scales.dtype)
+        expect("mins", w.mins, (out, groups), w.scales.dtype)
+    for name in ("g_idx", "x_perm"):
+        if (t := getattr(w, name)) is not None and not t.is_contiguous():
+            raise ValueError(f"{name}: stride {t.stride(0)}, expected 1")
     if w.g_idx is not None:
-        _expect("g_idx", w.g_idx, (inn,), torch.int32)
+        expect("g_idx", w.g_idx, (inn,), torch.int32)
     if w.x_perm is not None:
-        _expect("x_perm", w.x_perm, (inn,), torch.int32, torch.int64)
-    if w.bias is not None:
-        _expect("bias", w.bias, (out,), torch.float16, torch.float32)
-    expect_device(w.codes, scales=w.scales, mins=w.mins, g_idx=w.g_idx, x_perm=w.x_perm, bias=w.bias)
+        expect("x_perm", w.x_perm, (inn,), torch.int32, torch.int64)
+    expect_device(w.codes, scales=w.scales, mins=w.mins, g_idx=w.g_idx, x_perm=w.x_perm)
     return WeightParams(
         *(None if t is None else t.data_ptr() for t in (w.codes, w.scales, w.mins, w.g_idx)),
         w.codes.stride(0), w.scales.stride(0), 0 if w.mins is None else w.mins.stride(0),
@@ -117,7 +126,7 @@ def dequantize(
     lo, hi = span or (0, w.shape[0])
     p.rows, p.first_row = (hi - lo, lo) if ids is None else (ids.shape[0], 0)
     out = w.codes.new_empty((p.rows, w.shape[1]), dtype=torch.float16)
-    reads = list(w.tensors())
+    reads = list(w._replace(bias=None).tensors())
     if ids is not None:
         expect_device(w.codes, ids=ids)
         ids = ids.contiguous()
@@ -136,9 +145,10 @@ def dequantize(
     return out
 
 
-def _expect(name: str, t: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+def expect(name: str, t: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """Raises ValueError naming what ``t`` is and should be; rows of a matrix have unit stride."""
     if tuple(t.shape) != shape or t.dtype not in dtypes:
         wanted = " or ".join(map(str, dtypes))
         raise ValueError(f"{name}: {t.dtype} {tuple(t.shape)}, expected {wanted} {shape}")
-    if t.shape[-1] > 1 and t.stride(-1) != 1:
+    if t.ndim > 1 and t.shape[-1] > 1 and t.stride(-1) != 1:
         raise ValueError(f"{name}: last stride {t.stride(-1)}, expected 1")
