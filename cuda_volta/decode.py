@@ -17,8 +17,8 @@ SMS = 80  # of a V100, which the emulator stands for
 _BAND_BYTES = ROWS * 8
 _MERGE_BYTES = WARPS * ROWS * (8 + 72 * 4)  # decode_merge.cuh
 # A split reads its queries and has its part of the result written and read in float32: 2 D + 8 Dv bytes a row
-# against the 2 D + 2 Dv of a key. So many keys for each row keep that below 1.4 % of the cache.
-_KEYS_A_ROW = 192
+# against the 2 D + 2 Dv of a key, and a little more whatever its rows. So many keys keep that below 1.6 %.
+_KEYS_A_SPLIT, _KEYS_A_ROW = 128, 176
 
 
 def _variant(head_dim: int, block_k: int, vector: int = 1) -> Variant:
@@ -81,7 +81,7 @@ def num_splits(units: int, keys: int, rows: int, sms: int) -> int:
     The fewest whose blocks fill the machine's waves at least 95 % as well as the best choice does (after
     FlashAttention's rule), each range long enough to outweigh its partial result.
     """
-    most = max(1, min(keys // (_KEYS_A_ROW * rows), sms))
+    most = max(1, min(keys // (_KEYS_A_SPLIT + _KEYS_A_ROW * rows), sms))
 
     def filled(splits: int) -> float:
         waves = units * splits / sms

@@ -136,6 +136,8 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
     const i32 share = (tiles + p.splits - 1) / p.splits;
     const i32 stop = clamp((static_cast<i32>(block_y()) + 1) * share, 0, tiles);
     const ScoreScale scale = score_scale(p, k.kv_head);
+    const bool biased = p.alibi_slopes || p.mask_kind != MASK_NONE;
+    const u32 biases = merging + warp_index() * 16 * BIAS_PITCH<BLOCK_K> * 4;  // until warps merge
 
     LaneRow rows[2][2];
 #pragma unroll
@@ -170,13 +172,16 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
                 }
             }
         }
+        if (biased) store_biases<BLOCK_K>(p, k, biases, tile);
         if (EARLY_KEYS) load_keys(keys, p, k, place, next, next_end);
 
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
             if (m == 1 && !second) continue;
             float rescale[2];
-            online_softmax<GROUPS>(s[m], rows[m], rescale, scale, p, k, bands, m, tile);
+            scale_scores(s[m], scale);
+            if (biased) add_biases(s[m], biases, m);
+            online_softmax(s[m], rows[m], rescale, bands, m, tile);
 #pragma unroll
             for (int c = 0; c < V_CHUNKS; ++c) {
 #pragma unroll
@@ -204,6 +209,7 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
         load_values(values, p, k, place, next, next_end);
     }
 
+    barrier();
     // Lanes whose row exists nowhere else (l ^ 2 shares it, as do all quadpairs) publish it.
 #pragma unroll
     for (int m = 0; m < 2; ++m) {

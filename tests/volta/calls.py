@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cuda_volta.attention_params import AttentionCall
 from fastattn.spec import AttentionArgs
@@ -19,7 +19,9 @@ def attention_call(a: AttentionArgs) -> AttentionCall:
 
 class _NoHostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor's value was read on the host"
+        assert func is not torch.ops.aten._local_scalar_dense.default, (  # noqa: SLF001
+            "a tensor's value was read on the host"
+        )
         return func(*args, **(kwargs or {}))
 
 

@@ -125,7 +125,7 @@ def test_splits(sms):
         for keys in (0, 100, 5000, 16384, 131072):
             for rows in (1, 4, 16):
                 splits = num_splits(units, keys, rows, sms)
-                assert splits == 1 or (splits * 192 * rows <= keys and splits <= sms)
+                assert splits == 1 or (splits * (128 + 176 * rows) <= keys and splits <= sms)
 
 
 def test_splits_fill_a_v100():
