@@ -1,17 +1,17 @@
-"""Triton-Ascend kernels and CANN operators for Ascend NPUs."""
+"""Ascend NPUs: torch_npu's operators where one can run the call, our Triton-Ascend kernels for the rest."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from ascend_ops.router import AttentionCall
 
-from ..spec import Backend
-
-
-def _available() -> list[str]:
-    reasons = ["this version of fastattn has no Ascend kernels yet"]
-    if find_spec("torch_npu") is None:
-        reasons.append("torch_npu is not installed")
-    return reasons
+from ..spec import AttentionArgs, Backend
 
 
-BACKEND = Backend("ascend", ("npu",), _available, ops=dict, describe=dict)
+def router_call(a: AttentionArgs) -> AttentionCall:
+    """The call as `ascend_ops` sees it."""
+    left, right = a.bounds()
+    shared = {name: getattr(a, name) for name in AttentionCall._fields if name in a._fields}
+    return AttentionCall(**shared | {"left": left, "right": right})
+
+
+BACKEND = Backend("ascend", ("npu",), lambda: ["not yet"], ops=dict, describe=dict)
