@@ -81,7 +81,7 @@ def invocation(call: AttentionCall, lens: Lengths) -> Invocation:
     cached = {"key_cache": nz_view(call.k), "value_cache": nz_view(call.v), "block_table": call.block_table}
     common |= cached | {"query": q, "context_lens": call.seqused_k, "out": torch.empty_like(q)}
     if _decodes(call, lens):
-        return Invocation("atb", DECODE, (), common, _finish(call, common["out"]))
+        return Invocation("atb", DECODE, (), common, _finish(call, lens, common["out"]))
     device = q.device
     ends = torch.tensor(lens.k, device=device)
     counts = torch.tensor(lens.q, device=device)
@@ -90,7 +90,7 @@ def invocation(call: AttentionCall, lens: Lengths) -> Invocation:
     positions = first + torch.arange(q.shape[0], device=device) - starts
     mask = masks.to_nz(masks.additive_rows(positions, max(lens.k), call.left))
     common |= {"mask": mask, "seq_len": torch.tensor(lens.q, dtype=torch.int32)}
-    return Invocation("atb", CHUNK, (), common, _finish(call, common["out"]))
+    return Invocation("atb", CHUNK, (), common, _finish(call, lens, common["out"]))
 
 
 def _prefill(call: AttentionCall, lens: Lengths, q: Tensor, common: dict[str, Any]) -> Invocation:
@@ -107,15 +107,15 @@ def _prefill(call: AttentionCall, lens: Lengths, q: Tensor, common: dict[str, An
         "mask": masks.to_nz(masks.additive_rows(positions, longest, None)),
         "seq_len": torch.tensor(seqlens, dtype=torch.int32),
     }  # fmt: skip
-    return Invocation("atb", PREFILL, (), common, _finish(call, common["out"]))
+    return Invocation("atb", PREFILL, (), common, _finish(call, lens, common["out"]))
 
 
-def _finish(call: AttentionCall, out: Tensor) -> Any:
+def _finish(call: AttentionCall, lens: Lengths, out: Tensor) -> Any:
     def finish(_: None) -> Results:
-        wanted = call.q.shape[:-1].numel() // call.heads
-        rows = out[:wanted]
-        if rows.shape[0] < wanted:
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, wanted - rows.shape[0]))
+        rows = out[: sum(lens.q)]
+        past = call.q.shape[:-1].numel() // call.heads - rows.shape[0]  # rows of no sequence
+        if past:
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, past))
         return rows.view(*call.q.shape[:-1], call.v_head_dim), None
 
     return finish
@@ -128,4 +128,5 @@ def nz_view(pages: Tensor) -> Tensor:
 
 
 def _decodes(call: AttentionCall, lens: Lengths) -> bool:
-    return bool(call.page_size) and max(lens.q) == 1 and (call.left is None or call.left >= max(lens.k) - 1)
+    one_each = bool(call.page_size) and set(lens.q) == {1}
+    return one_each and (call.left is None or call.left >= max(lens.k) - 1)

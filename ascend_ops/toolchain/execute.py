@@ -117,11 +117,25 @@ def build(linalg: str) -> Callable[[Sequence[Any], int], None]:
         ir.load_dialects(context)
         llvm.init_targets()
         module = llvm.to_module(ir.parse_mlir_module(str(lowered), context), llvm.context())
-        assembly = llvm.translate_to_asm(str(module), "x86_64-unknown-linux-gnu", "generic", "", [], False, False)
+        assembly = llvm.translate_to_asm(
+            str(module), "x86_64-unknown-linux-gnu", "generic", "", [], False, False
+        )
         (folder / "kernel.s").write_text(assembly)
         (folder / "runtime.c").write_text(_RUNTIME)
         library = folder / "kernel.so"
-        _checked(["gcc", "-O2", "-shared", "-fPIC", str(folder / "kernel.s"), str(folder / "runtime.c"), "-lm", "-o", str(library)])
+        _checked(
+            [
+                "gcc",
+                "-O2",
+                "-shared",
+                "-fPIC",
+                str(folder / "kernel.s"),
+                str(folder / "runtime.c"),
+                "-lm",
+                "-o",
+                str(library),
+            ]
+        )
         function = getattr(ctypes.CDLL(str(library)), entry[1])
     function.restype = None
 

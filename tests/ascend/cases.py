@@ -76,6 +76,7 @@ def random_args(seed: int, family: str) -> AttentionArgs:
 
 def nz_stored(a: AttentionArgs) -> AttentionArgs:
     """The call with the bytes of its pages rearranged as NZ, declared as before."""
+
     def arrange(pages: torch.Tensor) -> torch.Tensor:
         p, page, heads, dim = pages.shape
         return pages.reshape(p, page, heads * dim // 16, 16).transpose(1, 2).reshape(pages.shape)

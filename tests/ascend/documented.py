@@ -65,7 +65,9 @@ def _one(
 def _fused_infer(args: tuple[Any, ...], kw: dict[str, Any]) -> tuple[Tensor, Tensor]:
     q, k, v = args
     v2 = "num_query_heads" in kw
-    q_key, k_key = ("actual_seq_qlen", "actual_seq_kvlen") if v2 else ("actual_seq_lengths", "actual_seq_lengths_kv")
+    q_key, k_key = (
+        ("actual_seq_qlen", "actual_seq_kvlen") if v2 else ("actual_seq_lengths", "actual_seq_lengths_kv")
+    )
     scale = kw["softmax_scale" if v2 else "scale"]
     heads, kv_heads = kw["num_query_heads" if v2 else "num_heads"], kw["num_key_value_heads"]
     tnd = kw["input_layout"] == "TND"
