@@ -1,4 +1,8 @@
-"""Where a kernel runs: compiled on an NPU, or on CPU tensors by Triton's interpreter or another executor."""
+"""Where a kernel runs: compiled on an NPU, or on CPU tensors by Triton's interpreter or another executor.
+
+The interpreter of Triton 3.6 has faults; a process that uses it repairs them first, as
+`fastattn.backends.interpreter` does when FASTATTN_EMULATE names ascend.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,18 @@ from typing import Any
 
 import torch
 
-from . import interpreter
-
 #: From "module:function" to what ``[grid](*arguments)`` launches.
 Executor = Callable[[str], Any]
 
 
 def interpreted(name: str) -> Any:
     """The kernel in Triton's interpreter. Raises RuntimeError if Triton compiles in this process."""
-    interpreter.prepare()
-    return jit(name)
+    function = jit(name)
+    if type(function).__name__ != "InterpretedFunction":
+        raise RuntimeError(
+            f"{name} on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported"
+        )
+    return function
 
 
 def jit(name: str) -> Any:

@@ -127,9 +127,7 @@ def decode_kernel(
             if attn_mask is not None:  # of one query a head
                 mask_rows = attn_mask + tl.cast(b, tl.int64) * stride_mb + kh * GROUP * stride_mh + slot
                 visible = (rows < count)[:, None] & (columns < present)[None, :]
-                tile = tl.load(
-                    mask_rows + rows[:, None] * stride_mh + columns[None, :], mask=visible, other=0
-                )
+                tile = tl.load(mask_rows + rows[:, None] * stride_mh + columns[None, :], mask=visible, other=0)
                 if attn_mask.dtype.element_ty == tl.int8:
                     s += tl.where(tile != 0, 0.0, HIDDEN)
                 else:
@@ -194,7 +192,9 @@ def combine_kernel(
         for split in range(0, splits):
             base = (tl.cast(item, tl.int64) * splits + split) * count
             weight = tl.load(part_lse + base + rows, mask=rows < count, other=HIDDEN)
-            tile = tl.load(part + (base + rows[:, None]) * V_HEAD_DIM + dv[None, :], mask=stored, other=0.0)
+            tile = tl.load(
+                part + (base + rows[:, None]) * V_HEAD_DIM + dv[None, :], mask=stored, other=0.0
+            )
             m_new = tl.maximum(m, weight)
             alpha = tl.exp(m - m_new)
             weight = tl.exp(weight - m_new)

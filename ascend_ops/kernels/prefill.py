@@ -118,9 +118,7 @@ def prefill_kernel(
         if cu_seqlens_q is not None:
             q_batch = 0
         q_row = tl.cast(q_first + q0, tl.int64)
-        q_rows = (
-            queries - q0
-        )  # of this tile, when below BLOCK_Q; not positive past the end of a short sequence
+        q_rows = queries - q0  # of this tile, when below BLOCK_Q; not positive past the end of a short sequence
         kh = h // group
         k_base = k + kh * stride_kh
         v_base = v + kh * stride_vh
@@ -202,9 +200,7 @@ def prefill_kernel(
             s = softcapped(tl.dot(q_tile, tl.trans(k_tile)) * score_scale, SOFTCAP)
             if alibi_slopes is not None:
                 slope = tl.load(alibi_slopes + b * stride_ab + h)
-                distance = (rows + (own - slot)).to(tl.float32)[:, None] - edge_columns.to(tl.float32)[
-                    None, :
-                ]
+                distance = (rows + (own - slot)).to(tl.float32)[:, None] - edge_columns.to(tl.float32)[None, :]
                 s -= slope * tl.abs(distance)
             if band is not None:
                 # How far row 0 sees past the block's first key; both edges of a wide band are one picture.

@@ -7,18 +7,17 @@ bishengir-compile does after that, which nothing but an NPU runs.
 from __future__ import annotations
 
 import ctypes
-import inspect
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .instances import Instance, bind, instance
 from .lower import lower
 
 _PIPELINE = (
@@ -51,52 +50,28 @@ float __truncsfbf2(float value) {
     return value;
 }
 """
-_TYPES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8",
-    torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
 _ENTRY = re.compile(r"func\.func @(\w+)\((.*?)\) attributes", re.DOTALL)
 
 
 class Lowered:
     """A kernel that launches as ``kernel[grid](...)`` does, on CPU tensors, from its vendor-lowered linalg."""
 
-    def __init__(self, name: str, chip: str = "Ascend910B3") -> None:
-        from ..launch import jit
-
-        self.name, self.chip = name, chip
-        self.signature = inspect.signature(jit(name).fn)
+    def __init__(self, kernel: str, chip: str = "Ascend910B3") -> None:
+        self.kernel, self.chip = kernel, chip
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
-            bound = self.signature.bind(*args, **kwargs).arguments
-            types, constants = split(self.signature, bound)
-            run = _built(self.name, tuple(types.items()), tuple(constants.items()), self.chip)
-            run([bound[name] for name in types], grid[0])
+            arguments = bind(self.kernel, args, kwargs)
+            needed = instance(self.kernel, arguments)
+            run = _built(needed, self.chip)
+            run([arguments[name] for name, _ in needed.signature], grid[0])
 
         return launch
 
 
-def split(
-    signature: inspect.Signature, arguments: Mapping[str, Any]
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """(types of the parameters passed at run time, values of the constants) of a call."""
-    types, constants = {}, {}
-    for name, value in arguments.items():
-        if value is None or "constexpr" in str(signature.parameters[name].annotation):
-            constants[name] = value
-        elif isinstance(value, Tensor):
-            types[name] = f"*{_TYPES[value.dtype]}"
-        else:
-            types[name] = "fp32" if isinstance(value, float) else "i32"
-    return types, constants
-
-
 @cache
-def _built(
-    name: str, types: tuple[tuple[str, str], ...], constants: tuple[tuple[str, Any], ...], chip: str
-) -> Callable[[Sequence[Any], int], None]:
-    return build(lower(name, dict(types), dict(constants), chip))
+def _built(needed: Instance, chip: str) -> Callable[[Sequence[Any], int], None]:
+    return build(lower(needed.kernel, dict(needed.signature), dict(needed.constants), chip))
 
 
 def build(linalg: str) -> Callable[[Sequence[Any], int], None]:
@@ -117,25 +92,11 @@ def build(linalg: str) -> Callable[[Sequence[Any], int], None]:
         ir.load_dialects(context)
         llvm.init_targets()
         module = llvm.to_module(ir.parse_mlir_module(str(lowered), context), llvm.context())
-        assembly = llvm.translate_to_asm(
-            str(module), "x86_64-unknown-linux-gnu", "generic", "", [], False, False
-        )
+        assembly = llvm.translate_to_asm(str(module), "x86_64-unknown-linux-gnu", "generic", "", [], False, False)
         (folder / "kernel.s").write_text(assembly)
         (folder / "runtime.c").write_text(_RUNTIME)
         library = folder / "kernel.so"
-        _checked(
-            [
-                "gcc",
-                "-O2",
-                "-shared",
-                "-fPIC",
-                str(folder / "kernel.s"),
-                str(folder / "runtime.c"),
-                "-lm",
-                "-o",
-                str(library),
-            ]
-        )
+        _checked(["gcc", "-O2", "-shared", "-fPIC", str(folder / "kernel.s"), str(folder / "runtime.c"), "-lm", "-o", str(library)])
         function = getattr(ctypes.CDLL(str(library)), entry[1])
     function.restype = None
 

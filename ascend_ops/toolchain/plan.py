@@ -33,9 +33,7 @@ class Plan(NamedTuple):
     overflow: Mapping[str, tuple[int, int]]  # memory -> (needed, available), when refused
     occupancy: Mapping[str, int]  # memory -> highest address used
     workspace: int  # of global memory, for each core
-    syncs: Mapping[
-        str, tuple[int, ...]
-    ]  # core -> of each loop over blocks, Cube-Vector synchronisations a trip
+    syncs: Mapping[str, tuple[int, ...]]  # core -> of each loop over blocks, Cube-Vector synchronisations a trip
     chip: Mapping[str, int]  # the compiler's own table: UB_SIZE (bits), CUBE_CORE_COUNT, ...
     error: str = ""  # of a refusal without an overflow
 
