@@ -1,8 +1,8 @@
 """What CANN documents that its operators compute, in float64 on the CPU: the meaning of a call.
 
 It knows nothing of the router: it reads an invocation's arguments as the operator's page defines them, with
-`sparse_mode`, layouts, lengths, pages and NZ storage. What the documents leave open (rows without a key) comes
-out as NaN here, so that a router that relied on it would fail.
+`sparse_mode`, layouts, lengths, pages and NZ storage. What the documents leave open (rows without a key)
+comes out as NaN here, so that a router that relied on it would fail.
 """
 
 from __future__ import annotations
