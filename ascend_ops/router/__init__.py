@@ -7,7 +7,7 @@ documented limits (`validate`). What an operator cannot do is a reason, with the
 
 from __future__ import annotations
 
-from .attention import choose, reasons_against, unsupported
+from .attention import choose, empty, reasons_against, unsupported
 from .call import AttentionCall, Lengths, lengths
 from .chips import Chip, chip_of, current
 from .invocation import Invocation
@@ -20,6 +20,7 @@ __all__ = [
     "chip_of",
     "choose",
     "current",
+    "empty",
     "lengths",
     "reasons_against",
     "unsupported",
