@@ -19,6 +19,8 @@ from .tiling_mask import UNBOUNDED, tiling_mask
 DTYPES = (torch.float16, torch.bfloat16)
 #: Rows of the packed matrix up to which a call counts as decoding, and queries that share one pass over keys.
 DECODE_ROWS, DECODE_QUERIES = 64, 8
+#: Rows that a vector core merges at a time.
+COMBINE_ROWS = 16
 
 
 def attention(
@@ -246,7 +248,7 @@ def _decode(
             BLOCK_K=tiles.block_k,
             **shared,
         )
-        kernel("decode:combine_kernel", q.device)[(min(2 * cores, batch * kv_heads),)](
+        kernel("decode:combine_kernel", q.device)[(min(2 * cores, batch * kv_heads * -(-count // COMBINE_ROWS)),)](
             part,
             part_lse,
             out,
@@ -259,7 +261,7 @@ def _decode(
             BLOCK_DV=padded(v_dim),
             QUERIES=queries,
             GROUP=group,
-            BLOCK_R=tiles.block_r,
+            BLOCK_R=COMBINE_ROWS,
         )
     out = out.transpose(1, 2).reshape(*q.shape[:-1], v_dim)
     if not return_lse:

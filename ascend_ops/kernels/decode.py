@@ -165,7 +165,7 @@ def combine_kernel(
     out,  # (B, Hkv, rows, Dv), contiguous
     lse,  # float32 (B, Hkv, rows)
     sinks,
-    items,
+    pairs,  # of a sequence and a KV head
     kv_heads,
     splits,
     V_HEAD_DIM: tl.constexpr,
@@ -175,22 +175,24 @@ def combine_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """The splits of each KV head of each sequence, weighted by their share of the softmax's denominator."""
-    rows = tl.arange(0, BLOCK_R)
     dv = tl.arange(0, BLOCK_DV)
     count: tl.constexpr = QUERIES * GROUP
-    stored = (rows < count)[:, None]
-    if BLOCK_DV != V_HEAD_DIM:
-        stored = stored & (dv < V_HEAD_DIM)[None, :]
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    slices: tl.constexpr = (count + BLOCK_R - 1) // BLOCK_R
+    for item in range(tl.program_id(0), pairs * slices, tl.num_programs(0)):
+        pair = item // slices
+        rows = item % slices * BLOCK_R + tl.arange(0, BLOCK_R)
+        stored = (rows < count)[:, None]
+        if BLOCK_DV != V_HEAD_DIM:
+            stored = stored & (dv < V_HEAD_DIM)[None, :]
         m = tl.full([BLOCK_R], LOWEST, tl.float32)
         l = tl.zeros([BLOCK_R], tl.float32)
         if sinks is not None:
-            heads = item % kv_heads * GROUP + rows % GROUP
+            heads = pair % kv_heads * GROUP + rows % GROUP
             m = tl.load(sinks + heads, mask=rows < count, other=0.0).to(tl.float32)
             l += 1.0
         acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
         for split in range(0, splits):
-            base = (tl.cast(item, tl.int64) * splits + split) * count
+            base = (tl.cast(pair, tl.int64) * splits + split) * count
             weight = tl.load(part_lse + base + rows, mask=rows < count, other=HIDDEN)
             tile = tl.load(
                 part + (base + rows[:, None]) * V_HEAD_DIM + dv[None, :], mask=stored, other=0.0
@@ -203,7 +205,7 @@ def combine_kernel(
             m = m_new
         unseen = l == 0.0
         acc *= (1.0 / tl.where(unseen, 1.0, l))[:, None]
-        base = tl.cast(item, tl.int64) * count
+        base = tl.cast(pair, tl.int64) * count
         tl.store(
             out + (base + rows[:, None]) * V_HEAD_DIM + dv[None, :], acc.to(out.dtype.element_ty), mask=stored
         )
