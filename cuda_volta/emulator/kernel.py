@@ -149,9 +149,4 @@ def load(variant: Variant) -> EmulatedKernel:
 
     Raises ``BuildError`` when there is no g++ or it refuses the source.
     """
-    path = library(variant)
-    try:
-        return EmulatedKernel(variant, path)
-    except OSError:  # torn by a crash of the machine
-        path.unlink(missing_ok=True)
-        return EmulatedKernel(variant, library(variant))
+    return EmulatedKernel(variant, library(variant))
