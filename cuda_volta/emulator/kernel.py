@@ -94,12 +94,12 @@ class EmulatedKernel:
         *,
         reads: Sequence[torch.Tensor] = (),
         writes: Sequence[torch.Tensor] = (),
-        stream: int = 0,
+        stream: int | None = None,
         workers: int = 0,
     ) -> None:
         """Runs ``grid`` blocks, ``workers`` at a time (0: one for each processor), and waits for them.
 
-        Raises EmulationError at the first failed check; ``writes`` are then partly written. ``stream`` is 0.
+        Raises EmulationError at the first failed check; ``writes`` are then partly written. ``stream`` must be None or 0.
         """
         if ctypes.sizeof(params) != self.params_size:
             raise ValueError(
@@ -107,7 +107,7 @@ class EmulatedKernel:
                 f"{self.variant.entry} takes {self.params_size}"
             )
         if stream:
-            raise ValueError(f"stream: {stream}, the emulator has only stream 0")
+            raise ValueError(f"stream: {stream}, the emulator runs on the host and has none")
         readable, writable = _regions([*reads, *writes]), _regions(writes)
         arguments = LaunchArguments(
             ctypes.addressof(params),
