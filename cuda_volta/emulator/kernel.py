@@ -99,7 +99,8 @@ class EmulatedKernel:
     ) -> None:
         """Runs ``grid`` blocks, ``workers`` at a time (0: one for each processor), and waits for them.
 
-        Raises EmulationError at the first failed check; ``writes`` are then partly written. ``stream`` must be None or 0.
+        Raises EmulationError at the first failed check; ``writes`` are then partly written. There are no
+        streams: ``stream`` is None or 0.
         """
         if ctypes.sizeof(params) != self.params_size:
             raise ValueError(
