@@ -94,12 +94,13 @@ class EmulatedKernel:
         *,
         reads: Sequence[torch.Tensor] = (),
         writes: Sequence[torch.Tensor] = (),
-        stream: int = 0,
+        stream: int | None = None,
         workers: int = 0,
     ) -> None:
         """Runs ``grid`` blocks, ``workers`` at a time (0: one for each processor), and waits for them.
 
-        Raises EmulationError at the first failed check; ``writes`` are then partly written. ``stream`` is 0.
+        Raises EmulationError at the first failed check; ``writes`` are then partly written. There are no
+        streams: ``stream`` is None or 0.
         """
         if ctypes.sizeof(params) != self.params_size:
             raise ValueError(
@@ -107,7 +108,7 @@ class EmulatedKernel:
                 f"{self.variant.entry} takes {self.params_size}"
             )
         if stream:
-            raise ValueError(f"stream: {stream}, the emulator has only stream 0")
+            raise ValueError(f"stream: {stream}, the emulator runs on the host and has none")
         readable, writable = _regions([*reads, *writes]), _regions(writes)
         arguments = LaunchArguments(
             ctypes.addressof(params),
@@ -149,9 +150,4 @@ def load(variant: Variant) -> EmulatedKernel:
 
     Raises ``BuildError`` when there is no g++ or it refuses the source.
     """
-    path = library(variant)
-    try:
-        return EmulatedKernel(variant, path)
-    except OSError:  # torn by a crash of the machine
-        path.unlink(missing_ok=True)
-        return EmulatedKernel(variant, library(variant))
+    return EmulatedKernel(variant, library(variant))
