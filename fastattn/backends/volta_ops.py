@@ -1,0 +1,7 @@
+"""The small ops of the Volta backend, adapted from `cuda_volta`."""
+
+from __future__ import annotations
+
+from ..spec import Op
+
+OPS: dict[str, Op] = {}
