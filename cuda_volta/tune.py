@@ -2,8 +2,8 @@
 
 Tables list the variants that can run a call with the one first that the model of the machine prefers
 (docs/volta.md). On a real Volta the first call of its kind runs each of them a few times, on its own tensors,
-and the fastest is remembered on disk. Nothing is timed while a CUDA graph is captured, on newer GPUs (which run
-PTX) or in the emulator.
+and the fastest is remembered on disk. Nothing is timed while a CUDA graph is captured, on newer GPUs (which
+run PTX) or in the emulator.
 """
 
 from __future__ import annotations
