@@ -9,12 +9,16 @@ namespace volta {
 // A block takes BLOCK_Q queries of one head and walks over tiles of BLOCK_K keys.
 constexpr int BLOCK_Q = 128;
 constexpr int BLOCK_K = 32;
-// Up to 128 columns a warp holds 32 rows of O, two quadpairs by two. Above, 16 rows: the quadpairs split the
-// columns of O four ways, and Q K^T two ways along the head dimension.
+// Up to 128 columns a warp holds 32 rows of O, two quadpairs by two. Above, 16 rows: its quadpairs split the
+// columns of O four ways, and Q K^T two ways by keys and two ways along the head dimension.
 constexpr bool WIDE = HEAD_DIM > 128;
 constexpr int WARP_ROWS = WIDE ? 16 : 32;
 constexpr int THREADS = BLOCK_Q / WARP_ROWS * 32;
 constexpr int MIN_BLOCKS = WIDE ? 1 : 2;
+// What a variant knows beside bounds and lengths. Scores: softcap and ALiBi too. Anything: masks, head dims below
+// HEAD_DIM, rows that are not 16-byte aligned, pages of any stride.
+constexpr bool SCORES = FEATURES >= 1;
+constexpr bool ANYTHING = FEATURES >= 2;
 
 constexpr int STEPS = HEAD_DIM / (WIDE ? 16 : 8);    // of Q K^T: eight elements of the head dimension a quadpair
 constexpr int SCORE_ROWS = WIDE ? 1 : 2;             // 8-row tiles of scores that a quadpair keeps
@@ -44,9 +48,16 @@ struct Lane {
 // A 16-byte chunk of a row of K or V lies at chunk ^ swizzle(row).
 VOLTA_DEVICE u32 swizzle(u32 row) { return (row & 3) | (row >> 1 & 4); }
 
-// Row within a warp's rows of accumulator element i of row tile m; `pair` is i & 2.
+// First row, within the warp's, of the lane's row tile m of O and Q. WIDE quadpairs that sum the upper half of the
+// head dimension hold their two tiles the other way round, so that they send and keep the same registers.
 VOLTA_DEVICE u32 tile_row(const Lane& lane, int m) {
     return WIDE ? 8 * (static_cast<u32>(m) ^ lane.other) : 16 * lane.other + 8 * static_cast<u32>(m);
+}
+
+// Q as row operand, in the order of its fragments: 512 bytes a step, row tiles 64 bytes apart.
+VOLTA_DEVICE u32 query_offset(const Lane& lane) { return (2 * lane.other + lane.high) * 128 + 16 * lane.low; }
+VOLTA_DEVICE u32 query_chunk(const Lane& lane, int step) {
+    return WIDE ? 2 * static_cast<u32>(step) + lane.other : static_cast<u32>(step);
 }
 
 // K as column operand: byte offset, within the K tile, of the lane's row and its chunk of step 0.
@@ -56,12 +67,22 @@ VOLTA_DEVICE u32 key_offset(const Lane& lane) {
     return row * PITCH + 16 * chunk;
 }
 
-// V as row operand: the lane's key among 8 of its own side (crossed = 0) or of the other, and its 16-byte chunk of
-// the first or second (`pair`) pair of 8-column tiles; WIDE pairs are 128 bytes apart, others alternate in 64.
-VOLTA_DEVICE u32 value_offset(const Lane& lane, u32 crossed, u32 pair) {
+// V as row operand: the lane's key among 8 of its own side (crossed = 0) or of the other, and the 16-byte chunk
+// that holds its part of the first or second (`pair`) two column tiles. WIDE pairs are 128 bytes apart, others
+// alternate within 128 bytes.
+VOLTA_DEVICE u32 value_chunk(const Lane& lane, u32 high, int pair) {
+    return WIDE ? 8 * static_cast<u32>(pair) + 4 * high + 2 * lane.other + lane.side
+                : 4 * static_cast<u32>(pair) + 2 * high + lane.side;
+}
+VOLTA_DEVICE u32 value_offset(const Lane& lane, u32 crossed, int pair) {
     u32 row = 8 * (lane.side ^ crossed) + lane.low;
-    u32 chunk = WIDE ? 4 * lane.high + 2 * lane.other + lane.side : 4 * pair + 2 * lane.high + lane.side;
-    return row * PITCH + 16 * (chunk ^ swizzle(row));
+    return row * PITCH + 16 * (value_chunk(lane, lane.high, pair) ^ swizzle(row));
+}
+// A last, single column tile (WIDE, an odd number of them): 8 bytes of a chunk.
+VOLTA_DEVICE u32 last_value_chunk(const Lane& lane, u32 high) { return 4 * (OUT_COLS - 1) + 2 * high + lane.side; }
+VOLTA_DEVICE u32 last_value_offset(const Lane& lane, u32 crossed) {
+    u32 row = 8 * (lane.side ^ crossed) + lane.low;
+    return row * PITCH + 16 * (last_value_chunk(lane, lane.high) ^ swizzle(row)) + 8 * lane.other;
 }
 
 }  // namespace volta
