@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,16 @@ from ..spec import (
     LinearArgs,
     Op,
     OpSignature,
+    PackedWeight,
     RmsNormArgs,
     RotaryArgs,
     SwigluArgs,
 )
 from . import torch_ops
 from .volta import device_reasons, dtype_reasons
+
+if TYPE_CHECKING:
+    from cuda_volta.weights import GroupedWeight
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -90,13 +96,32 @@ def _float16_reasons(s: OpSignature) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------- matrices
 def linear(a: LinearArgs) -> Tensor:
-    """``x @ W^T + bias``."""
-    return torch_ops.linear(a)
+    """``x @ W^T + bias``. ``act`` allows x to be quantized, which Volta gains nothing by."""
+    from cuda_volta.linear import linear as run
+
+    return torch_ops.linear(a) if a.weight.format == "dense" else run(_rows(a.x), _grouped(a.weight))
 
 
 def embedding(a: EmbeddingArgs) -> Tensor:
-    """Rows ``ids`` of W (N, in)."""
-    return torch_ops.embedding(a)
+    """Rows ``ids`` of W (N, in). Raises ValueError for an id outside W that the host can see."""
+    from cuda_volta.embedding import embedding as run
+
+    if a.weight.format == "dense":
+        return torch_ops.embedding(a)
+    torch_ops.check_indices(a.ids, "ids", a.weight.shape[0])
+    return run(a.ids, _grouped(a.weight))
+
+
+def _grouped(w: PackedWeight) -> GroupedWeight:
+    from cuda_volta.weights import GroupedWeight
+
+    codes, scales, mins = (w.tensors.get(name) for name in ("codes", "scales", "mins"))
+    assert codes is not None  # of both formats that are not dense
+    assert scales is not None
+    return GroupedWeight(
+        {"int4": 4, "int8": 8}[w.format], w.shape, codes, scales, mins,
+        w.group_size, w.group_offset, w.g_idx, w.x_perm, w.bias,
+    )  # fmt: skip
 
 
 OPS: dict[str, Op] = {

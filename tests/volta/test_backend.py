@@ -172,6 +172,7 @@ def test_indices_outside_are_refused_before_a_launch(
         raise AssertionError("a kernel was loaded")
 
     monkeypatch.setattr("cuda_volta.decode.load", never)
+    monkeypatch.setattr("cuda_volta.prefill.load", never)
     k = half(4, 16, 1, 8) if "cache_seqlens" not in options or "block_table" in options else half(2, 16, 1, 8)
     with pytest.raises(ValueError, match=message):
         fastattn.attention(half(2, 3, 2, 8), k, k, backend="volta", **options)
