@@ -115,9 +115,10 @@ bool Machine::meet(Meeting meeting, Site site) {
         warp.meeting = meeting;
         warp.site = site;
     } else if (warp.meeting != meeting || warp.site.line != site.line || warp.site.file != site.file) {
-        fail("divergence", site,
-             "this lane came to " + name(meeting) + place(site) + ", another one of its warp to " +
-                 name(warp.meeting) + place(warp.site) + "; all 32 must meet at the same operation");
+        describe("divergence", site,
+                 "this lane came to " + name(meeting) + place(site) + ", another one of its warp to " +
+                     name(warp.meeting) + place(warp.site) + "; all 32 must meet at the same operation");
+        abandon();
     }
     if (++warp.arrived < 32) {
         const u32 self = warp.running;
@@ -135,9 +136,10 @@ void Machine::meet_block(Meeting meeting, Site site) {
         block_meeting_ = meeting;
         block_site_ = site;
     } else if (block_meeting_ != meeting || block_site_.line != site.line || block_site_.file != site.file) {
-        fail("barrier divergence", site,
-             "this warp came to " + name(meeting) + place(site) + ", another one of its block to " +
-                 name(block_meeting_) + place(block_site_) + "; all must meet at the same barrier");
+        describe("barrier divergence", site,
+                 "this warp came to " + name(meeting) + place(site) + ", another one of its block to " +
+                     name(block_meeting_) + place(block_site_) + "; all must meet at the same barrier");
+        abandon();
     }
     if (++warps_arrived_ < warps_.size()) {
         Fiber& self = lane().fiber;
@@ -213,14 +215,20 @@ void Machine::mma(float* d, Word2 a, Word2 b, bool b_is_row, Site site) {
 
 const void* Machine::shared_load(u32 address, u32 width, Site site) {
     const SharedMemory::Finding finding = shared_.load(address, width, lane().now);
-    if (finding.verdict != SharedMemory::Verdict::FINE) fail_shared(finding, "loads", address, width, site);
+    if (finding.verdict != SharedMemory::Verdict::FINE) {
+        describe_shared(finding, "loads", address, width, site);
+        abandon();
+    }
     warp_->gatherer.add(warp_->running, site, Access::SHARED_LOAD, address, width, counters_);
     return shared_.at(address);
 }
 
 void Machine::shared_store(u32 address, const void* value, u32 width, Site site) {
     const SharedMemory::Finding finding = shared_.store(address, width, lane().now);
-    if (finding.verdict != SharedMemory::Verdict::FINE) fail_shared(finding, "stores", address, width, site);
+    if (finding.verdict != SharedMemory::Verdict::FINE) {
+        describe_shared(finding, "stores", address, width, site);
+        abandon();
+    }
     warp_->gatherer.add(warp_->running, site, Access::SHARED_STORE, address, width, counters_);
     std::memcpy(shared_.at(address), value, width);
 }
@@ -233,53 +241,65 @@ void Machine::global(const void* pointer, u32 width, Access access, Site site) {
     if (!holds(last)) {
         const std::vector<Region>& regions = stores ? launch_->writable : launch_->readable;
         const auto region = std::find_if(regions.begin(), regions.end(), holds);
-        if (region == regions.end())
-            fail_global(address, width, stores, "which is in no tensor that the launch may touch so", site);
-        last = *region;
+        last = region == regions.end() ? Region{} : *region;
     }
-    if (width > last.end - address)
-        fail_global(address, width, stores,
-                    "which runs over the end of " + std::to_string(last.end - last.begin) + " bytes at " +
-                        hex(last.begin),
-                    site);
-    if (address % width) fail_global(address, width, stores, "which is misaligned", site);
+    if (!holds(last) || width > last.end - address || address % width) {
+        describe_global(address, width, stores, last, site);
+        abandon();
+    }
     warp_->gatherer.add(warp_->running, site, access, address, width, counters_);
 }
 
-void Machine::fail_global(u64 address, u32 width, bool stores, const std::string& why, Site site) {
-    fail(address % width ? "misaligned access" : "global memory out of bounds", site,
-         (stores ? "stores " : "loads ") + std::to_string(width) + " bytes at global " + hex(address) + ", " + why);
+// ------------------------------------------------------------------------------------------------ failures
+
+void Machine::describe_global(u64 address, u32 width, bool stores, const Region& region, Site site) {
+    const std::string what = (stores ? "stores " : "loads ") + std::to_string(width) + " bytes at global " + hex(address);
+    const u64 size = region.end - region.begin;
+    if (address % width)
+        describe("misaligned access", site, what);
+    else if (size == 0)
+        describe("global memory out of bounds", site, what + ", which is in no tensor that the launch may touch so");
+    else
+        describe("global memory out of bounds", site,
+                 what + ", which runs over the end of " + std::to_string(size) + " bytes at " + hex(region.begin));
 }
 
-void Machine::fail_shared(SharedMemory::Finding finding, const char* verb, u32 address, u32 width, Site site) {
+void Machine::describe_shared(SharedMemory::Finding finding, const char* verb, u32 address, u32 width, Site site) {
     using Verdict = SharedMemory::Verdict;
     const std::string what = std::string(verb) + " " + std::to_string(width) + " bytes at shared " + hex(address);
     const std::string other = "thread " + std::to_string(finding.other);
     switch (finding.verdict) {
-        case Verdict::MISALIGNED:
-            fail("misaligned access", site, what);
+        case Verdict::FINE: break;
+        case Verdict::MISALIGNED: describe("misaligned access", site, what); break;
         case Verdict::OUT_OF_BOUNDS:
-            fail("shared memory out of bounds", site,
-                 what + "; the block has [" + hex(SharedMemory::BASE) + ", " +
-                     hex(SharedMemory::BASE + launch_->shared_bytes) + ")");
+            describe("shared memory out of bounds", site,
+                     what + "; the block has [" + hex(SharedMemory::BASE) + ", " +
+                         hex(SharedMemory::BASE + launch_->shared_bytes) + ")");
+            break;
         case Verdict::UNINITIALISED:
-            fail("uninitialised shared memory", site, what + ", which no thread of the block has stored");
+            describe("uninitialised shared memory", site, what + ", which no thread of the block has stored");
+            break;
         case Verdict::RACE_WITH_STORE:
-            fail("race", site, what + ", which " + other + " stored without a barrier in between");
-        default:
-            fail("race", site, what + ", which " + other + " loaded without a barrier in between");
+            describe("race", site, what + ", which " + other + " stored without a barrier in between");
+            break;
+        case Verdict::RACE_WITH_LOAD:
+            describe("race", site, what + ", which " + other + " loaded without a barrier in between");
+            break;
     }
 }
 
-// Leaves the block's fibers where they are: kernels own nothing that would have to be destroyed.
-void Machine::fail(const char* check, Site site, const std::string& what) {
-    {
-        const std::lock_guard<std::mutex> guard(launch_->mutex);
-        if (!launch_->failed.exchange(true))
-            launch_->failure = std::string(check) + " in block (" + std::to_string(block_[0]) + ", " +
-                               std::to_string(block_[1]) + ", " + std::to_string(block_[2]) + "), thread " +
-                               std::to_string(thread()) + place(site) + ": " + what;
-    }
+// Ends the launch; the first failure is the one that is told.
+void Machine::describe(const char* check, Site site, const std::string& what) {
+    const std::lock_guard<std::mutex> guard(launch_->mutex);
+    if (launch_->failed.exchange(true)) return;
+    launch_->failure = std::string(check) + " in block (" + std::to_string(block_[0]) + ", " +
+                       std::to_string(block_[1]) + ", " + std::to_string(block_[2]) + "), thread " +
+                       std::to_string(thread()) + place(site) + ": " + what;
+}
+
+// Leaves the block's fibers where they are, so no frame below may own anything: kernels never do, and the
+// machine's own functions describe the failure first.
+void Machine::abandon() {
     switch_fiber(lane().fiber, worker_);
     __builtin_unreachable();
 }

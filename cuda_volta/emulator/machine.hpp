@@ -90,10 +90,10 @@ private:
     void switch_lane(u32 from, u32 to);
     void enter_epoch();
     Lane& lane() { return warp_->lanes[warp_->running]; }
-    [[noreturn]] void fail(const char* check, Site site, const std::string& what);
-    [[noreturn]] void fail_global(u64 address, u32 width, bool stores, const std::string& why, Site site);
-    [[noreturn]] void fail_shared(SharedMemory::Finding finding, const char* verb, u32 address, u32 width,
-                                  Site site);
+    void describe(const char* check, Site site, const std::string& what);
+    void describe_shared(SharedMemory::Finding finding, const char* verb, u32 address, u32 width, Site site);
+    void describe_global(u64 address, u32 width, bool stores, const Region& region, Site site);
+    [[noreturn]] void abandon();
 
     Launch* launch_ = nullptr;
     u32 block_[3] = {};
