@@ -103,6 +103,10 @@ VOLTA_DEVICE u32 shuffle(u32 v, u32 lane, VOLTA_SITE) { return emulator::exchang
 VOLTA_DEVICE float shuffle(float v, u32 lane, VOLTA_SITE) {
     return emulator::bits<float>(emulator::exchange(emulator::bits<u32>(v), lane, site));
 }
+template <typename T>
+VOLTA_DEVICE T pin(T v) {
+    return v;
+}
 VOLTA_DEVICE bool any_lane(bool v, VOLTA_SITE) { return emulator::vote_any(v, site); }
 
 // ---------------------------------------------------------------------------------------------- tensor cores
@@ -132,6 +136,9 @@ VOLTA_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
 }
 VOLTA_DEVICE u32 half2_mul(u32 a, u32 b) {
     return pack_half2(low_half(a) * low_half(b), high_half(a) * high_half(b));
+}
+VOLTA_DEVICE u32 half2_add(u32 a, u32 b) {
+    return pack_half2(low_half(a) + low_half(b), high_half(a) + high_half(b));
 }
 VOLTA_DEVICE u32 half2_sub(u32 a, u32 b) {
     return pack_half2(low_half(a) - low_half(b), high_half(a) - high_half(b));
