@@ -28,15 +28,14 @@ struct AttentionParams {
     const i32* k_pos0;
     const float* k_scale;
     const float* v_scale;
-    float* partial_out;       // decode: (splits, q rows, heads, partial_width), each split's own softmax
-    float* partial_lse;       // decode: (splits, q rows, heads), base 2
+    float* partial_out;       // decode: (q rows, heads, splits, partial_width), each split's own softmax
+    float* partial_lse;       // decode: (q rows, heads, splits), base 2
     i64 q_batch, q_row, q_head;
     i64 k_batch, k_row, k_head;  // k_batch, v_batch: of a page where keys are paged
     i64 v_batch, v_row, v_head;
     i64 out_batch, out_row, out_head;
     i64 lse_batch, lse_head;
     i64 mask_batch, mask_head, mask_row, mask_key;
-    i64 partial_rows;            // of a split
     i32 batch, heads, kv_heads;
     i32 head_dim, v_head_dim;
     i32 q_rows;               // of a sequence; packed: of all
