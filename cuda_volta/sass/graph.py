@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cuda_volta.sass.listing import BYTES, Instruction
 
-_JUMPS = ("BRA", "BRX", "JMP", "CALL", "RET", "EXIT", "BSYNC", "KILL")
+_JUMPS = ("BRA", "BRX", "CALL", "RET", "EXIT", "BSSY", "BSYNC", "WARPSYNC", "KILL")
 
 
 class Block(NamedTuple):
@@ -32,7 +32,6 @@ class Loop(NamedTuple):
 def blocks(code: Sequence[Instruction]) -> list[Block]:
     """The basic blocks in address order. A return (RET) and an indirect branch have no successors here."""
     leaders = {0}
-    reconverge = {i.operands[0]: i.target for i in code if i.base == "BSSY" and i.target is not None}
     for index, item in enumerate(code):
         if item.target is not None:
             leaders.add(item.target // BYTES)
@@ -50,9 +49,7 @@ def blocks(code: Sequence[Instruction]) -> list[Block]:
             after = [t // BYTES for t in (end.target,) if t is not None] + (
                 [] if always and end.base == "BRA" else after
             )
-        elif end.base == "BSYNC":
-            after = [reconverge[end.operands[0]] // BYTES] if end.operands[0] in reconverge else after
-        elif end.base in _JUMPS and always:
+        elif end.base in ("BRX", "RET", "EXIT", "KILL") and always:
             after = []
         found.append(Block(start, last, tuple(dict.fromkeys(number[a] for a in after))))
     return found

@@ -83,9 +83,10 @@ def read(cubin: Path | str) -> dict[str, Function]:
 
 _SECTION = re.compile(r"\s*\.section\s+\"?([^\",\s]+)")
 _REGISTERS = re.compile(r"\s*\.sectioninfo\s+@\"SHI_REGISTERS=(\d+)\"")
-_LABEL = re.compile(r"(\.L_\S+):")
+_LABEL = re.compile(r"([^\s/]\S*):$")
 _FIRST = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);\s*/\* 0x[0-9a-f]{16} \*/")
 _SECOND = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/")
+_RELATIVE = re.compile(r"32@(lo|hi)\(\(\S+ \+ (\S+)@srel\)\)")
 _GUARD = re.compile(r"@(!?U?P\w+)\s+(.*)", re.DOTALL)
 _BYTES = re.compile(r"\s*(?:/\*[0-9a-f]{4,}\*/)?\s*\.byte\s+(.*)")
 _ZEROS = re.compile(r"\s*\.zero\s+(\d+)")
@@ -134,12 +135,17 @@ def parse(listing: str) -> dict[str, Function]:
 
 
 def _instruction(address: int, text: str, upper: int, labels: dict[str, int]) -> Instruction:
-    guard = ""
+    guard, text = "", _RELATIVE.sub(lambda found: _literal(found, labels), text)
     if found := _GUARD.fullmatch(text):
         guard, text = found[1], found[2]
     opcode, _, rest = text.strip().partition(" ")
     operands = tuple(item.strip() for item in rest.split(",")) if rest.strip() else ()
-    named = re.search(r"`\((\.L_\S+?)\)", rest)
-    return Instruction(
-        address, guard, opcode, operands, Control.decode(upper), labels.get(named[1]) if named else None
-    )
+    named = re.search(r"`\((\S+)\)", rest)
+    # A return's target is the address in its register; the listing names only the function.
+    target = labels.get(named[1]) if named and not opcode.startswith("RET") else None
+    return Instruction(address, guard, opcode, operands, Control.decode(upper), target)
+
+
+def _literal(found: re.Match[str], labels: dict[str, int]) -> str:
+    """A label's address where the listing writes "32@lo((kernel + label@srel))"; above 32 bits it is 0."""
+    return hex(labels.get(found[2], 0) if found[1] == "lo" else 0)
