@@ -13,7 +13,7 @@ from cuda_volta.sass.listing import BYTES, Function, Instruction
 from cuda_volta.sass.paths import operands as ops
 from cuda_volta.sass.paths import semantics, slices
 from cuda_volta.sass.paths.lanes import TRUE, UNKNOWN, WARP, Value, uniform
-from cuda_volta.sass.paths.traffic import sectors, wavefronts
+from cuda_volta.sass.paths.traffic import SECTOR, sectors, wavefronts
 from cuda_volta.sass.paths.warp import Warp
 
 SKIPPED = -1  # the cost of an instruction whose guard is false in every lane
@@ -34,6 +34,7 @@ class Path(NamedTuple):
 
     indices: npt.NDArray[np.int32]  # of instructions
     costs: npt.NDArray[np.int16]  # SKIPPED, or shared wavefronts or global sectors of a memory access, else 0
+    sectors: npt.NDArray[np.int64]  # distinct sectors of global memory it touches: addresses / 32
     guessed: frozenset[int]  # addresses of branches that depend on unknown data: taken as falling through
 
 
@@ -100,6 +101,7 @@ class _Follower:
         self.places: dict[str, int] = {}  # barrier -> where its lanes go on
         self.indices: list[npt.NDArray[np.int32]] = []
         self.costs: list[npt.NDArray[np.int16]] = []
+        self.touched: list[npt.NDArray[np.int64]] = []
         self.guessed: set[int] = set()
         self.length = 0
 
@@ -115,7 +117,8 @@ class _Follower:
         for name, (_, arrived) in self.meetings.items():
             if arrived.any():
                 raise ValueError(f"function: lanes wait for ever at {name}")
-        return Path(np.concatenate(self.indices), np.concatenate(self.costs), frozenset(self.guessed))
+        touched = np.unique(np.concatenate(self.touched)) if self.touched else np.zeros(0, np.int64)
+        return Path(np.concatenate(self.indices), np.concatenate(self.costs), touched, frozenset(self.guessed))
 
     def _issue(self, first: int, mask: Value) -> int:
         """Issues a block from its start; returns its last instruction."""
@@ -125,7 +128,7 @@ class _Follower:
         for index in program.busy[first]:
             if index in program.memory:
                 address, guard, item = program.memory[index]
-                costs[index - first] = _cost(item, address(warp), guard(warp), mask)
+                costs[index - first] = self._access(item, address(warp), guard(warp), mask)
             elif index in program.guarded:
                 lanes = mask & program.guarded[index](warp)
                 if lanes is not UNKNOWN and not lanes.any():
@@ -139,6 +142,20 @@ class _Follower:
         if self.length > _LONGEST:
             raise ValueError(f"function: the path of a warp is longer than {_LONGEST} instructions")
         return last
+
+    def _access(self, item: Instruction, address: Value, guard: Value, mask: Value) -> int:
+        """SKIPPED, or the wavefronts or sectors of an access; of an unknown address, those of a perfect one."""
+        lanes = mask if guard is UNKNOWN else mask & guard
+        if not lanes.any():
+            return SKIPPED
+        shared, size = item.base in slices.SHARED, _bytes(item)
+        if address is UNKNOWN:
+            return max(1, int(lanes.sum()) * size // (128 if shared else SECTOR))
+        if shared:
+            return wavefronts(address[lanes], size, np.flatnonzero(lanes))
+        touched = sectors(address[lanes], size)
+        self.touched.append(touched)
+        return len(touched)
 
     def _leave(self, last: int, mask: Value) -> list[_Split]:
         """Where the lanes go after a block."""
@@ -188,13 +205,7 @@ class _Follower:
                 free.append(_Split(self.places[name], arrived))
         return free
 
-def _cost(item: Instruction, address: Value, guard: Value, mask: Value) -> int:
-    """SKIPPED, or the wavefronts or sectors of an access; of an unknown address, those of a perfect one."""
-    lanes = mask if guard is UNKNOWN else mask & guard
-    if not lanes.any():
-        return SKIPPED
-    size = next((int(m.lstrip("US")) // 8 for m in item.modifiers if m in ("64", "128", "U8", "S8", "U16", "S16")), 4)
-    if address is UNKNOWN:
-        count = int(lanes.sum()) * size
-        return max(1, count // (128 if item.base in slices.SHARED else 32))
-    return (wavefronts if item.base in slices.SHARED else sectors)(address[lanes], size, np.flatnonzero(lanes))
+
+def _bytes(item: Instruction) -> int:
+    """That a lane moves."""
+    return next((int(m.lstrip("US")) // 8 for m in item.modifiers if m.lstrip("US") in ("8", "16", "64", "128")), 4)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 _BANKS = 32  # of 4 bytes
-_SECTOR = 32  # bytes
+SECTOR = 32  # bytes
 
 
 def wavefronts(addresses: npt.NDArray[np.int64], size: int, lanes: npt.NDArray[np.int64]) -> int:
@@ -24,7 +24,6 @@ def wavefronts(addresses: npt.NDArray[np.int64], size: int, lanes: npt.NDArray[n
     return total
 
 
-def sectors(addresses: npt.NDArray[np.int64], size: int, lanes: npt.NDArray[np.int64]) -> int:
-    """Distinct sectors of 32 bytes of global memory that the lanes touch."""
-    ends = addresses + (size - 1)
-    return len(np.unique(np.concatenate([addresses // _SECTOR, ends // _SECTOR])))
+def sectors(addresses: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+    """The distinct sectors of 32 bytes of global memory that the lanes touch."""
+    return np.unique(np.concatenate([addresses // SECTOR, (addresses + (size - 1)) // SECTOR]))
