@@ -14,7 +14,8 @@ from .variant import Kernel, Variant
 ROWS = 16  # packed rows of a block
 WARPS = 8
 SMS = 80  # of a V100, which the emulator stands for
-_MERGE_BYTES = WARPS * 16 * (8 + 72 * 4)  # decode_merge.cuh
+_BAND_BYTES = ROWS * 8
+_MERGE_BYTES = WARPS * ROWS * (8 + 72 * 4)  # decode_merge.cuh
 # A split's part is written and read in float32: 8 rows Dv bytes against 4 D keys bytes of KV. So many keys
 # a row keep it below 1.6 % of them.
 _KEYS_A_ROW = 128
@@ -28,7 +29,7 @@ def _variant(head_dim: int, block_k: int, vector: int = 1) -> Variant:
         defines=(("HEAD_DIM", head_dim), ("BLOCK_K", block_k), ("VECTOR", vector)),
         threads=32 * WARPS,
         min_blocks=1,
-        shared_bytes=ROWS * head_dim * 2 + _MERGE_BYTES,
+        shared_bytes=ROWS * head_dim * 2 + _BAND_BYTES + _MERGE_BYTES,
         head_dim=head_dim,
         block_q=ROWS,
         block_k=block_k,

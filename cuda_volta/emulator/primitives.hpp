@@ -102,6 +102,10 @@ VOLTA_DEVICE u32 shuffle(u32 v, u32 lane, VOLTA_SITE) { return emulator::exchang
 VOLTA_DEVICE float shuffle(float v, u32 lane, VOLTA_SITE) {
     return emulator::bits<float>(emulator::exchange(emulator::bits<u32>(v), lane, site));
 }
+template <typename T>
+VOLTA_DEVICE T pin(T v) {
+    return v;
+}
 VOLTA_DEVICE bool any_lane(bool v, VOLTA_SITE) { return emulator::vote_any(v, site); }
 
 // ---------------------------------------------------------------------------------------------- tensor cores

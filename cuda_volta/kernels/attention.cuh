@@ -44,6 +44,8 @@ struct AttentionParams {
     i32 k_rows;               // of a sequence; packed: of all; paged: of a page
     i32 k_batches;            // rows of a contiguous cache, or pages
     i32 max_pages;            // of a sequence
+    i32 page_rows;            // rows from a page to the next, of k and of v; 0: not a whole number of rows
+    u32 page_magic, page_shift;  // row / k_rows = (2 row * page_magic >> 32) >> page_shift
     i32 alibi_batch;          // stride; 0: slopes are per head only
     i32 mask_kind;            // MASK_*
     i32 left, right;          // visible band, NO_BOUND: unbounded

@@ -28,10 +28,11 @@ VOLTA_DEVICE Word4 load8(const u16* p, i32 present) {
 #if VECTOR
     if (present > 0) v = ldg128_stream(p);
 #else
-    u32 h[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) h[i] = i < present ? ldg(p + i) : 0;
-    v = {h[0] | h[1] << 16, h[2] | h[3] << 16, h[4] | h[5] << 16, h[6] | h[7] << 16};
+#pragma unroll 4
+    for (int i = 0; i < 8; ++i) {
+        const u32 h = i < present ? ldg(p + i) : 0;
+        v = {v.x >> 16 | v.y << 16, v.y >> 16 | v.z << 16, v.z >> 16 | v.w << 16, v.w >> 16 | h << 16};
+    }
 #endif
     return v;
 }
@@ -126,16 +127,10 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
     const bool second = k.rows > 8;
 
     const u32 queries = shared_base();
-    const u32 merging = queries + 2 * K_CHUNKS * CHUNK_BYTES;
+    const u32 bands = queries + 2 * K_CHUNKS * CHUNK_BYTES;
+    const u32 merging = bands + 16 * 8;
     store_queries(p, k, queries);
-    LaneRow rows[2][2];
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            rows[m][r] = start_row(p, k, m * 8 + static_cast<i32>(accumulator_row(lane, r)));
-        }
-    }
+    if (thread_index() < 16) store_band(p, k, bands, static_cast<i32>(thread_index()));
     barrier();
 
     // This split's tiles of the keys that any row sees.
@@ -146,6 +141,9 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
     const i32 stop = clamp((static_cast<i32>(block_y()) + 1) * share, 0, tiles);
     const ScoreScale scale = score_scale(p, k.kv_head);
 
+    LaneRow rows[2][2];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) rows[m][0] = rows[m][1] = {-infinity(), 0.0f};
     float o[2][V_CHUNKS][2][8] = {};
     KeyTile keys;
     ValueTile values;
@@ -182,7 +180,7 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
         for (int m = 0; m < 2; ++m) {
             if (m == 1 && !second) continue;
             float rescale[2];
-            online_softmax<GROUPS>(s[m], rows[m], rescale, scale, p, k, m, tile);
+            online_softmax<GROUPS>(s[m], rows[m], rescale, scale, p, k, bands, m, tile);
 #pragma unroll
             for (int c = 0; c < V_CHUNKS; ++c) {
 #pragma unroll

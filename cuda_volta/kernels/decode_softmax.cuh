@@ -23,11 +23,17 @@ VOLTA_DEVICE PackedRow packed_row(const Block& k, i32 row) {
 
 // One of the four rows whose accumulators a lane holds.
 struct LaneRow {
-    Band band;  // empty where the row does not exist
     float max, sum;
 };
-VOLTA_DEVICE LaneRow start_row(const AttentionParams& p, const Block& k, i32 row) {
-    return {row < k.rows ? visible_band(p, k.seq, packed_row(k, row).query) : Band{0, -1}, -infinity(), 0.0f};
+
+// The rows' bands wait in shared memory: there are no registers to spare. Empty where a row does not exist.
+VOLTA_DEVICE void store_band(const AttentionParams& p, const Block& k, u32 bands, i32 row) {
+    const Band band = row < k.rows ? visible_band(p, k.seq, packed_row(k, row).query) : Band{0, -1};
+    sts64(bands + row * 8, {static_cast<u32>(band.first), static_cast<u32>(band.last)});
+}
+VOLTA_DEVICE Band load_band(u32 bands, i32 row) {
+    const Word2 band = lds64(bands + row * 8);
+    return {static_cast<i32>(band.x), static_cast<i32>(band.y)};
 }
 
 // From q k to a score, base 2.
@@ -42,8 +48,8 @@ VOLTA_DEVICE ScoreScale score_scale(const AttentionParams& p, i32 kv_head) {
 
 // ALiBi and attn_mask, base 2, of scores of keys tile.. of packed row `row`.
 template <int GROUPS>
-VOLTA_DEVICE void add_biases(float (&s)[GROUPS][8], const LaneRow& lane_row, const AttentionParams& p, const Block& k,
-                             i32 row, int r, i32 tile) {
+VOLTA_DEVICE void add_biases(float (&s)[GROUPS][8], Band band, const AttentionParams& p, const Block& k, i32 row, int r,
+                             i32 tile) {
     const PackedRow at = packed_row(k, row < k.rows ? row : 0);
     const float slope = p.alibi_slopes ? ldg(p.alibi_slopes + k.batch * p.alibi_batch + at.head) * LOG2_E : 0.0f;
 #pragma unroll
@@ -52,7 +58,7 @@ VOLTA_DEVICE void add_biases(float (&s)[GROUPS][8], const LaneRow& lane_row, con
         for (int i = 0; i < 8; ++i) {
             if ((i >> 1 & 1) != r) continue;
             const i32 j = tile + g * 8 + static_cast<i32>(accumulator_column(lane_index(), i));
-            if (j < lane_row.band.first || j > lane_row.band.last) continue;
+            if (j < band.first || j > band.last) continue;
             const i32 distance = at.query + k.seq.shift - j;
             s[g][i] -= slope * static_cast<float>(distance < 0 ? -distance : distance);
             if (p.mask_kind != MASK_NONE) s[g][i] += mask_bias(p, k.seq, k.batch, at.head, at.query, j);
@@ -64,7 +70,8 @@ VOLTA_DEVICE void add_biases(float (&s)[GROUPS][8], const LaneRow& lane_row, con
 // relative to each row's maximum so far; `rescale` brings what was summed before to that maximum.
 template <int GROUPS>
 VOLTA_DEVICE void online_softmax(float (&s)[GROUPS][8], LaneRow (&rows)[2], float (&rescale)[2],
-                                 const ScoreScale& scale, const AttentionParams& p, const Block& k, int m, i32 tile) {
+                                 const ScoreScale& scale, const AttentionParams& p, const Block& k, u32 bands, int m,
+                                 i32 tile) {
     const u32 lane = lane_index();
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
@@ -80,21 +87,21 @@ VOLTA_DEVICE void online_softmax(float (&s)[GROUPS][8], LaneRow (&rows)[2], floa
             }
         }
     }
-    if (p.alibi_slopes || p.mask_kind != MASK_NONE) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            add_biases(s, rows[r], p, k, m * 8 + static_cast<i32>(accumulator_row(lane, r)), r, tile);
-        }
-    }
     float top[2] = {rows[0].max, rows[1].max};
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
+    for (int r = 0; r < 2; ++r) {
+        const i32 row = m * 8 + static_cast<i32>(accumulator_row(lane, r));
+        const Band band = load_band(bands, row);
+        if (p.alibi_slopes || p.mask_kind != MASK_NONE) add_biases(s, band, p, k, row, r, tile);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int r = i >> 1 & 1;
-            const i32 j = tile + g * 8 + static_cast<i32>(accumulator_column(lane, i));
-            if (j < rows[r].band.first || j > rows[r].band.last) s[g][i] = -infinity();
-            top[r] = s[g][i] > top[r] ? s[g][i] : top[r];
+        for (int g = 0; g < GROUPS; ++g) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                if ((i >> 1 & 1) != r) continue;
+                const i32 j = tile + g * 8 + static_cast<i32>(accumulator_column(lane, i));
+                if (j < band.first || j > band.last) s[g][i] = -infinity();
+                top[r] = s[g][i] > top[r] ? s[g][i] : top[r];
+            }
         }
     }
 #pragma unroll

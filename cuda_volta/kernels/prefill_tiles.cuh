@@ -1,0 +1,144 @@
+// Tiles of K and V: from global memory to registers while the tensor cores work, then to shared memory.
+#pragma once
+
+#include "attention.cuh"
+#include "prefill_layout.cuh"
+
+namespace volta {
+
+// Eight lanes read 128 consecutive bytes of a row. Where a row ends with 64 bytes, four lanes read those of one row
+// and four those of the row eight below, so that each eight lanes of a store meet every bank once.
+static_assert(HEAD_DIM % 32 == 0, "a row is whole 64-byte pieces");
+constexpr int GROUPS = HEAD_DIM / 64;
+constexpr bool TAIL = HEAD_DIM % 64 != 0;
+constexpr int PASSES = GROUPS ? 8 * BLOCK_K / THREADS : 0;
+constexpr int PASS_ROWS = THREADS / 8;
+constexpr int SLOTS = PASSES + TAIL;           // rows of a tile that one thread reads
+constexpr int LOADS = PASSES * GROUPS + TAIL;  // 16-byte chunks of a tile that one thread reads
+
+struct Stage {
+    Word4 chunk[LOADS];
+};
+
+// Which rows and chunks of every tile a thread moves, and where they go.
+struct Mover {
+    u32 row, tail_row;  // within the tile
+    u32 chunk, tail_chunk;
+    u32 store_at, store_tail_at;
+    bool has_tail;
+
+    VOLTA_DEVICE explicit Mover(u32 thread)
+        : row(thread >> 3),
+          tail_row((thread >> 3 & 7) | (thread & 4) << 1 | (thread >> 2 & 16)),
+          chunk(thread & 7),
+          tail_chunk(8 * GROUPS + (thread & 3)),
+          store_at(GROUPS ? pin(row * PITCH + 16 * (chunk ^ swizzle(row))) : 0),
+          store_tail_at(TAIL ? pin(tail_row * PITCH + 16 * (tail_chunk ^ swizzle(tail_row))) : 0),
+          has_tail(TAIL && (THREADS == 4 * BLOCK_K || thread < 4 * BLOCK_K)) {}
+
+    VOLTA_DEVICE i32 slot_row(int slot) const {
+        return static_cast<i32>(slot < PASSES ? row + static_cast<u32>(slot * PASS_ROWS) : tail_row);
+    }
+
+    VOLTA_DEVICE void store(u32 tile, const Stage& stage) const {
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass) {
+#pragma unroll
+            for (int g = 0; g < GROUPS; ++g) {
+                sts128(store_at + tile + static_cast<u32>(pass * PASS_ROWS * PITCH + g * 128),
+                       stage.chunk[pass * GROUPS + g]);
+            }
+        }
+        if (has_tail) sts128(store_tail_at + tile, stage.chunk[LOADS - 1]);
+    }
+};
+
+// Where this thread's keys of one tile are stored. Keys past the end repeat the last one, which exists.
+struct KeyRows {
+    u32 row[SLOTS];
+    i32 batch[ANYTHING ? SLOTS : 1];
+
+    VOLTA_DEVICE void locate(const AttentionParams& p, const Sequence& s, const Mover& mover, i32 b, i32 key0) {
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            i32 key = key0 + mover.slot_row(slot);
+            key = key < s.k_len ? key : s.k_len - 1;
+            if (ANYTHING) {
+                const KeyPlace place = key_place(p, s, b, key);
+                row[slot] = static_cast<u32>(place.row);
+                batch[slot] = place.batch;
+            } else {
+                row[slot] = static_cast<u32>(key + s.k_begin);
+            }
+        }
+        if (!ANYTHING && p.block_table) {
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) row[slot] = paged_row(p, b, row[slot]);
+        }
+    }
+
+    // Pages whose starts are whole rows apart: the row counted from the first page's start.
+    VOLTA_DEVICE static u32 paged_row(const AttentionParams& p, i32 b, u32 row) {
+        const u32 index = static_cast<u32>(static_cast<u64>(2 * row) * p.page_magic >> 32) >> p.page_shift;
+        const u32 page = ldg(reinterpret_cast<const u32*>(p.block_table) + static_cast<u32>(b * p.max_pages) + index);
+        const u32 clamped = page < static_cast<u32>(p.k_batches) ? page : 0;
+        return row + clamped * static_cast<u32>(p.page_rows) - index * static_cast<u32>(p.k_rows);
+    }
+};
+
+// 16 bytes of a row that may be narrower than HEAD_DIM or not aligned; what is missing is zero.
+VOLTA_DEVICE Word4 load_chunk(const u16* row, u32 chunk, i32 width, bool aligned) {
+    const i32 first = static_cast<i32>(8 * chunk);
+    if (aligned) return first < width ? ldg128_stream(row + first) : Word4{0, 0, 0, 0};
+    u32 words[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+        const i32 at = first + 2 * w;
+        words[w] = at < width ? ldg(row + at) : 0u;
+        if (at + 1 < width) words[w] |= static_cast<u32>(ldg(row + at + 1)) << 16;
+    }
+    return {words[0], words[1], words[2], words[3]};
+}
+
+VOLTA_DEVICE bool is_aligned(const void* p, i64 batch, i64 row, i64 head, i32 width) {
+    return ((reinterpret_cast<u64>(p) & 15) | ((batch | row | head | width) & 7)) == 0;
+}
+
+// One head's keys or values in global memory, from this thread's chunk on.
+struct Source {
+    const u16* base;
+    const u16* tail;
+    u32 row_bytes;
+    i64 batch_stride;  // of a sequence or page, ANYTHING
+    i32 width;
+    bool aligned;
+
+    VOLTA_DEVICE Source(const u16* data, i64 batch, i64 row, i64 head, i32 columns, i32 sequence, u32 kv_head,
+                        const Mover& mover)
+        : row_bytes(static_cast<u32>(2 * row)),
+          batch_stride(batch),
+          width(columns),
+          aligned(is_aligned(data, batch, row, head, columns)) {
+        const u16* first = data + (ANYTHING ? 0 : sequence * batch) + kv_head * head;
+        base = ANYTHING ? first : pin(first + 8 * mover.chunk);
+        tail = ANYTHING || !TAIL ? first : pin(first + 8 * mover.tail_chunk);
+    }
+
+    VOLTA_DEVICE void load(Stage& stage, const KeyRows& rows, const Mover& mover) const {
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            const u64 offset = static_cast<u64>(rows.row[slot]) * row_bytes;
+            const bool is_tail = slot >= PASSES;
+            const u16* at = reinterpret_cast<const u16*>(reinterpret_cast<const char*>(is_tail ? tail : base) + offset);
+            if (ANYTHING) at += rows.batch[slot] * batch_stride;
+#pragma unroll
+            for (int g = 0; g < (is_tail ? 1 : GROUPS); ++g) {
+                const u32 chunk = is_tail ? mover.tail_chunk : 8 * static_cast<u32>(g) + mover.chunk;
+                stage.chunk[is_tail ? LOADS - 1 : slot * GROUPS + g] =
+                    ANYTHING ? load_chunk(at, chunk, width, aligned) : ldg128_stream(at + 64 * g);
+            }
+        }
+    }
+};
+
+}  // namespace volta
