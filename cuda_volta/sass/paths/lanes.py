@@ -71,6 +71,8 @@ def unsigned_shift(value: Value, count: Value) -> Value:
 
 def select(condition: Value, yes: Value, no: Value) -> Value:
     """Lane by lane; unknown if any lane that counts is."""
+    if condition is TRUE or (yes is UNKNOWN and no is UNKNOWN):
+        return yes
     if condition is UNKNOWN:
         return UNKNOWN
     if condition.all():

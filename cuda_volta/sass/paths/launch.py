@@ -35,6 +35,7 @@ class Path(NamedTuple):
     indices: npt.NDArray[np.int32]  # of instructions
     costs: npt.NDArray[np.int16]  # SKIPPED, or shared wavefronts or global sectors of a memory access, else 0
     sectors: npt.NDArray[np.int64]  # distinct sectors of global memory it touches: addresses / 32
+    touches: npt.NDArray[np.int64]  # how often each of them
     guessed: frozenset[int]  # addresses of branches that depend on unknown data: taken as falling through
 
 
@@ -54,7 +55,9 @@ class Program:
         blocks = graph.blocks(code)
         self.end = {b.first: b.last for b in blocks}
         keep = slices.needed(code, blocks)
-        self.computed = {i: (semantics.step(code[i]), _guard(code[i])) for i in range(len(code)) if keep[i]}
+        self.computed = {
+            i: (semantics.step(item), _guard(item) if item.guard else None) for i, item in enumerate(code) if keep[i]
+        }  # fmt: skip
         self.memory = {
             i: (ops.address(item), _guard(item), item) for i, item in enumerate(code)
             if item.base in slices.SHARED + slices.GLOBAL
@@ -117,14 +120,17 @@ class _Follower:
         for name, (_, arrived) in self.meetings.items():
             if arrived.any():
                 raise ValueError(f"function: lanes wait for ever at {name}")
-        touched = np.unique(np.concatenate(self.touched)) if self.touched else np.zeros(0, np.int64)
-        return Path(np.concatenate(self.indices), np.concatenate(self.costs), touched, frozenset(self.guessed))
+        every = np.concatenate([np.zeros(0, np.int64), *self.touched])
+        distinct, touches = np.unique(every, return_counts=True)
+        indices, costs = np.concatenate(self.indices), np.concatenate(self.costs)
+        return Path(indices, costs, distinct, touches, frozenset(self.guessed))
 
     def _issue(self, first: int, mask: Value) -> int:
         """Issues a block from its start; returns its last instruction."""
         program, warp = self.program, self.warp
         last = program.end[first]
         costs = np.zeros(last + 1 - first, np.int16)
+        mask = TRUE if mask.all() else mask
         for index in program.busy[first]:
             if index in program.memory:
                 address, guard, item = program.memory[index]
@@ -135,7 +141,7 @@ class _Follower:
                     costs[index - first] = SKIPPED
             if index in program.computed:
                 step, guard = program.computed[index]
-                step(warp, mask & guard(warp))
+                step(warp, mask if guard is None else mask & guard(warp))
         self.indices.append(np.arange(first, last + 1, dtype=np.int32))
         self.costs.append(costs)
         self.length += last + 1 - first
@@ -152,8 +158,8 @@ class _Follower:
         if address is UNKNOWN:
             return max(1, int(lanes.sum()) * size // (128 if shared else SECTOR))
         if shared:
-            return wavefronts(address[lanes], size, np.flatnonzero(lanes))
-        touched = sectors(address[lanes], size)
+            return wavefronts(address, size, lanes)
+        touched = sectors(address, size, lanes)
         self.touched.append(touched)
         return len(touched)
 

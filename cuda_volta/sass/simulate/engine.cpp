@@ -318,13 +318,25 @@ private:
         return core.line_ready[line];
     }
 
+    // The line to give up: the one used longest ago, or any but those used in this very cycle.
+    int victim(const SubCore& core) {
+        const int lines = static_cast<int>(core.line_ready.size());
+        if (m.random_replacement)
+            for (;;) {
+                random = random * 6364136223846793005u + 1442695040888963407u;
+                const int line = static_cast<int>((random >> 33) % lines);
+                if (core.line_ready[line] != never && core.line_used[line] != now) return line;
+            }
+        int found = -1;
+        for (int line = 0; line < lines; ++line)
+            if (core.line_ready[line] != never && (found < 0 || core.line_used[line] < core.line_used[found]))
+                found = line;
+        return found;
+    }
+
     void ask(SubCore& core, int line) {
         if (core.lines_held == m.l0_lines) {
-            int oldest_line = -1;
-            for (int n = 0; n < static_cast<int>(core.line_ready.size()); ++n)
-                if (core.line_ready[n] != never && (oldest_line < 0 || core.line_used[n] < core.line_used[oldest_line]))
-                    oldest_line = n;
-            core.line_ready[oldest_line] = never;
+            core.line_ready[victim(core)] = never;
         } else {
             ++core.lines_held;
         }
@@ -350,6 +362,7 @@ private:
     std::int64_t now = 0, oldest = 0, quiet = 0;
     std::int64_t port_free = 0, fetch_free = 0;
     std::int64_t way_free = 0, memory_free = 0, missed = 0;  // in thousandths
+    std::uint64_t random = 1;
     int next_turn = 0, next_block = 0, done = 0;
 };
 

@@ -41,6 +41,7 @@ struct Machine {
     std::int32_t branch_latency;   // on top of the stall count, where a branch is taken
     std::int32_t launch_latency;   // from the end of a block to the start of the next in its place
     std::int32_t l0_lines;         // of the instruction cache of a sub-core; 0: everything hits
+    std::int32_t random_replacement;  // of its lines; 0: the least recently used goes
     std::int32_t line_instructions;
     std::int32_t fetch_latency;    // from the next level
     std::int32_t fetch_interval;   // cycles between two lines that the next level gives to the SM's sub-cores

@@ -45,6 +45,7 @@ class Machine(NamedTuple):
     branch_latency: int = 4
     launch_latency: int = 200
     l0_lines: int = 96  # 12 KiB (Jia et al. 2018, section 3.6) in lines of 128 bytes
+    random_replacement: int = 0
     line_instructions: int = 8
     fetch_latency: int = 30
     fetch_interval: int = 4
