@@ -149,8 +149,16 @@ class BuildKernels(build_ext):
 class BuildPython(build_py):
     """Also compiles the Volta kernels into the wheel, where the environment that builds it has NVRTC."""
 
-    # Imports what the build will need, so that what is missing is known before anything is compiled.
-    PROBE = "from cuda_volta import catalog, nvrtc; nvrtc.nvrtc(); catalog.variants()"
+    # Ends with what is missing, before anything is compiled.
+    PROBE = """
+import sys
+from cuda_volta import catalog, nvrtc
+try:
+    nvrtc.nvrtc()
+    catalog.variants()
+except (ImportError, nvrtc.NvrtcMissing) as error:
+    sys.exit(str(error).splitlines()[0])
+"""
 
     def run(self) -> None:
         super().run()
@@ -159,12 +167,10 @@ class BuildPython(build_py):
         # Outside pip's isolated environment, which holds only what every build needs: NVRTC is optional.
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         python = [sys.executable, "-W", "ignore"]
-        probe = subprocess.run(
-            [*python, "-c", self.PROBE], env=environment, capture_output=True, text=True, check=False
-        )
+        command = [*python, "-c", self.PROBE]
+        probe = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
         if probe.returncode:
-            reason = probe.stderr.strip().splitlines()[-1]
-            print(f"not compiling the Volta kernels into the wheel, first use will: {reason}")
+            print(f"not compiling the Volta kernels into the wheel, first use will: {probe.stderr.strip()}")
             return
         for arch in ("sm_70", "sm_72"):
             folder = str(Path(self.build_lib) / "cuda_volta" / "cubins" / arch)

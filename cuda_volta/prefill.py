@@ -10,9 +10,10 @@ from .variant import Variant
 
 BLOCK_Q = 128
 BLOCK_K = 32
+#: Q's share of 16-byte columns that stays in registers, of HELD in prefill_layout.cuh.
 HEAD_DIMS = (32, 64, 96, 128, 160, 192, 256)
 #: What variants know beside bounds and lengths: nothing; softcap and ALiBi; masks and any layout as well.
-PLAIN, SCORES, ANYTHING = range(3)
+PLAIN, SOFTCAP, ALIBI, ANYTHING = range(4)
 
 
 def _variant(head_dim: int, features: int) -> Variant:
@@ -32,7 +33,7 @@ def _variant(head_dim: int, features: int) -> Variant:
     )
 
 
-PREFILL = {(d, f): _variant(d, f) for d in HEAD_DIMS for f in (PLAIN, SCORES, ANYTHING)}
+PREFILL = {(d, f): _variant(d, f) for d in HEAD_DIMS for f in range(4)}
 VARIANTS = tuple(PREFILL.values())
 
 

@@ -68,7 +68,7 @@ def describe(device_type: str) -> dict[str, str]:
         facts["NVRTC"] = f"{version_text(nvrtc())} ({nvrtc().path})"
     return facts | {
         "driver": f"CUDA {driver().version_text}",
-        "PTX on newer GPUs": str(_ptx_on_newer).lower(),
+        "PTX on newer GPUs": "yes" if _ptx_on_newer else "no",
     }
 
 

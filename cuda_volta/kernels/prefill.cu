@@ -6,6 +6,9 @@
 
 namespace volta {
 
+// The main loop stays below 20 KB.
+constexpr bool ROLL_ALWAYS = HEAD_DIM > 64;
+
 struct Prefill {
     const AttentionParams& p;
     const Sequence& sequence;
@@ -14,10 +17,11 @@ struct Prefill {
     const float logit_scale;        // of q k^T, in base 2, positive
     const u32 k_tile, v_tile, key_base;
     const ScoreRules rules;
-    const ValueAddresses values;
+    const ValueOffsets values;
     const Mover mover;
     const Source k_source, v_source;
     KeyRows rows;  // of the tile after the current one
+    Stage stage;   // its keys, then its values
     Queries q;
     Softmax softmax;
     Output out;
@@ -27,10 +31,10 @@ struct Prefill {
         : p(params), sequence(s), lane(l), batch(b), head(h), query0(row0),
           logit_scale(fmaxf(fabsf(scale), 1e-30f)),
           k_tile(shared), v_tile(shared + KV_BYTES), key_base(pin(shared + key_offset(l))),
-          rules(params, logit_scale, b, h), values(shared + KV_BYTES, l), mover(thread_index()),
+          rules(params, logit_scale, b, h), values(l), mover(thread_index()),
           k_source(p.k, p.k_batch, p.k_row, p.k_head, p.head_dim, cache_row(), kv_head(), mover),
           v_source(p.v, p.v_batch, p.v_row, p.v_head, p.v_head_dim, cache_row(), kv_head(), mover) {
-        q.at = Q_IN_REGISTERS ? 0 : pin(shared + 2 * KV_BYTES + warp_index() * Q_WARP_BYTES + query_offset(lane));
+        q.at = SHARED_STEPS == 0 ? 0 : pin(shared + 2 * KV_BYTES + warp_index() * Q_WARP_BYTES + query_offset(lane));
         load_queries(q, p, sequence, lane, batch, head, query0, scale < 0.0f);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) softmax.reference[r] = UNSEEN, softmax.sum[r] = 0.0f;
@@ -42,34 +46,33 @@ struct Prefill {
     VOLTA_DEVICE u32 kv_head() const { return static_cast<u32>(head) / static_cast<u32>(p.heads / p.kv_heads); }
 
     VOLTA_DEVICE void start(i32 key0, i32 next_key0) {
-        Stage stage;
         rows.locate(p, sequence, mover, batch, key0);
         k_source.load(stage, rows, mover);
         mover.store(k_tile, stage);
         v_source.load(stage, rows, mover);
         mover.store(v_tile, stage);
         rows.locate(p, sequence, mover, batch, next_key0);
+        k_source.load(stage, rows, mover);
         barrier();
     }
 
-    // One tile of keys, in shared memory already. The next one's keys arrive while S is computed and replace it
-    // behind the first barrier, its values arrive while O is computed and replace it behind the second.
+    // One tile of keys, in shared memory already. The next one's keys arrive while S is computed and replace this
+    // one's behind the first barrier; its values arrive while O is computed and follow behind the second.
     template <bool EDGE>
     VOLTA_DEVICE void tile(i32 key0, i32 key0_after_next) {
-        Stage stage;
         Scores s;
-        k_source.load(stage, rows, mover);
         multiply_keys(s, q, key_base);
         barrier();
         mover.store(k_tile, stage);
         v_source.load(stage, rows, mover);
         rows.locate(p, sequence, mover, batch, key0_after_next);
-        rules.apply(s, p, sequence, lane, logit_scale, batch, head, query0, key0);
+        if (FEATURES) rules.apply(s, p, sequence, lane, logit_scale, batch, head, query0, key0);
         if (EDGE) apply_band(s, p, sequence, lane, query0, key0);
         update(softmax, out, s, rules.scale);
-        multiply_values<(EDGE || HEAD_DIM > 64) ? SCORE_COLS : 1>(out, s, values, lane.odd);
+        multiply_values<ROLL_ALWAYS || EDGE>(out, s, v_tile, values, lane.odd);
         barrier();
         mover.store(v_tile, stage);
+        k_source.load(stage, rows, mover);
     }
 };
 
@@ -96,5 +99,5 @@ VOLTA_KERNEL(prefill, volta::THREADS, volta::MIN_BLOCKS)(volta::AttentionParams 
 #pragma unroll 1
         for (; i < range.count; ++i, key0 += BLOCK_K) block.tile<false>(key0, key0 + 2 * BLOCK_K);
     }
-    finish(block.softmax, block.out, p, sequence, lane, batch, head, block.query0);
+    finish(block.softmax, block.rules, block.out, p, lane, batch, head, block.query0);
 }

@@ -127,9 +127,9 @@ struct Source {
     VOLTA_DEVICE void load(Stage& stage, const KeyRows& rows, const Mover& mover) const {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            const u64 offset = static_cast<u64>(rows.row[slot]) * row_bytes;
             const bool is_tail = slot >= PASSES;
-            const u16* at = reinterpret_cast<const u16*>(reinterpret_cast<const char*>(is_tail ? tail : base) + offset);
+            const u64 start = reinterpret_cast<u64>(is_tail ? tail : base);
+            const u16* at = reinterpret_cast<const u16*>(multiply_add_wide(rows.row[slot], row_bytes, start));
             if (ANYTHING) at += rows.batch[slot] * batch_stride;
 #pragma unroll
             for (int g = 0; g < (is_tail ? 1 : GROUPS); ++g) {

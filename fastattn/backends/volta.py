@@ -37,9 +37,8 @@ def _attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
 
     Raises ValueError for a length or page out of range that the host can see.
     """
-    from cuda_volta.attention_params import AttentionCall
-
     from cuda_volta.attention import attention
+    from cuda_volta.attention_params import AttentionCall
 
     if a.q.device.type == "cpu":
         check_indices(a)

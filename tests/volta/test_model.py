@@ -106,4 +106,3 @@ def test_logits_are_as_exact_as_on_the_cpu(directory: Path, tmp_path: Path) -> N
     for a, b, oracle in zip(ours, theirs, exact, strict=True):
         limit = 2 * (b.double() - oracle.double()).abs().max() + 2**-10 * oracle.abs().max()
         assert (a.double() - oracle.double()).abs().max() <= limit
-

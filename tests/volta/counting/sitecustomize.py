@@ -1,4 +1,4 @@
-"""Every Python process that finds this on its path adds its ``dispatch.calls`` to the file $DISPATCH_CALLS."""
+"""Every Python process that finds this on its path adds its ``dispatch.calls`` to $DISPATCH_CALLS."""
 
 import atexit
 import json
