@@ -37,6 +37,8 @@ struct Prefill {
         q.at = SHARED_STEPS == 0 ? 0 : pin(shared + 2 * KV_BYTES + warp_index() * Q_WARP_BYTES + query_offset(lane));
         load_queries(q, p, sequence, lane, batch, head, query0, scale < 0.0f);
 #pragma unroll
+        for (int i = 0; i < LOADS; ++i) stage.chunk[i] = {0, 0, 0, 0};
+#pragma unroll
         for (int r = 0; r < ROWS; ++r) softmax.reference[r] = UNSEEN, softmax.sum[r] = 0.0f;
 #pragma unroll
         for (int e = 0; e < 16 * OUT_COLS; ++e) out[e / 8 / OUT_COLS][e / 8 % OUT_COLS][e % 8] = 0.0f;
@@ -97,7 +99,7 @@ VOLTA_KERNEL(prefill, volta::THREADS, volta::MIN_BLOCKS)(volta::AttentionParams 
         for (; i < range.edges; ++i) block.tile<true>(range.key(i), range.key(i + 2));
         i32 key0 = range.key(i);
 #pragma unroll 1
-        for (; i < range.count; ++i, key0 += BLOCK_K) block.tile<false>(key0, key0 + 2 * BLOCK_K);
+        for (; !ANYTHING && i < range.count; ++i, key0 += BLOCK_K) block.tile<false>(key0, key0 + 2 * BLOCK_K);
     }
     finish(block.softmax, block.rules, block.out, p, lane, batch, head, block.query0);
 }
