@@ -48,7 +48,7 @@ struct ScoreRules {
     float cap_exponent;  // 2^(cap_exponent s) = e^(2 scale s / softcap)
     float slope;         // in units of what `apply` leaves
 
-    VOLTA_DEVICE ScoreRules(const AttentionParams& p, float logit_scale, i32 batch, i32 head)
+    VOLTA_DEVICE ScoreRules(const AttentionParams& p, float logit_scale, u32 batch, u32 head)
         : scale(logit_scale), offset(0.0f), cap(p.softcap * LOG2_E), cap_exponent(0.0f), slope(0.0f) {
         if (SOFTCAP && cap > 0.0f) cap_exponent = 2.0f * LOG2_E * logit_scale / cap;
         if (FEATURES == 1) scale = 2.0f * cap, offset = cap;
@@ -66,7 +66,7 @@ struct ScoreRules {
     }
 
     VOLTA_DEVICE void apply(Scores& s, const AttentionParams& p, const Sequence& sequence, const Lane& lane,
-                            float logit_scale, i32 batch, i32 head, i32 query0, i32 key0) const {
+                            float logit_scale, u32 batch, u32 head, i32 query0, i32 key0) const {
         const i32 column0 = key0 + first_column(lane);
         const float distance = static_cast<float>(score_row(lane, query0, 0) + sequence.shift - column0);
 #pragma unroll
@@ -87,7 +87,7 @@ struct ScoreRules {
 
     // Rows and keys past the end read the last one's mask.
     VOLTA_DEVICE static void apply_mask(Scores& s, const AttentionParams& p, const Sequence& sequence,
-                                        const Lane& lane, i32 batch, i32 head, i32 query0, i32 column0) {
+                                        const Lane& lane, u32 batch, u32 head, i32 query0, i32 column0) {
         const i64 first = batch * p.mask_batch + head * p.mask_head + sequence.k_begin * p.mask_key;
 #pragma unroll
         for (int n = 0; n < SCORE_COLS; ++n) {

@@ -59,7 +59,7 @@ struct KeyRows {
     u32 row[SLOTS];
     u32 page[ANYTHING ? SLOTS : 1];
 
-    VOLTA_DEVICE void locate(const AttentionParams& p, const Sequence& s, const Mover& mover, i32 b, i32 key0) {
+    VOLTA_DEVICE void locate(const AttentionParams& p, const Sequence& s, const Mover& mover, u32 b, i32 key0) {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             i32 key = key0 + mover.slot_row(slot);
@@ -71,7 +71,7 @@ struct KeyRows {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             const u32 index = static_cast<u32>(static_cast<u64>(2 * row[slot]) * p.page_magic >> 32) >> p.page_shift;
-            u32 found = static_cast<u32>(ldg(p.block_table + static_cast<u32>(b * p.max_pages) + index));
+            u32 found = static_cast<u32>(ldg(p.block_table + b * static_cast<u32>(p.max_pages) + index));
             found = found < static_cast<u32>(p.k_batches) ? found : 0;
             row[slot] -= index * static_cast<u32>(p.k_rows);
             if (ANYTHING) page[slot] = found;
