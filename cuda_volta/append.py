@@ -19,7 +19,7 @@ VARIANTS = (APPEND,)
 class NewRows(ctypes.Structure):
     """``struct NewRows`` of append.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "cache", "scale")),
         *((name, ctypes.c_int64) for name in ("x_row", "x_head", "cache_page", "cache_row", "cache_head")),
         ("head_dim", ctypes.c_int32),
@@ -29,7 +29,7 @@ class NewRows(ctypes.Structure):
 class AppendParams(ctypes.Structure):
     """``struct AppendParams`` of append.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("k", NewRows),
         ("v", NewRows),
         ("slots", ctypes.c_void_p),
@@ -67,12 +67,15 @@ def append_kv(
         expect_half(f"{name}_cache", cache)
         expect_device(k_cache, **{name: new, f"{name}_cache": cache, f"{name}_scale": scale}, slots=slots)
         if cache.ndim != 4 or new.shape != (slots.shape[0], *cache.shape[2:]):
-            raise ValueError(f"{name}: {tuple(new.shape)}, expected ({slots.shape[0]}, {tuple(cache.shape[2:])})")
-        rows = NewRows(new.data_ptr(), cache.data_ptr(), None, *new.stride()[:2], *cache.stride()[:3], new.shape[2])
+            raise ValueError(
+                f"{name}: {tuple(new.shape)}, expected ({slots.shape[0]}, {tuple(cache.shape[2:])})"
+            )
+        rows = NewRows(
+            new.data_ptr(), cache.data_ptr(), None, *new.stride()[:2], *cache.stride()[:3], new.shape[2]
+        )
         if scale is not None:
-            scale = scale.float().contiguous()
-            rows.scale = scale.data_ptr()
-            tensors.append(scale)
+            tensors.append(scale.float().contiguous())
+            rows.scale = tensors[-1].data_ptr()
         setattr(p, name, rows)
     if k_cache.shape[:3] != v_cache.shape[:3]:
         raise ValueError(f"v_cache: {tuple(v_cache.shape)}, k_cache is {tuple(k_cache.shape)}")

@@ -30,7 +30,7 @@ _ROW_LIMIT = 1 << 29  # rows are 32-bit integers on the device
 class AttentionParams(ctypes.Structure):
     """``struct AttentionParams``; pointers are addresses, 0 for None."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _STRIDES),
         *((name, ctypes.c_int32) for name in _INTS),
@@ -116,7 +116,12 @@ def attention_params(c: AttentionCall, out: Tensor, lse: Tensor) -> AttentionPar
             setattr(p, name, t.data_ptr())
     p.out, p.lse = out.data_ptr(), lse.data_ptr() if c.return_lse else 0
     packed_q, packed_k = c.q.ndim == 3, c.k.ndim == 3
-    for name, t, packed in (("q", c.q, packed_q), ("k", c.k, packed_k), ("v", c.v, packed_k), ("out", out, packed_q)):
+    for name, t, packed in (
+        ("q", c.q, packed_q),
+        ("k", c.k, packed_k),
+        ("v", c.v, packed_k),
+        ("out", out, packed_q),
+    ):
         batch, row, head = (0, *t.stride()[:2]) if packed else t.stride()[:3]
         setattr(p, f"{name}_batch", batch)
         setattr(p, f"{name}_row", row)

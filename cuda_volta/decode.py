@@ -7,9 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .attention_params import AttentionCall, AttentionParams, aligned, attention_params, new_results
+from .attention_params import AttentionCall, aligned, attention_params, new_results
 from .runtime import load
-from .variant import Kernel, Variant
+from .variant import Variant
 
 ROWS = 16  # packed rows of a block
 WARPS = 8

@@ -17,7 +17,7 @@ VARIANTS = (SWIGLU,)
 class GateParams(ctypes.Structure):
     """``struct GateParams`` of gate.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("x", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("x_row", ctypes.c_int64),

@@ -18,7 +18,7 @@ VARIANTS = (RMS_NORM,)
 class NormParams(ctypes.Structure):
     """``struct NormParams`` of norm.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "out", "total")),
         *((name, ctypes.c_int64) for name in ("x_row", "residual_row")),
         *((name, ctypes.c_int32) for name in ("width", "weight_is_float", "wide")),
@@ -36,6 +36,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     expect_device(x, weight=weight, residual=residual)
     if weight.dtype not in (torch.float16, torch.float32):
         raise ValueError(f"weight: {weight.dtype}, expected float16 or float32")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}")
     out = x.new_empty(x.shape)
     rows, weight = _rows(x), weight.contiguous()
     total = x.new_empty(0)

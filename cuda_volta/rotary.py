@@ -18,7 +18,7 @@ VARIANTS = (ROTARY,)
 class RotaryTable(ctypes.Structure):
     """``struct RotaryTable`` of rotary.cuh."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "at")),
         *((name, ctypes.c_int32) for name in ("positions", "half", "interleaved")),
     ]
@@ -27,7 +27,7 @@ class RotaryTable(ctypes.Structure):
 class RotaryParams(ctypes.Structure):
     """``struct RotaryParams`` of rotary.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("x", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("table", RotaryTable),
@@ -62,10 +62,13 @@ def rotary_table(
     for name, t in (("cos", cos), ("sin", sin)):
         if t.dtype != torch.float32 or t.ndim != 2 or t.shape != cos.shape or 2 * t.shape[1] > x.shape[-1]:
             raise ValueError(
-                f"{name}: {t.dtype} {tuple(t.shape)}, expected float32 (max_position, at most {x.shape[-1] // 2})"
+                f"{name}: {t.dtype} {tuple(t.shape)}, "
+                f"expected float32 (max_position, at most {x.shape[-1] // 2})"
             )
     if positions.dtype != torch.int64 or tuple(positions.shape) != tuple(x.shape[:1]):
-        raise ValueError(f"positions: {positions.dtype} {tuple(positions.shape)}, expected int64 ({x.shape[0]},)")
+        raise ValueError(
+            f"positions: {positions.dtype} {tuple(positions.shape)}, expected int64 ({x.shape[0]},)"
+        )
     cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
     table = RotaryTable(cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), *cos.shape, interleaved)
     return table, (cos, sin, positions)

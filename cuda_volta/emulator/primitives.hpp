@@ -136,6 +136,9 @@ VOLTA_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
 VOLTA_DEVICE u32 half2_mul(u32 a, u32 b) {
     return pack_half2(low_half(a) * low_half(b), high_half(a) * high_half(b));
 }
+VOLTA_DEVICE u32 half2_add(u32 a, u32 b) {
+    return pack_half2(low_half(a) + low_half(b), high_half(a) + high_half(b));
+}
 VOLTA_DEVICE u32 half2_sub(u32 a, u32 b) {
     return pack_half2(low_half(a) - low_half(b), high_half(a) - high_half(b));
 }
