@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cuda_volta.emulator.build import library
+from cuda_volta.emulator.params import compare_params
 from cuda_volta.emulator.report import LineCounts, Report, WarpCounts, publish, recording
 from cuda_volta.variant import Variant
 
@@ -79,14 +80,7 @@ class EmulatedKernel:
         self._library.volta_failure.restype = ctypes.c_char_p
         self._library.volta_warp_counts.restype = ctypes.POINTER(WarpCounts)
         self._library.volta_lines.restype = ctypes.POINTER(LineCounts)
-        self._library.volta_params_size.restype = ctypes.c_size_t
         self._lock = threading.Lock()  # a launch and the counts it leaves behind
-
-    @property
-    def params_size(self) -> int:
-        """Bytes of the kernel's struct of parameters."""
-        size: int = self._library.volta_params_size()
-        return size
 
     def launch(
         self,
@@ -123,11 +117,7 @@ class EmulatedKernel:
                 publish(self._report(grid))
 
     def _check(self, grid: tuple[int, int, int], params: ctypes.Structure, stream: int | None) -> None:
-        if ctypes.sizeof(params) != self.params_size:
-            raise ValueError(
-                f"params: {type(params).__name__} has {ctypes.sizeof(params)} bytes, "
-                f"{self.variant.entry} takes {self.params_size}"
-            )
+        compare_params(self.variant, type(params))
         limits = (2**31 - 1, 2**16 - 1, 2**16 - 1)
         if any(not 0 < n <= most for n, most in zip(grid, limits, strict=True)) or math.prod(grid) >= 2**32:
             raise ValueError(f"grid: {grid}, expected 1 to {limits} blocks and less than 2^32 in all")

@@ -206,6 +206,18 @@ VOLTA_KERNEL(lanes, 64, 1)(Params p) {
     stg(p.out + t, result);
 }
 
+struct Nested {
+    u32 first, second;
+};
+struct NestedParams {
+    u32* out;
+    Nested pair;
+};
+
+VOLTA_KERNEL(nested, 32, 1)(NestedParams p) {
+    if (thread_index() == 0) stg(p.out, p.pair.first + p.pair.second);
+}
+
 struct MmaParams {
     float* d;       // [32][8], read and written
     const Word2* a;  // [32]

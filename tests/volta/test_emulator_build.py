@@ -61,12 +61,14 @@ def test_a_library_is_named_after_all_it_was_built_from(tiny: Path) -> None:
     first = build.library(variant(tiny))
     assert build.library(variant(tiny)) == first
     assert build.library(variant(tiny, 8)) != first
-    header = tiny.with_name("used.cuh")
-    header.write_text("// nothing yet\n")
-    with_header = build.library(variant(tiny))
-    assert with_header != first
-    tiny.write_text(TINY + "// changed\n")
-    assert build.library(variant(tiny)) not in (first, with_header)
+    unused, used = tiny.with_name("unused.cuh"), tiny.with_name("used.cuh")
+    unused.write_text("// of another kernel\n")
+    assert build.library(variant(tiny)) == first
+    used.write_text("// nothing yet\n")
+    tiny.write_text(f'#include "used.cuh"\n{TINY}')
+    second = build.library(variant(tiny))
+    used.write_text("// changed\n")
+    assert len({first, second, build.library(variant(tiny))}) == 3
 
 
 @pytest.mark.toolchain

@@ -98,12 +98,41 @@ def test_a_failed_launch_leaves_nothing_behind() -> None:
         assert plant("CONTROL")[0].equal(REVERSED)
 
 
-def test_params_of_another_kernel() -> None:
-    class Other(ctypes.Structure):
-        _fields_ = (("a", ctypes.c_uint64),)
+class Nested(ctypes.Structure):
+    """``Nested`` of planted.cu."""
 
-    with pytest.raises(ValueError, match="params: Other has 8 bytes, planted takes 32"):
-        kernel("planted", 64, 256).launch((1, 1, 1), Other(1))
+    _fields_ = (("first", ctypes.c_uint32), ("second", ctypes.c_uint32))
+
+
+class NestedParams(ctypes.Structure):
+    """``NestedParams`` of planted.cu."""
+
+    _fields_ = (("out", ctypes.c_void_p), ("pair", Nested))
+
+
+def test_params_are_compared_field_by_field() -> None:
+    out = torch.zeros(1, dtype=torch.int32)
+    params = NestedParams(out.data_ptr(), Nested(40, 2))
+    kernel("nested").launch((1, 1, 1), params, writes=(out,))
+    assert out.item() == 42
+
+    class Swapped(ctypes.Structure):
+        _fields_ = (("second", ctypes.c_uint32), ("first", ctypes.c_uint32))
+
+    class Wrong(ctypes.Structure):
+        _fields_ = (("out", ctypes.c_void_p), ("pair", Swapped))
+
+    class Renamed(ctypes.Structure):
+        _fields_ = (("output", ctypes.c_void_p), ("pair", Nested))
+
+    class Short(ctypes.Structure):
+        _fields_ = (("out", ctypes.c_void_p),)
+
+    for mirror, fields in ((Wrong, "pair.first, pair.second"), (Renamed, "output"), (Short, "all of it")):
+        with pytest.raises(
+            ValueError, match=f"params: {mirror.__name__} is not the struct of nested: {fields}$"
+        ):
+            kernel("nested").launch((1, 1, 1), mirror())
 
 
 @pytest.mark.parametrize("grid", [(0, 1, 1), (1, 65536, 1), (1, 1, -1), (2**31, 1, 1), (2**20, 2**13, 1)])
