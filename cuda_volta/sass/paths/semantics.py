@@ -14,7 +14,17 @@ import numpy as np
 from cuda_volta.sass.listing import Instruction
 from cuda_volta.sass.paths import operands as ops
 from cuda_volta.sass.paths.lanes import (
-    MASK, TRUE, UNKNOWN, WARP, ZERO, Value, known, select, signed, uniform, unsigned_shift,
+    MASK,
+    TRUE,
+    UNKNOWN,
+    WARP,
+    ZERO,
+    Value,
+    known,
+    select,
+    signed,
+    uniform,
+    unsigned_shift,
 )  # fmt: skip
 from cuda_volta.sass.paths.warp import Warp
 
