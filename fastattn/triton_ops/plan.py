@@ -8,6 +8,7 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ..spec import AttentionArgs
+from . import tuned
 from .device import Chip
 from .tiles import Need, Tile, tile
 
@@ -34,7 +35,8 @@ def plan(a: AttentionArgs, c: Chip) -> Plan:
     group = a.q.shape[-2] // a.k.shape[-2]
     pack = group > 1 and a.max_seqlen_q * group <= DECODE_ROWS
     rows = a.max_seqlen_q * (group if pack else 1)
-    t = tile(c, need(a, rows))
+    wanted = need(a, rows)
+    t = tuned.load(c).get(wanted) or tile(c, wanted)
     t = t._replace(block_m=min(t.block_m, max(16, next_power_of_2(rows))))
     programs = batch(a) * a.q.shape[-2] // (group if pack else 1) * -(-rows // t.block_m)
     splits = _splits(programs, _keys(a, rows), t.block_n, c.processors * _resident(a, t, c))

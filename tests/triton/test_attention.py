@@ -124,7 +124,7 @@ def test_every_plan(name: str) -> None:
         assert_matches(case, *run(device_args(case), plan))
 
 
-# ------------------------------------------------------------------------------------------ particular behaviours
+# ---------------------------------------------------------------------------------- particular behaviours
 @pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn", "float8_e5m2", "float16"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_stored_narrower(dtype: torch.dtype, stored: str) -> None:
