@@ -59,7 +59,7 @@ $(MODEL_STAMP): | $(TORCH_STAMP)
 # Compilers for GPUs that this machine need not have. nvdisasm, which still knows sm_70, comes in this triton's wheel.
 $(GPU_STAMP): pyproject.toml | $(PACKAGE_STAMP)
 	@echo "installing Triton and NVRTC"
-	@$(PIP) --constraint $(VENV)/constraints.txt triton==3.6.0 nvidia-cuda-nvrtc-cu12==12.9.86 'cuda-bindings>=12.9,<13'
+	@$(PIP) --constraint $(VENV)/constraints.txt triton==3.6.0 nvidia-cuda-nvrtc-cu12==12.9.86
 	@touch $@
 
 bench: setup ## run the real model and print the benchmark table (under 2 minutes)

@@ -20,7 +20,7 @@ _STRIDES = (
 )  # fmt: skip
 _INTS = (
     "batch", "heads", "kv_heads", "head_dim", "v_head_dim", "q_rows", "max_seqlen_q", "k_rows", "k_batches",
-    "max_pages", "alibi_batch", "mask_kind", "left", "right", "splits", "partial_width",
+    "max_pages", "page_rows", "page_magic", "page_shift", "alibi_batch", "mask_kind", "left", "right", "splits", "partial_width",
 )  # fmt: skip
 _FAR = 1 << 29  # FAR of attention.cuh
 _MASK_KINDS = {torch.bool: 1, torch.float16: 2, torch.float32: 3}
@@ -135,7 +135,11 @@ def attention_params(c: AttentionCall, out: Tensor, lse: Tensor) -> AttentionPar
     p.head_dim, p.v_head_dim = c.q.shape[-1], c.v.shape[-1]
     p.q_rows, p.max_seqlen_q = c.q.shape[-3], c.longest_q
     p.k_rows, p.k_batches = c.k.shape[-3], 1 if packed_k else c.k.shape[0]
-    p.max_pages = 0 if c.block_table is None else c.block_table.shape[1]
+    if c.block_table is not None:
+        p.max_pages = c.block_table.shape[1]
+        p.page_rows = _page_rows(c)
+        p.page_shift = (p.k_rows - 1).bit_length()
+        p.page_magic = -(-(1 << (31 + p.page_shift)) // p.k_rows)
     if c.alibi_slopes is not None and c.alibi_slopes.ndim == 2:
         p.alibi_batch = c.alibi_slopes.stride(0)
     left, right = c.window[0], 0 if c.causal else c.window[1]
@@ -143,6 +147,15 @@ def attention_params(c: AttentionCall, out: Tensor, lse: Tensor) -> AttentionPar
     p.right = -1 if right is None else min(right, _FAR)
     p.scale, p.softcap = c.scale, c.softcap
     return p
+
+
+def _page_rows(c: AttentionCall) -> int:
+    """Rows from the start of a page to the next, 0 if k and v differ or the pages lie off their grid of rows."""
+    (k_page, k_row), (v_page, v_row) = c.k.stride()[:2], c.v.stride()[:2]
+    if not k_row or not v_row or k_page % k_row or k_page * v_row != v_page * k_row:
+        return 0
+    rows = k_page // k_row
+    return rows if rows * c.k.shape[0] < 1 << 31 else 0
 
 
 def check(c: AttentionCall) -> None:

@@ -100,6 +100,11 @@ def shipped(variant: Variant, arch: str, folder: Path = SHIPPED) -> Binary | Non
     return Binary(cubin.read_bytes(), ptx.read_text(), *numbers)
 
 
+def has_shipped(arch: str) -> bool:
+    """Whether the installed wheel carries kernels for ``arch``."""
+    return bool(_index(SHIPPED / arch))
+
+
 @cache
 def _index(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / "index.json"

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-_REMEDY = "pip install 'nvidia-cuda-nvrtc-cu12==12.9.*'"
+_REMEDY = "pip install nvidia-cuda-nvrtc-cu12"
 
 
 class NvrtcMissing(RuntimeError):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
 
 import torch
 
 from .binary import ARCHITECTURES, Binary, binary
-from .build import shipped
+from .build import has_shipped, shipped
+from .nvrtc import NvrtcMissing, nvrtc, version_text
 from .variant import Kernel, Variant
 
 _ptx_on_newer = False
@@ -22,21 +24,52 @@ def use_ptx(allowed: bool) -> None:
 def against(device: torch.device) -> list[str]:
     """Why kernels cannot run on ``device``; empty when they can. Compiles nothing."""
     if device.type == "cpu":
-        return []
+        return emulator_reasons()
     if device.type != "cuda" or not torch.cuda.is_available():
         return ["torch sees no NVIDIA GPU"]
     capability = torch.cuda.get_device_capability(device)
-    if _arch(capability) is None:
+    arch = _arch(capability)
+    if arch is None:
         text = f"compute capability {capability[0]}.{capability[1]}, the Volta kernels are for 7.0 and 7.2"
-        newer = capability > (7, 2)
-        return [f"{text} (newer GPUs can run their PTX, for testing)" if newer else text]
+        return [f"{text} (newer GPUs can run their PTX, for testing)" if capability > (7, 2) else text]
     from .driver import DriverError, driver
 
     try:
         driver()
-    except DriverError as error:
+        if not has_shipped(arch):
+            nvrtc()
+    except (DriverError, NvrtcMissing) as error:
         return [str(error)]
     return []
+
+
+def emulator_reasons() -> list[str]:
+    """Why kernels cannot be emulated on this machine's CPU."""
+    from .emulator.build import BuildError, compiler
+
+    try:
+        compiler()
+    except BuildError as error:
+        return [str(error)]
+    return []
+
+
+def describe(device_type: str) -> dict[str, str]:
+    """Where kernels for such a device come from, and what compiles and launches them."""
+    if device_type == "cpu":
+        from .emulator.build import compiler
+
+        return {"kernels": f"emulated on the CPU, built by {' '.join(compiler())}"}
+    from .driver import driver
+
+    names = ", ".join(arch for arch in ARCHITECTURES if has_shipped(arch))
+    facts = {"kernels": f"shipped for {names}" if names else "compiled at first use"}
+    with suppress(NvrtcMissing):
+        facts["NVRTC"] = f"{version_text(nvrtc())} ({nvrtc().path})"
+    return facts | {
+        "driver": f"CUDA {driver().version_text}",
+        "PTX on newer GPUs": "yes" if _ptx_on_newer else "no",
+    }
 
 
 @cache

@@ -58,7 +58,7 @@ class WeightParams(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "mins", "g_idx")),
         *((name, ctypes.c_int64) for name in ("codes_row", "scales_row", "mins_row")),
-        *((name, ctypes.c_int32) for name in ("out", "inn", "group_size", "group_offset", "groups")),
+        *((name, ctypes.c_int32) for name in ("out", "in", "group_size", "group_offset", "groups")),
         ("scale_is_float", ctypes.c_int32),
     ]
 

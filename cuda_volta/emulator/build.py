@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cuda_volta.cache import Cache, digest
 from cuda_volta.variant import KERNELS, Variant
 
 EMULATOR = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
-# Kernels are full of `#pragma unroll`, and of branches that a variant's macros leave empty.
-KERNEL_FLAGS = [
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra")
+# NVRTC's pragmas; and what a variant's macros leave unused.
+KERNEL_FLAGS = (
     "-DVOLTA_EMULATOR",
     "-fno-exceptions",
     "-Wno-unknown-pragmas",
+    "-Wno-unused",
     "-Wno-unused-parameter",
-    "-Wno-unused-variable",
-    "-Wno-unused-but-set-variable",
-    "-Wno-unused-function",
-]
+)
+
+_built = Cache("emulator")
 
 
 class BuildError(RuntimeError):
     """g++ is missing or refused a source; the message holds what it said."""
-
-
-def cache_folder() -> Path:
-    """Where built libraries are kept: ``$XDG_CACHE_HOME/cuda_volta/emulator``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cuda_volta" / "emulator"
 
 
 @functools.cache
@@ -49,7 +45,7 @@ def compiler() -> tuple[str, ...]:
 
 
 @functools.cache
-def _compiler_version() -> str:
+def compiler_version() -> str:
     return subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
@@ -67,67 +63,76 @@ def host_flags() -> tuple[str, ...]:
 
 def library(variant: Variant) -> Path:
     """The shared library of a variant, built if the cache lacks it."""
-    source = KERNELS / variant.source
+    options, text = _options(variant), _text(variant)
+
+    def build() -> bytes:
+        link = ["-shared", "-pthread", "-x", "c++", "-", "-x", "none", str(_machine())]
+        return compile_with([*options, *link], text)
+
+    sources = {KERNELS / variant.source, EMULATOR / "entry.hpp", *EMULATOR.glob("*.cpp")}
+    return _built.path(f"{variant.entry}-{_key([*options, text], sources)}.so", build)
+
+
+def accepts(variant: Variant, text: str) -> None:
+    """Raises BuildError if the compiler refuses ``text`` behind the variant's source; keeps nothing."""
+    compile_with([*_options(variant), "-fsyntax-only", "-x", "c++", "-"], f"{_text(variant)}{text}\n")
+
+
+def _options(variant: Variant) -> list[str]:
     defines = [f"-D{name}={value}" for name, value in variant.defines]
-    headers = [*KERNELS.glob("*.cuh"), *source.parent.glob("*.cuh"), *EMULATOR.glob("*.[ch]pp")]
-    key = _digest([str(source), variant.entry, *defines], [source, *sorted(set(headers))])
-    path = cache_folder() / f"{variant.entry}-{key}.so"
-    if not path.exists():
-        text = f'#include "{source}"\n#include "entry.hpp"\nVOLTA_ENTRY({variant.entry})\n'
-        include = [f"-I{KERNELS}", f"-I{EMULATOR}"]
-        options = [
-            *KERNEL_FLAGS,
-            *defines,
-            *include,
-            "-shared",
-            "-x",
-            "c++",
-            "-",
-            "-x",
-            "none",
-            str(_runtime()),
-        ]
-        _compile([*options, "-pthread"], path, text)
-    return path
+    return [*KERNEL_FLAGS, *defines, f"-I{KERNELS}", f"-I{EMULATOR}"]
 
 
-def _runtime() -> Path:
+def _text(variant: Variant) -> str:
+    return f'#include "{KERNELS / variant.source}"\n#include "entry.hpp"\nVOLTA_ENTRY({variant.entry})\n'
+
+
+def _machine() -> Path:
     """The emulated machine as one object file, the same for all kernels."""
     sources = sorted(EMULATOR.glob("*.cpp"))
-    path = cache_folder() / f"machine-{_digest([], [*sources, *sorted(EMULATOR.glob('*.hpp'))])}.o"
-    if path.exists():
-        return path
+
+    def build() -> bytes:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+            objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+            for file, content in zip(
+                objects, pool.map(lambda source: compile_with(["-c", str(source)]), sources), strict=True
+            ):
+                file.write_bytes(content)
+            return compile_with(["-r", "-nostdlib", *map(str, objects)])
+
+    return _built.path(f"machine-{_key([], set(sources))}.o", build)
+
+
+def _key(words: list[str], sources: set[Path]) -> str:
+    """Names what a build depends on: compiler, options, and all files that the sources include."""
+    command = [compiler_version(), *FLAGS, *host_flags(), *words]
+    return digest(*command, *(f"{file.name}\n{text}" for file, text in sorted(_included(sources).items())))[
+        :24
+    ]
+
+
+def _included(sources: set[Path]) -> dict[Path, str]:
+    """The text of the files, and of those that they name in quotes, and so on."""
+    texts: dict[Path, str] = {}
+    waiting = {source.resolve() for source in sources}
+    while waiting:
+        file = waiting.pop()
+        texts[file] = file.read_text()
+        for name in re.findall(r'^#include "(.+)"', texts[file], re.MULTILINE):
+            places = (folder / name for folder in (file.parent, KERNELS, EMULATOR))
+            found = next((place.resolve() for place in places if place.exists()), None)
+            if found is not None and found not in texts:
+                waiting.add(found)
+    return texts
+
+
+def compile_with(options: list[str], text: str = "") -> bytes:
+    """What the compiler makes of ``options``, reading ``text`` where they say ``-``; its output, if any."""
     with tempfile.TemporaryDirectory() as folder:
-        objects = [Path(folder) / f"{source.stem}.o" for source in sources]
-        with ThreadPoolExecutor() as pool:
-            list(
-                pool.map(
-                    lambda pair: _compile(["-c", str(pair[0])], pair[1]), zip(sources, objects, strict=True)
-                )
-            )
-        _compile(["-r", "-nostdlib", *map(str, objects)], path)
-    return path
-
-
-def _digest(words: list[str], files: list[Path]) -> str:
-    """Names what a build depends on: 16 hexadecimal digits."""
-    state = hashlib.sha256(repr([_compiler_version(), FLAGS, KERNEL_FLAGS, host_flags(), words]).encode())
-    for file in files:
-        content = file.read_bytes()
-        state.update(f"{file.name} {len(content)} ".encode() + content)
-    return state.hexdigest()[:16]
-
-
-def _compile(options: list[str], path: Path, text: str = "") -> None:
-    """Writes ``path`` whole or not at all, whatever other processes do."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-    os.close(handle)
-    try:
-        command = [*compiler(), *FLAGS, *host_flags(), *options, "-o", name]
-        run = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        output = Path(folder) / "output"
+        command = [*compiler(), *FLAGS, *host_flags(), *options, "-o", str(output)]
+        plain = {**os.environ, "LC_ALL": "C"}  # messages in ASCII, whatever the user's language
+        run = subprocess.run(command, input=text, capture_output=True, text=True, check=False, env=plain)
         if run.returncode:
             raise BuildError(f"{' '.join(command)}\n{run.stderr}")
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        return output.read_bytes() if output.exists() else b""

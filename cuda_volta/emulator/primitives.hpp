@@ -76,6 +76,7 @@ VOLTA_DEVICE void sts128(u32 address, Word4 v, VOLTA_SITE) { emulator::shared_st
 // ------------------------------------------------------------------------------------------ global memory
 template <typename T>
 VOLTA_DEVICE T ldg(const T* p, VOLTA_SITE) {
+    static_assert(sizeof(T) <= 16, "no instruction loads more");
     emulator::global_load(p, sizeof(T), site);
     return *p;
 }
@@ -101,6 +102,10 @@ VOLTA_DEVICE float shuffle_xor(float v, u32 mask, VOLTA_SITE) {
 VOLTA_DEVICE u32 shuffle(u32 v, u32 lane, VOLTA_SITE) { return emulator::exchange(v, lane, site); }
 VOLTA_DEVICE float shuffle(float v, u32 lane, VOLTA_SITE) {
     return emulator::bits<float>(emulator::exchange(emulator::bits<u32>(v), lane, site));
+}
+template <typename T>
+VOLTA_DEVICE T pin(T v) {
+    return v;
 }
 VOLTA_DEVICE bool any_lane(bool v, VOLTA_SITE) { return emulator::vote_any(v, site); }
 
@@ -138,6 +143,9 @@ VOLTA_DEVICE u32 half2_add(u32 a, u32 b) {
 VOLTA_DEVICE u32 half2_sub(u32 a, u32 b) {
     return pack_half2(low_half(a) - low_half(b), high_half(a) - high_half(b));
 }
+VOLTA_DEVICE u64 multiply_add_wide(u32 a, u32 b, u64 c) { return static_cast<u64>(a) * b + c; }
+VOLTA_DEVICE u32 shift_left(u32 v, u32 places) { return places < 32 ? v << places : 0; }
+VOLTA_DEVICE u32 shift_right(u32 v, u32 places) { return places < 32 ? v >> places : 0; }
 VOLTA_DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) {
     const u64 both = a | static_cast<u64>(b) << 32;
     u32 d = 0;

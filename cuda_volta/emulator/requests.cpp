@@ -7,15 +7,13 @@ namespace volta::emulator {
 
 namespace {
 
-// Passes of one phase: the largest number of different words that one bank has to give.
-u32 phase_wavefronts(const Request& request, u32 first_lane, u32 lanes, bool* present) {
+// The largest number of different words that one bank has to give to these lanes.
+u32 most_words_of_a_bank(const Request& request, u32 lanes) {
     u32 words[32][64];
     u32 count[32] = {};
     u32 most = 0;
-    *present = false;
-    for (u32 lane = first_lane; lane < first_lane + lanes; lane++) {
-        if (!(request.mask >> lane & 1)) continue;
-        *present = true;
+    for (; lanes; lanes &= lanes - 1) {
+        const u32 lane = static_cast<u32>(__builtin_ctz(lanes));
         const u32 first = static_cast<u32>(request.address[lane] / 4);
         const u32 last = static_cast<u32>((request.address[lane] + request.width - 1) / 4);
         for (u32 word = first; word <= last; word++) {
@@ -29,15 +27,27 @@ u32 phase_wavefronts(const Request& request, u32 first_lane, u32 lanes, bool* pr
     return most;
 }
 
+// Whether no two lanes meet in a bank at all, the usual case and quick to see.
+bool in_different_banks(const Request& request, u32 lanes) {
+    if (request.width < 4) return false;
+    const u32 bank_groups = 128 / request.width;
+    u32 taken = 0;
+    for (u32 left = lanes; left; left &= left - 1)
+        taken |= 1u << (request.address[__builtin_ctz(left)] / request.width % bank_groups);
+    return __builtin_popcount(taken) == __builtin_popcount(lanes);
+}
+
 }  // namespace
 
 Wavefronts shared_wavefronts(const Request& request) {
     const u32 phases = request.width <= 4 ? 1 : request.width / 4;
+    const u32 phase_lanes = 32 / phases;
     Wavefronts result{0, 0};
     for (u32 i = 0; i < phases; i++) {
-        bool present;
-        result.taken += phase_wavefronts(request, i * (32 / phases), 32 / phases, &present);
-        result.ideal += present;
+        const u32 lanes = request.mask & (0xffffffffu >> (32 - phase_lanes) << (i * phase_lanes));
+        if (!lanes) continue;
+        result.ideal++;
+        result.taken += in_different_banks(request, lanes) ? 1 : most_words_of_a_bank(request, lanes);
     }
     return result;
 }

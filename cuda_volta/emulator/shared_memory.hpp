@@ -1,44 +1,16 @@
-// A block's shared memory with a shadow that knows who touched each half-word last, and when.
-//
-// Two accesses by different threads are ordered when a block barrier lies between them, or, within one warp,
-// a warp barrier. Volta schedules threads independently: shuffles, votes and mma order no memory. Since
-// these barriers span the whole block or warp, comparing two epochs decides order exactly.
+// A block's shared memory: bounds, alignment, initialisation and races of every access.
 #pragma once
 
 #include <vector>
 
-#include "types.hpp"
+#include "shadow.hpp"
 
 namespace volta::emulator {
-
-// Who, and after how many barriers of the launch.
-struct Stamp {
-    u32 block_epoch = 0;  // 0: never
-    u32 warp_epoch = 0;
-    u16 thread = 0;
-    u16 several = NO;  // of readers: ONE thread, more LANES of its warp, or more WARPS
-
-    enum Several : u16 { NO, LANES, WARPS };
-
-    u32 warp() const { return thread / 32u; }
-    // Whether an access stamped `earlier` is ordered before this one.
-    bool follows(const Stamp& earlier) const {
-        if (earlier.block_epoch != block_epoch) return true;
-        if (earlier.several == WARPS) return false;
-        if (earlier.warp() != warp()) return false;
-        if (earlier.warp_epoch != warp_epoch) return true;
-        return earlier.thread == thread && earlier.several == NO;
-    }
-};
 
 class SharedMemory {
 public:
     static constexpr u32 BASE = 1024;  // shared_base() of primitives.hpp
-    static constexpr u32 GRAIN = 2;    // bytes that one shadow entry covers: the narrowest store
 
-    struct Shadow {
-        Stamp writer, reader;
-    };
     // What is wrong with an access, if anything; `other` is the thread it collides with.
     enum class Verdict { FINE, MISALIGNED, OUT_OF_BOUNDS, UNINITIALISED, RACE_WITH_STORE, RACE_WITH_LOAD };
     struct Finding {
@@ -46,44 +18,35 @@ public:
         u32 other;
     };
 
-    void resize(u32 bytes) {
+    void reset(u32 bytes) {
         bytes_ = bytes;
-        memory_.resize((bytes + 15) / 16);
-        shadow_.assign(memory_.size() * 16 / GRAIN, Shadow{});
+        memory_.resize((bytes + sizeof(Word4) - 1) / sizeof(Word4));
+        shadow_.reset(bytes);
     }
-    // Forgets what an earlier block stored: its epochs are below `epoch`.
-    void start_block(u32 epoch) { first_epoch_ = epoch; }
     u8* at(u32 address) { return reinterpret_cast<u8*>(memory_.data()) + (address - BASE); }
 
     Finding load(u32 address, u32 width, const Stamp& now) {
         if (const Verdict v = place(address, width); v != Verdict::FINE) return {v, 0};
-        Shadow* shadow = &shadow_[(address - BASE) / GRAIN];
-        for (u32 i = 0; i < grains(width); i++) {
-            const Stamp writer = shadow[i].writer;
-            if (writer.block_epoch < first_epoch_) return {Verdict::UNINITIALISED, 0};
-            if (!now.follows(writer)) return {Verdict::RACE_WITH_STORE, writer.thread};
-            Stamp& reader = shadow[i].reader;
-            const bool concurrent = !now.follows(reader);
-            const bool same_warp = reader.warp() == now.warp() && reader.several != Stamp::WARPS;
-            reader = Stamp{now.block_epoch, now.warp_epoch, now.thread,
-                           !concurrent ? Stamp::NO : same_warp ? Stamp::LANES : Stamp::WARPS};
-        }
-        return {Verdict::FINE, 0};
+        if (!shadow_.stored_by(now.block, address - BASE, width)) return {Verdict::UNINITIALISED, 0};
+        return finding(shadow_.load(address - BASE, width, now, Order{now}));
     }
-
     Finding store(u32 address, u32 width, const Stamp& now) {
         if (const Verdict v = place(address, width); v != Verdict::FINE) return {v, 0};
-        Shadow* shadow = &shadow_[(address - BASE) / GRAIN];
-        for (u32 i = 0; i < grains(width); i++) {
-            if (!now.follows(shadow[i].writer)) return {Verdict::RACE_WITH_STORE, shadow[i].writer.thread};
-            if (!now.follows(shadow[i].reader)) return {Verdict::RACE_WITH_LOAD, shadow[i].reader.thread};
-            shadow[i].writer = now;
-        }
-        return {Verdict::FINE, 0};
+        return finding(shadow_.store(address - BASE, width, now, Order{now}));
     }
 
 private:
-    static u32 grains(u32 width) { return width / GRAIN; }
+    // Blocks that ran here before are over.
+    struct Order {
+        const Stamp& now;
+        bool operator()(const Stamp& earlier) const { return earlier.block != now.block || now.follows(earlier); }
+    };
+
+    static Finding finding(const Collision& collision) {
+        if (collision.kind == Collision::NONE) return {Verdict::FINE, 0};
+        const bool store = collision.kind == Collision::STORE;
+        return {store ? Verdict::RACE_WITH_STORE : Verdict::RACE_WITH_LOAD, collision.other.thread};
+    }
     Verdict place(u32 address, u32 width) const {
         if (address % width) return Verdict::MISALIGNED;
         if (address < BASE || address - BASE > bytes_ || width > bytes_ - (address - BASE))
@@ -92,9 +55,8 @@ private:
     }
 
     u32 bytes_ = 0;
-    u32 first_epoch_ = 1;
     std::vector<Word4> memory_;
-    std::vector<Shadow> shadow_;
+    Shadow shadow_;
 };
 
 }  // namespace volta::emulator

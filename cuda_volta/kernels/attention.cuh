@@ -43,6 +43,8 @@ struct AttentionParams {
     i32 k_rows;               // of a sequence; packed: of all; paged: of a page
     i32 k_batches;            // rows of a contiguous cache, or pages
     i32 max_pages;            // of a sequence
+    i32 page_rows;            // rows from a page to the next, of k and of v; 0: not a whole number of rows
+    u32 page_magic, page_shift;  // row / k_rows = (2 row * page_magic >> 32) >> page_shift
     i32 alibi_batch;          // stride; 0: slopes are per head only
     i32 mask_kind;            // MASK_*
     i32 left, right;          // visible band, NO_BOUND: unbounded
@@ -130,14 +132,18 @@ VOLTA_DEVICE float soft_cap(float x, float cap, float inverse_cap) {
     return cap - 2.0f * cap * rcp_approx(e + 1.0f);
 }
 
-// What attn_mask adds to the score of (b, h, i, key j), base 2; a finite mask stays finite.
-VOLTA_DEVICE float mask_bias(const AttentionParams& p, const Sequence& s, i32 b, i32 h, i32 i, i32 j) {
-    const i64 at = b * p.mask_batch + h * p.mask_head + i * p.mask_row + (s.k_begin + j) * p.mask_key;
+// What element `at` of attn_mask adds to a score, base 2; a finite mask stays finite.
+VOLTA_DEVICE float mask_value(const AttentionParams& p, i64 at) {
     if (p.mask_kind == MASK_BOOL) return ldg(static_cast<const u8*>(p.attn_mask) + at) ? 0.0f : -infinity();
     const float x = p.mask_kind == MASK_HALF ? from_half(ldg(static_cast<const u16*>(p.attn_mask) + at))
                                              : ldg(static_cast<const float*>(p.attn_mask) + at);
     const float scaled = x * LOG2_E;
     return scaled < -3e38f && x > -infinity() ? -3e38f : scaled;
+}
+
+// What attn_mask adds to the score of (b, h, i, key j).
+VOLTA_DEVICE float mask_bias(const AttentionParams& p, const Sequence& s, i32 b, i32 h, i32 i, i32 j) {
+    return mask_value(p, b * p.mask_batch + h * p.mask_head + i * p.mask_row + (s.k_begin + j) * p.mask_key);
 }
 
 }  // namespace volta

@@ -142,12 +142,12 @@ def test_cuda_13_alone_is_refused_by_name(foreign_nvrtc: Path, monkeypatch: pyte
         nvrtc.nvrtc()
     text = str(error.value)
     assert text.startswith(f"only NVRTC 13.1 was found ({library}), and CUDA 13 cannot target Volta")
-    assert "pip install 'nvidia-cuda-nvrtc-cu12==12.9.*'" in text
+    assert "pip install nvidia-cuda-nvrtc-cu12" in text
 
 
 def test_no_compiler_says_what_to_install(foreign_nvrtc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _hide_loader_paths(monkeypatch)
-    with pytest.raises(nvrtc.NvrtcMissing, match=r"was not found: pip install 'nvidia-cuda-nvrtc-cu12"):
+    with pytest.raises(nvrtc.NvrtcMissing, match=r"was not found: pip install nvidia-cuda-nvrtc-cu12"):
         nvrtc.nvrtc()
 
 
