@@ -202,7 +202,8 @@ def _step(device: torch.device) -> Callable[[Tensor], Tensor]:
             backend="volta",
         )  # fmt: skip
         assert isinstance(out, Tensor)
-        return ops.swiglu(ops.linear(out.reshape(4, 64), weight["mlp"], backend="volta"), backend="volta")
+        normed, _ = ops.rms_norm(out.reshape(4, 64), norm, 1e-5, x, backend="volta")
+        return ops.swiglu(ops.linear(normed, weight["mlp"], backend="volta"), backend="volta")
 
     return run
 
