@@ -143,6 +143,9 @@ VOLTA_DEVICE u32 half2_add(u32 a, u32 b) {
 VOLTA_DEVICE u32 half2_sub(u32 a, u32 b) {
     return pack_half2(low_half(a) - low_half(b), high_half(a) - high_half(b));
 }
+VOLTA_DEVICE u64 multiply_add_wide(u32 a, u32 b, u64 c) { return static_cast<u64>(a) * b + c; }
+VOLTA_DEVICE u32 shift_left(u32 v, u32 places) { return places < 32 ? v << places : 0; }
+VOLTA_DEVICE u32 shift_right(u32 v, u32 places) { return places < 32 ? v >> places : 0; }
 VOLTA_DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) {
     const u64 both = a | static_cast<u64>(b) << 32;
     u32 d = 0;

@@ -9,29 +9,33 @@ namespace volta {
 // A block takes BLOCK_Q queries of one head and walks over tiles of BLOCK_K keys.
 constexpr int BLOCK_Q = 128;
 constexpr int BLOCK_K = 32;
+
+// What a variant knows beside bounds, lengths and pages: 1 softcap, 2 ALiBi, 3 those and masks, odd head dims, rows
+// that are not 16-byte aligned, pages of any stride.
+constexpr bool ANYTHING = FEATURES == 3;
+constexpr bool SOFTCAP = FEATURES == 1 || ANYTHING;
+constexpr bool ALIBI = FEATURES == 2 || ANYTHING;
+
 // Up to 128 columns a warp holds 32 rows of O, two quadpairs by two. Above, 16 rows: its quadpairs split the
 // columns of O four ways, and Q K^T two ways by keys and two ways along the head dimension.
-constexpr bool WIDE = HEAD_DIM > 128;
+constexpr bool WIDE = HEAD_DIM > 128 || ANYTHING;
 constexpr int WARP_ROWS = WIDE ? 16 : 32;
 constexpr int THREADS = BLOCK_Q / WARP_ROWS * 32;
 constexpr int MIN_BLOCKS = WIDE ? 1 : 2;
-// What a variant knows beside bounds and lengths. Scores: softcap and ALiBi too. Anything: masks, head dims below
-// HEAD_DIM, rows that are not 16-byte aligned, pages of any stride.
-constexpr bool SCORES = FEATURES >= 1;
-constexpr bool ANYTHING = FEATURES >= 2;
 
-constexpr int STEPS = HEAD_DIM / (WIDE ? 16 : 8);    // of Q K^T: eight elements of the head dimension a quadpair
-constexpr int SCORE_ROWS = WIDE ? 1 : 2;             // 8-row tiles of scores that a quadpair keeps
-constexpr int SCORE_COLS = BLOCK_K / 16;             // 8-key tiles of scores of a quadpair
+// Q K^T takes steps of eight elements of the head dimension a quadpair. HELD is how many keep Q in registers.
+constexpr int STEPS = HEAD_DIM / (WIDE ? 16 : 8);
+constexpr int HELD_STEPS = HELD;
+constexpr int SHARED_STEPS = STEPS - HELD_STEPS;
+constexpr int SCORE_ROWS = WIDE ? 1 : 2;               // 8-row tiles of scores that a quadpair keeps
+constexpr int SCORE_COLS = BLOCK_K / 16;               // 8-key tiles of scores of a quadpair
 constexpr int OUT_COLS = HEAD_DIM / (WIDE ? 32 : 16);  // 8-column tiles of O of a quadpair
-constexpr int ROWS = 2 * SCORE_ROWS;                 // rows whose scores a thread holds
-constexpr bool Q_IN_REGISTERS = HEAD_DIM <= 64;
+constexpr int ROWS = 2 * SCORE_ROWS;                   // rows whose scores a thread holds
 
 // Shared memory: K tile, V tile, Q in the order of its fragments.
 constexpr int PITCH = (2 * HEAD_DIM + 127) / 128 * 128;  // bytes of a row of K or V
 constexpr int KV_BYTES = BLOCK_K * PITCH;
-constexpr int Q_WARP_BYTES = 512 * STEPS;
-constexpr int SHARED_BYTES = 2 * KV_BYTES + (Q_IN_REGISTERS ? 0 : BLOCK_Q / WARP_ROWS * Q_WARP_BYTES);
+constexpr int Q_WARP_BYTES = 512 * SHARED_STEPS;
 
 // What a lane is to m8n8k4: lanes 4q..4q+3 and 16+4q..19+4q are quadpair q.
 struct Lane {
@@ -67,21 +71,19 @@ VOLTA_DEVICE u32 key_offset(const Lane& lane) {
     return row * PITCH + 16 * chunk;
 }
 
-// V as row operand: the lane's key among 8 of its own side (crossed = 0) or of the other, and the 16-byte chunk
-// that holds its part of the first or second (`pair`) two column tiles. WIDE pairs are 128 bytes apart, others
-// alternate within 128 bytes.
+// V as row operand: 8 keys of the lane's own side, and the 16-byte chunk that holds its part of two column tiles.
 VOLTA_DEVICE u32 value_chunk(const Lane& lane, u32 high, int pair) {
     return WIDE ? 8 * static_cast<u32>(pair) + 4 * high + 2 * lane.other + lane.side
                 : 4 * static_cast<u32>(pair) + 2 * high + lane.side;
 }
-VOLTA_DEVICE u32 value_offset(const Lane& lane, u32 crossed, int pair) {
-    u32 row = 8 * (lane.side ^ crossed) + lane.low;
-    return row * PITCH + 16 * (value_chunk(lane, lane.high, pair) ^ swizzle(row));
+VOLTA_DEVICE u32 value_offset(const Lane& lane) {
+    u32 row = 8 * lane.side + lane.low;
+    return row * PITCH + 16 * (value_chunk(lane, lane.high, 0) ^ swizzle(row));
 }
 // A last, single column tile (WIDE, an odd number of them): 8 bytes of a chunk.
 VOLTA_DEVICE u32 last_value_chunk(const Lane& lane, u32 high) { return 4 * (OUT_COLS - 1) + 2 * high + lane.side; }
-VOLTA_DEVICE u32 last_value_offset(const Lane& lane, u32 crossed) {
-    u32 row = 8 * (lane.side ^ crossed) + lane.low;
+VOLTA_DEVICE u32 last_value_offset(const Lane& lane) {
+    u32 row = 8 * lane.side + lane.low;
     return row * PITCH + 16 * (last_value_chunk(lane, lane.high) ^ swizzle(row)) + 8 * lane.other;
 }
 

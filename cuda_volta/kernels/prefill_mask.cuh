@@ -15,12 +15,18 @@ VOLTA_DEVICE constexpr int column_of(int n, int i) { return 16 * n + (i & 5); }
 // Hides the keys outside of each row's band.
 VOLTA_DEVICE void apply_band(Scores& s, const AttentionParams& p, const Sequence& sequence, const Lane& lane,
                              i32 query0, i32 key0) {
+    static_assert(BLOCK_K == 32, "a tile's columns are the bits of a word");
     u32 visible[ROWS];  // bit c: column first_column + c
+    const i32 position = score_row(lane, query0, 0) + sequence.shift - key0;
+    const i32 left = p.left == NO_BOUND ? FAR : p.left, right = p.right == NO_BOUND ? FAR : p.right;
+    const i32 end = clamp(sequence.k_len - key0, 0, BLOCK_K) - 1;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        const Band band = visible_band(p, sequence, score_row(lane, query0, r));
-        const i32 first = clamp(band.first - key0, 0, BLOCK_K), last = clamp(band.last - key0, -1, BLOCK_K - 1);
-        visible[r] = first > last ? 0 : (0xffffffffu << first & 0xffffffffu >> (31 - last)) >> first_column(lane);
+        const i32 row = 8 * (r >> 1) + 2 * (r & 1);
+        const i32 first = position + row - left, last = position + row + right;
+        visible[r] = shift_left(0xffffffffu, first > 0 ? first : 0);
+        visible[r] &= shift_right(0xffffffffu, 31 - (last < end ? last : end));
+        visible[r] >>= first_column(lane);
     }
 #pragma unroll
     for (int m = 0; m < SCORE_ROWS; ++m) {
@@ -34,64 +40,65 @@ VOLTA_DEVICE void apply_band(Scores& s, const AttentionParams& p, const Sequence
     }
 }
 
-// Softcap and ALiBi, then the mask. Leaves scores such that `scale` times them are logits in base 2.
+// Softcap, ALiBi and attn_mask.
 struct ScoreRules {
-    float scale;         // of the scores as they will be left
-    float cap_exponent;  // 2^(cap_exponent s) = e^(2 scale s / softcap)
+    float scale;         // base-2 logits are this times what `apply` leaves, plus `offset`
+    float offset;
     float cap;           // in base 2
-    float slope;         // in units of the scores as they will be left
+    float cap_exponent;  // 2^(cap_exponent s) = e^(2 scale s / softcap)
+    float slope;         // in units of what `apply` leaves
 
     VOLTA_DEVICE ScoreRules(const AttentionParams& p, float logit_scale, u32 batch, u32 head)
-        : scale(logit_scale), cap_exponent(0.0f), cap(p.softcap * LOG2_E), slope(0.0f) {
-        if (!SCORES) return;
-        if (cap > 0.0f) cap_exponent = 2.0f * LOG2_E * logit_scale / cap;
-        if (cap > 0.0f || ANYTHING) scale = 1.0f;
-        if (p.alibi_slopes) {
+        : scale(logit_scale), offset(0.0f), cap(p.softcap * LOG2_E), cap_exponent(0.0f), slope(0.0f) {
+        if (SOFTCAP && cap > 0.0f) cap_exponent = 2.0f * LOG2_E * logit_scale / cap;
+        if (FEATURES == 1) scale = 2.0f * cap, offset = cap;
+        if (ANYTHING) scale = 1.0f;
+        if (ALIBI && p.alibi_slopes) {
             slope = ldg(p.alibi_slopes + static_cast<i64>(batch) * p.alibi_batch + head) * LOG2_E / scale;
         }
     }
 
+    // softcap tanh(x / softcap) = softcap - 2 softcap r, r = 1 / (e^(2 x / softcap) + 1). Where nothing else joins
+    // in, the scores become -r, and `scale` and `offset` do the rest.
+    VOLTA_DEVICE void apply_softcap(float& s) const {
+        s = -rcp_approx(exp2_approx(s * cap_exponent) + 1.0f);
+        if (ANYTHING) s = cap + 2.0f * cap * s;
+    }
+
     VOLTA_DEVICE void apply(Scores& s, const AttentionParams& p, const Sequence& sequence, const Lane& lane,
                             float logit_scale, u32 batch, u32 head, i32 query0, i32 key0) const {
-        if (!SCORES) return;
-        if (cap > 0.0f) {
+        const i32 column0 = key0 + first_column(lane);
+        const float distance = static_cast<float>(score_row(lane, query0, 0) + sequence.shift - column0);
 #pragma unroll
-            for (int e = 0; e < SCORE_ROWS * SCORE_COLS * 8; ++e) {
-                float& x = s[e / 8 / SCORE_COLS][e / 8 % SCORE_COLS][e % 8];
-                x = cap - 2.0f * cap * rcp_approx(exp2_approx(x * cap_exponent) + 1.0f);
-            }
-        } else if (ANYTHING) {
+        for (int m = 0; m < SCORE_ROWS; ++m) {
 #pragma unroll
-            for (int e = 0; e < SCORE_ROWS * SCORE_COLS * 8; ++e) {
-                s[e / 8 / SCORE_COLS][e / 8 % SCORE_COLS][e % 8] *= logit_scale;
-            }
-        }
-        if (p.alibi_slopes) {
-            const float distance = static_cast<float>(score_row(lane, query0, 0) + sequence.shift - key0 -
-                                                      first_column(lane));
+            for (int n = 0; n < SCORE_COLS; ++n) {
 #pragma unroll
-            for (int m = 0; m < SCORE_ROWS; ++m) {
-#pragma unroll
-                for (int n = 0; n < SCORE_COLS; ++n) {
-#pragma unroll
-                    for (int i = 0; i < 8; ++i) {
-                        const float apart = static_cast<float>(8 * m + (i & 2) - column_of(n, i));
-                        s[m][n][i] -= slope * fabsf(distance + apart);
-                    }
+                for (int i = 0; i < 8; ++i) {
+                    float& x = s[m][n][i];
+                    if (FEATURES == 1 || (ANYTHING && cap > 0.0f)) apply_softcap(x);
+                    else if (ANYTHING) x *= logit_scale;
+                    if (ALIBI) x -= slope * fabsf(distance + static_cast<float>(8 * m + (i & 2) - column_of(n, i)));
                 }
             }
         }
-        if (ANYTHING && p.mask_kind != MASK_NONE) {
+        if (ANYTHING && p.mask_kind != MASK_NONE) apply_mask(s, p, sequence, lane, batch, head, query0, column0);
+    }
+
+    // Rows and keys past the end read the last one's mask.
+    VOLTA_DEVICE static void apply_mask(Scores& s, const AttentionParams& p, const Sequence& sequence,
+                                        const Lane& lane, u32 batch, u32 head, i32 query0, i32 column0) {
+        const i64 first = batch * p.mask_batch + head * p.mask_head + sequence.k_begin * p.mask_key;
 #pragma unroll
-            for (int m = 0; m < SCORE_ROWS; ++m) {
+        for (int n = 0; n < SCORE_COLS; ++n) {
 #pragma unroll
-                for (int n = 0; n < SCORE_COLS; ++n) {
+            for (int c = 0; c < 4; ++c) {
+                const int element = (c & 1) | (c & 2) << 1;
+                const i32 key = clamp(column0 + column_of(n, element), 0, sequence.k_len - 1);
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) {
-                        const i32 row = clamp(score_row(lane, query0, row_of(m, i)), 0, sequence.q_len - 1);
-                        const i32 key = clamp(key0 + first_column(lane) + column_of(n, i), 0, sequence.k_len - 1);
-                        s[m][n][i] += mask_bias(p, sequence, batch, head, row, key);
-                    }
+                for (int r = 0; r < ROWS; ++r) {
+                    const i32 row = clamp(score_row(lane, query0, r), 0, sequence.q_len - 1);
+                    s[r >> 1][n][element | (r & 1) << 1] += mask_value(p, first + row * p.mask_row + key * p.mask_key);
                 }
             }
         }

@@ -5,10 +5,10 @@
 
 namespace volta {
 
-// Q of one warp: in registers where they allow it, else in shared memory.
+// Q of one warp: its first steps in shared memory, its last in registers.
 struct Queries {
     u32 at;
-    Word4 held[Q_IN_REGISTERS ? STEPS : 1][2];
+    Word4 held[HELD_STEPS + 1][2];
 };
 
 VOLTA_DEVICE Word2 low_half_of(const Word4& w) { return {w.x, w.y}; }
@@ -43,26 +43,25 @@ VOLTA_DEVICE void multiply_keys(Scores& s, const Queries& q, u32 key_base) {
     Products sum;
 #pragma unroll
     for (int e = 0; e < 16 * SCORE_COLS; ++e) sum[e / 8 / SCORE_COLS][e / 8 % SCORE_COLS][e % 8] = 0.0f;
-    if (Q_IN_REGISTERS) {
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            multiply_step(sum, q.held[step][0], q.held[step][1], step_address(key_base, step));
-        }
-    } else {
-        u32 at = q.at;
+    constexpr int TRIPS = SHARED_STEPS / GROUP_STEPS;
+    u32 at = q.at, group = key_base;
 #pragma unroll 1
-        for (int step = 0; step < STEPS / GROUP_STEPS * GROUP_STEPS; step += GROUP_STEPS) {
+    for (int trip = 0; trip < TRIPS; ++trip) {
 #pragma unroll
-            for (int u = 0; u < GROUP_STEPS; ++u) {
-                multiply_step(sum, lds128(at + 512 * u), lds128(at + 512 * u + 64), step_address(key_base, u));
-            }
-            at += 512 * GROUP_STEPS;
-            key_base += 128;
+        for (int u = 0; u < GROUP_STEPS; ++u) {
+            multiply_step(sum, lds128(at + 512 * u), lds128(at + 512 * u + 64), step_address(group, u));
         }
+        at += 512 * GROUP_STEPS;
+        group += 128;
+    }
 #pragma unroll
-        for (int u = 0; u < STEPS % GROUP_STEPS; ++u) {
-            multiply_step(sum, lds128(at + 512 * u), lds128(at + 512 * u + 64), step_address(key_base, u));
-        }
+    for (int u = TRIPS * GROUP_STEPS; u < SHARED_STEPS; ++u) {
+        const u32 q_at = q.at + static_cast<u32>(512 * u);
+        multiply_step(sum, lds128(q_at), lds128(q_at + 64), step_address(key_base, u));
+    }
+#pragma unroll
+    for (int u = 0; u < HELD_STEPS; ++u) {
+        multiply_step(sum, q.held[u][0], q.held[u][1], step_address(key_base, SHARED_STEPS + u));
     }
 #pragma unroll
     for (int n = 0; n < SCORE_COLS; ++n) {
@@ -78,66 +77,70 @@ VOLTA_DEVICE void multiply_keys(Scores& s, const Queries& q, u32 key_base) {
     }
 }
 
-// Where a lane reads V: [crossed][pair of column tiles], and the single last tile.
-struct ValueAddresses {
-    u32 pair[2][2];
-    u32 last[2];
+// Where a lane reads V, from the tile's start. Crossing to the keys of the other side, 8 rows away, flips the
+// swizzle's third bit: 64 bytes, which is also the way from one pair of column tiles to the next (unless WIDE).
+struct ValueOffsets {
+    u32 own, last, across;
 
-    VOLTA_DEVICE ValueAddresses(u32 tile, const Lane& lane) {
-#pragma unroll
-        for (int crossed = 0; crossed < 2; ++crossed) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j) pair[crossed][j] = pin(tile + value_offset(lane, crossed, j));
-            last[crossed] = pin(tile + last_value_offset(lane, crossed));
-        }
+    VOLTA_DEVICE explicit ValueOffsets(const Lane& lane)
+        : own(pin(value_offset(lane))),
+          last(OUT_COLS % 2 ? pin(last_value_offset(lane)) : 0),
+          across(pin(lane.side ? 0u - 8 * PITCH : 8 * PITCH)) {}
+
+    VOLTA_DEVICE u32 pair(int crossed, int j) const {
+        const int flips = WIDE ? crossed : crossed ^ (j & 1);
+        return (own ^ static_cast<u32>(64 * flips)) + (crossed ? across : 0) + (WIDE ? 128 * j : j / 2 * 128);
     }
+    VOLTA_DEVICE u32 single(int crossed) const { return crossed ? (last ^ 64) + across : last; }
 };
 
-template <int TRIPS>
-VOLTA_DEVICE void multiply_values(Output& out, const Scores& p, ValueAddresses at, bool odd) {
+// O += P V for 16 keys, whose probabilities this lane's quadpair and its neighbours hold.
+VOLTA_DEVICE void multiply_values16(Output& out, const Operand8 (&own)[SCORE_ROWS], u32 tile, const ValueOffsets& at) {
+#pragma unroll
+    for (int crossed = 0; crossed < 2; ++crossed) {  // 8 keys that this side scored, then 8 of the other
+        Operand8 a[2];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            a[m] = WIDE && m == 1 ? from_lane(own[0], 8 + 4 * crossed)
+                   : crossed      ? from_lane(own[m % SCORE_ROWS], 4)
+                                  : own[m % SCORE_ROWS];
+        }
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const u32 rows = tile + 4 * k * PITCH;
+#pragma unroll
+            for (int j = 0; j < OUT_COLS / 2; ++j) {
+                const Word4 v = lds128(rows + at.pair(crossed, j));
+#pragma unroll
+                for (int m = 0; m < 2; ++m) mma_rr(out[m][2 * j], a[m].k[k], low_half_of(v));
+#pragma unroll
+                for (int m = 0; m < 2; ++m) mma_rr(out[m][2 * j + 1], a[m].k[k], high_half_of(v));
+            }
+            if (OUT_COLS % 2) {
+                const Word2 v = lds64(rows + at.single(crossed));
+#pragma unroll
+                for (int m = 0; m < 2; ++m) mma_rr(out[m][OUT_COLS - 1], a[m].k[k], v);
+            }
+        }
+    }
+}
+
+// ROLLED: half the code, for a few moves.
+template <bool ROLLED>
+VOLTA_DEVICE void multiply_values(Output& out, const Scores& p, u32 tile, ValueOffsets at, bool odd) {
     Operand8 own[SCORE_COLS][SCORE_ROWS];
 #pragma unroll
     for (int t = 0; t < SCORE_COLS; ++t) {
 #pragma unroll
         for (int m = 0; m < SCORE_ROWS; ++m) own[t][m] = to_operand(p[m][t], odd);
     }
-#pragma unroll(SCORE_COLS / TRIPS)
-    for (int t = 0; t < SCORE_COLS; ++t) {  // 16 keys
-#pragma unroll
-        for (int crossed = 0; crossed < 2; ++crossed) {  // 8 that this side scored, then 8 of the other
-            Operand8 a[2];
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-                a[m] = WIDE && m == 1 ? from_lane(own[0][0], 8 + 4 * crossed)
-                       : crossed      ? from_lane(own[0][m % SCORE_ROWS], 4)
-                                      : own[0][m % SCORE_ROWS];
-            }
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-#pragma unroll
-                for (int j = 0; j < OUT_COLS / 2; ++j) {
-                    const u32 address = WIDE ? at.pair[crossed][0] + 128 * j : at.pair[crossed][j & 1] + 128 * (j >> 1);
-                    const Word4 v = lds128(address + 4 * k * PITCH);
-#pragma unroll
-                    for (int m = 0; m < 2; ++m) mma_rr(out[m][2 * j], a[m].k[k], low_half_of(v));
-#pragma unroll
-                    for (int m = 0; m < 2; ++m) mma_rr(out[m][2 * j + 1], a[m].k[k], high_half_of(v));
-                }
-                if (OUT_COLS % 2) {
-                    const Word2 v = lds64(at.last[crossed] + 4 * k * PITCH);
-#pragma unroll
-                    for (int m = 0; m < 2; ++m) mma_rr(out[m][OUT_COLS - 1], a[m].k[k], v);
-                }
-            }
-        }
+#pragma unroll(ROLLED ? 1 : SCORE_COLS)
+    for (int t = 0; t < SCORE_COLS; ++t) {
+        multiply_values16(out, own[0], tile, at);
+        at.own += 16 * PITCH;
+        at.last += 16 * PITCH;
 #pragma unroll
         for (int m = 0; m < SCORE_ROWS; ++m) own[0][m] = own[SCORE_COLS - 1][m];
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            at.pair[c][0] += 16 * PITCH;
-            at.pair[c][1] += 16 * PITCH;
-            at.last[c] += 16 * PITCH;
-        }
     }
 }
 

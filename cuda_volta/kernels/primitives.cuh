@@ -185,6 +185,22 @@ VOLTA_DEVICE u32 half2_sub(u32 a, u32 b) {
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
+VOLTA_DEVICE u64 multiply_add_wide(u32 a, u32 b, u64 c) {
+    u64 d;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
+    return d;
+}
+// Zero from 32 places on.
+VOLTA_DEVICE u32 shift_left(u32 v, u32 places) {
+    u32 d;
+    asm("shl.b32 %0, %1, %2;" : "=r"(d) : "r"(v), "r"(places));
+    return d;
+}
+VOLTA_DEVICE u32 shift_right(u32 v, u32 places) {
+    u32 d;
+    asm("shr.u32 %0, %1, %2;" : "=r"(d) : "r"(v), "r"(places));
+    return d;
+}
 VOLTA_DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 // Any function of three bits, bit by bit; TABLE is its value for a = 0xf0, b = 0xcc, c = 0xaa.
 template <u32 TABLE>
