@@ -20,7 +20,7 @@ from .calls import attention_call, no_host_reads
 
 pytestmark = pytest.mark.toolchain
 HALF = torch.float16
-HEAD_DIMS = (32, 64, 96, 128, 160, 192, 256, 1, 31, 40, 80, 100, 200)
+HEAD_DIMS = (32, 64, 96, 128, 160, 192, 256, 1, 40, 100)
 
 
 def check(a: AttentionArgs, splits: int | None = None) -> list[emulator.Report]:
@@ -47,7 +47,7 @@ def test_random_calls(layout, head_dim):
         check(random_case(seed, layout, HALF, head_dim).args(), splits=(None, 3)[seed])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     st.integers(0, 10**6),
     st.sampled_from(LAYOUTS),
