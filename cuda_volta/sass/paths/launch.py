@@ -68,7 +68,11 @@ class Program:
         }  # fmt: skip
         # Within a block, only these need a look; the rest is issued as it stands.
         self.busy = {
-            b.first: [i for i in range(b.first, b.last + 1) if i in self.computed or i in self.memory or i in self.guarded]
+            b.first: [
+                i
+                for i in range(b.first, b.last + 1)
+                if i in self.computed or i in self.memory or i in self.guarded
+            ]
             for b in blocks
         }
 
@@ -214,4 +218,6 @@ class _Follower:
 
 def _bytes(item: Instruction) -> int:
     """That a lane moves."""
-    return next((int(m.lstrip("US")) // 8 for m in item.modifiers if m.lstrip("US") in ("8", "16", "64", "128")), 4)
+    return next(
+        (int(m.lstrip("US")) // 8 for m in item.modifiers if m.lstrip("US") in ("8", "16", "64", "128")), 4
+    )

@@ -16,7 +16,9 @@ Fetch = Callable[["Warp"], Value]
 
 REGISTER = re.compile(r"(?<![\w.])R(\d+)")
 _PREDICATE = re.compile(r"(?<![\w.])P(\d)")
-_SOURCE = re.compile(r"(-|~)?(\|)?(?:R(\d+|Z)|c\[(0x\w+)\]\[(?:R(\d+|Z)\+?)?(-?0x\w+|)\]|(0x\w+))\|?((?:\.\w+)*)")
+_SOURCE = re.compile(
+    r"(-|~)?(\|)?(?:R(\d+|Z)|c\[(0x\w+)\]\[(?:R(\d+|Z)\+?)?(-?0x\w+|)\]|(0x\w+))\|?((?:\.\w+)*)"
+)
 _CONSTANT_ADDRESS = re.compile(r"c\[(0x\w+)\]\[(?:R(\d+|Z))?\+?(-?0x\w+)?\]")
 _ADDRESS = re.compile(r"\[(?:R(\d+|Z)((?:\.\w+)*))?\+?(-?0x\w+)?\]")
 _WIDTH = {"64": 2, "128": 4}
@@ -49,8 +51,10 @@ def destinations(item: Instruction) -> tuple[tuple[int, int] | None, tuple[int, 
             if plain != "PT":
                 predicates.append(int(plain[1:]))
             count += 1
-        elif register is None and item.base not in ("ISETP", "FSETP", "DSETP", "HSETP2", "PLOP3") and re.fullmatch(
-            r"R(\d+|Z)", plain
+        elif (
+            register is None
+            and item.base not in ("ISETP", "FSETP", "DSETP", "HSETP2", "PLOP3")
+            and re.fullmatch(r"R(\d+|Z)", plain)
         ):
             register = (-1 if plain == "RZ" else int(plain[1:]), _results(item))
             count += 1
@@ -75,7 +79,11 @@ def _results(item: Instruction) -> int:
     modifiers = item.modifiers
     if item.base == "CS2R" and "32" in modifiers:
         return 1
-    if item.base in _PAIRS or (item.base == "IMAD" and "WIDE" in modifiers) or (item.base == "F2F" and modifiers[:1] == ("F64",)):
+    if (
+        item.base in _PAIRS
+        or (item.base == "IMAD" and "WIDE" in modifiers)
+        or (item.base == "F2F" and modifiers[:1] == ("F64",))
+    ):
         return 2
     return next((_WIDTH[m] for m in modifiers if m in _WIDTH), 1) if item.base.startswith("LD") else 1
 
@@ -99,7 +107,9 @@ def sources(item: Instruction) -> tuple[set[int], set[int]]:
             if pair or (wide and position == 2) or item.base == "RET":
                 registers.add(number + 1)
             if item.base in ("STL",) and not text.startswith("["):
-                registers |= set(range(number, number + next((_WIDTH[m] for m in item.modifiers if m in _WIDTH), 1)))
+                registers |= set(
+                    range(number, number + next((_WIDTH[m] for m in item.modifiers if m in _WIDTH), 1))
+                )
     if item.base == "P2R":
         predicates |= set(range(7))
     return registers, predicates

@@ -48,7 +48,6 @@ class _Form:
         return total
 
 
-
 def step(item: Instruction) -> Step:
     """What executing ``item`` does to a warp."""
     form = _Form(item)
@@ -71,7 +70,9 @@ def _forget(form: _Form) -> Step:
     return run
 
 
-def _store(form: _Form, value: Callable[[Warp], Value], carry: Callable[[Value], Value] | None = None) -> Step:
+def _store(
+    form: _Form, value: Callable[[Warp], Value], carry: Callable[[Value], Value] | None = None
+) -> Step:
     """Writes the low 32 bits of a value, and its carry as a predicate if there is one to write."""
 
     def run(warp: Warp, mask: Value) -> None:
@@ -216,7 +217,9 @@ def _compare(form: _Form) -> Step:
     def run(warp: Warp, mask: Value) -> None:
         x, y = cast(a(warp)), cast(b(warp))
         holds = test(x, y)
-        if form.has("EX"):  # the upper half of a 64-bit comparison: the lower half's result where these are equal
+        if form.has(
+            "EX"
+        ):  # the upper half of a 64-bit comparison: the lower half's result where these are equal
             lower = form.conditions[1](warp)
             same = x == y
             if modifiers[0] == "NE":
@@ -316,7 +319,9 @@ def _vote(form: _Form) -> Step:
         if known(asked, mask):
             votes = asked & mask
             ballot = uniform(sum(1 << i for i in range(WARP) if votes[i]))
-            whole = {"ANY": votes.any(), "ALL": (asked | ~mask).all()}.get(mode, not votes.any() or (asked | ~mask).all())
+            whole = {"ANY": votes.any(), "ALL": (asked | ~mask).all()}.get(
+                mode, not votes.any() or (asked | ~mask).all()
+            )
             answer = np.full(WARP, bool(whole))
         if form.register:
             warp.set(form.register[0], ballot, mask)
@@ -415,7 +420,11 @@ def _to_float(form: _Form) -> Step:
 
     def run(warp: Warp) -> Value:
         value = form.data[0](warp)
-        if value is UNKNOWN or "F64" in form.item.modifiers or any("16" in m or "8" in m for m in form.item.modifiers):
+        if (
+            value is UNKNOWN
+            or "F64" in form.item.modifiers
+            or any("16" in m or "8" in m for m in form.item.modifiers)
+        ):
             return UNKNOWN
         exact = (value if form.has("U32") else signed(value)).astype(np.float64)
         single = exact.astype(np.float32)

@@ -21,7 +21,9 @@ def wavefronts(addresses: npt.NDArray[np.int64], size: int, lanes: npt.NDArray[n
     return _wavefronts((addresses - start).tobytes(), size, lanes.tobytes())
 
 
-def sectors(addresses: npt.NDArray[np.int64], size: int, lanes: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+def sectors(
+    addresses: npt.NDArray[np.int64], size: int, lanes: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
     """The distinct sectors of 32 bytes of global memory that ``lanes`` touch."""
     start = int(addresses[0]) // SECTOR
     return start + _sectors((addresses - start * SECTOR).tobytes(), size, lanes.tobytes())

@@ -84,7 +84,10 @@ def simulate(
     table = np.asarray(code, np.int32)
     settings = np.asarray(machine, np.int32)
     given = _Paths(
-        indices.ctypes.data_as(_INTS), costs.ctypes.data_as(_SHORTS), offsets.ctypes.data_as(_LONGS), len(paths[0])
+        indices.ctypes.data_as(_INTS),
+        costs.ctypes.data_as(_SHORTS),
+        offsets.ctypes.data_as(_LONGS),
+        len(paths[0]),
     )
     result = _Result()
     failed = _library().volta_sass_simulate(

@@ -58,5 +58,8 @@ def run(
     cycles = (ends[-1] - ends[resident - 1]) / (len(ends) - resident)
     total = 4 * counted.cycles
     return Outcome(
-        cycles, counted.tensor_busy / total, {k: v / total for k, v in counted.reasons.items()}, counted.fetched_lines
+        cycles,
+        counted.tensor_busy / total,
+        {k: v / total for k, v in counted.reasons.items()},
+        counted.fetched_lines,
     )
