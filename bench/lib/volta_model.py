@@ -145,5 +145,6 @@ def figures(case: Case, head_dim: int) -> Figures:
     per_tile = 2 * v.block_q * v.block_k * v.head_dim / pipes.MACS_PER_STEP
     starts = range(0, SEQLEN, v.block_q)
     steps = [round(-(-case.visible(first, v.block_q, SEQLEN) // v.block_k) * per_tile) for first in starts]
-    *calibrated, perfect = spread(kernel, *followed, steps, 4 * case.pairs(SEQLEN) * head_dim)
+    few, many = followed
+    *calibrated, perfect = spread(kernel, few, many, steps, 4 * case.pairs(SEQLEN) * head_dim)
     return Figures(found, calibrated, perfect)

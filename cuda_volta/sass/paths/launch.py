@@ -144,8 +144,8 @@ class _Follower:
                 if lanes is not UNKNOWN and not lanes.any():
                     costs[index - first] = SKIPPED
             if index in program.computed:
-                step, guard = program.computed[index]
-                step(warp, mask if guard is None else mask & guard(warp))
+                step, condition = program.computed[index]
+                step(warp, mask if condition is None else mask & condition(warp))
         self.indices.append(np.arange(first, last + 1, dtype=np.int32))
         self.costs.append(costs)
         self.length += last + 1 - first

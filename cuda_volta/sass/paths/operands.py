@@ -106,7 +106,7 @@ def sources(item: Instruction) -> tuple[set[int], set[int]]:
             # The addend of a wide multiply-add, a 64-bit address and a return address take two registers.
             if pair or (wide and position == 2) or item.base == "RET":
                 registers.add(number + 1)
-            if item.base in ("STL",) and not text.startswith("["):
+            if item.base == "STL" and not text.startswith("["):
                 registers |= set(
                     range(number, number + next((_WIDTH[m] for m in item.modifiers if m in _WIDTH), 1))
                 )
@@ -120,27 +120,34 @@ def source(text: str) -> Fetch:
     found = _SOURCE.fullmatch(text)
     if not found or any(m not in ("", "reuse") for m in found[8].split(".")) or found[2]:
         return lambda _: UNKNOWN
-    sign = found[1]
     if found[7]:
-        value = int(found[7], 16)
-        literal = uniform(-value if sign == "-" else ~value if sign == "~" else value)
-        return lambda _: literal
-    if found[4]:
-        bank, offset = int(found[4], 16), int(found[6] or "0", 16)
-        if found[5]:
-            return lambda _: UNKNOWN
-        base: Fetch = lambda warp: warp.constant(bank, offset)
-    elif found[3] == "Z":
-        base = lambda _: ZERO
-    else:
-        number = int(found[3])
-        base = lambda warp: warp.registers[number]
-    if sign == "-":
+        return _literal(int(found[7], 16), found[1])
+    if found[4] and found[5]:
+        return lambda _: UNKNOWN
+    plain = _constant(int(found[4], 16), int(found[6] or "0", 16)) if found[4] else _register(found[3])
+    if found[1] == "-":
         # Not reduced to 32 bits: the carry of a + (2^32 - b) is that of the subtraction.
-        return lambda warp: (MASK + 1) - base(warp)
-    if sign == "~":
-        return lambda warp: MASK - base(warp)
-    return base
+        return lambda warp: (MASK + 1) - plain(warp)
+    if found[1] == "~":
+        return lambda warp: MASK - plain(warp)
+    return plain
+
+
+def _literal(value: int, sign: str | None) -> Fetch:
+    fixed = uniform(-value if sign == "-" else ~value if sign == "~" else value)
+    return lambda _: fixed
+
+
+def _constant(bank: int, offset: int) -> Fetch:
+    return lambda warp: warp.constant(bank, offset)
+
+
+def _register(name: str) -> Fetch:
+    """By its number, or "Z"."""
+    if name == "Z":
+        return lambda _: ZERO
+    number = int(name)
+    return lambda warp: warp.registers[number]
 
 
 def high(text: str) -> Fetch:
