@@ -1,9 +1,9 @@
-"""How fast the Volta kernels can run, by two models of their machine code: no GPU is needed, nothing is timed.
+"""How fast the Volta kernels can run, by two models of their machine code: without a GPU, nothing timed.
 
 The pipe bound is the busiest pipe's cycles for 1000 multiply-adds (the tensor cores' own limit is 7.81); the
-issue simulator gives a range of TFLOP/s, over machines that reproduce xformers' published speeds (docs/volta.md),
-at 1.53 GHz and 8192 tokens, and what an instruction cache without misses would give. TFLOP/s count attended
-query-key pairs: causal kernels are not credited for what they skip.
+issue simulator gives a range of TFLOP/s, over machines that reproduce xformers' published speeds
+(docs/volta.md), at 1.53 GHz and 8192 tokens, and what an instruction cache without misses would give.
+TFLOP/s count attended query-key pairs: causal kernels are not credited for what they skip.
 
   bench/volta.py                                        our kernels
   bench/volta.py --peer                                 and xformers', fetched (213 MB) and simulated as well
@@ -36,8 +36,8 @@ TABLE = Table(
     [
         Column("kernel", 16), Column("D", 3, "d"), Column("cyc/kMAC", 8, ".2f"), Column("bound by", 8),
         Column("instr/HMMA", 10, ".2f"), Column("barriers", 8, ".1f"), Column("spills B", 8, "d"),
-        Column("loop B", 6, "d"), Column("warps", 5, "d"), Column("TFLOP/s", 11), Column("no misses", 9, ".1f"),
-        Column("published", 9, ".1f"),
+        Column("loop B", 6, "d"), Column("warps", 5, "d"), Column("TFLOP/s", 11),
+        Column("no misses", 9, ".1f"), Column("published", 9, ".1f"),
     ]
 )  # fmt: skip
 
@@ -77,8 +77,8 @@ def bound(cubin: str, kernel: str, macs: float, warps: int) -> None:
         share = found.cycles["tensor"] / found.cycles[found.busiest]
         print(
             f"  bound by {found.busiest}: {found.cycles_per_kmac:.2f} cycles per kMAC, tensor cores at most "
-            f"{share:.1%}; {found.instructions_per_hmma:.2f} instructions per HMMA, {found.barriers:.0f} barriers, "
-            f"{found.local_accesses:.0f} spill accesses a tile; loop {found.loop_bytes} B"
+            f"{share:.1%}; {found.instructions_per_hmma:.2f} instructions per HMMA, "
+            f"{found.barriers:.0f} barriers, {found.local_accesses:.0f} spill accesses a tile; loop {found.loop_bytes} B"
         )
 
 

@@ -1,4 +1,4 @@
-"""The attention calls whose kernels are modelled, and how much their blocks have to do at the length claimed."""
+"""The attention calls whose kernels are modelled, and how much their blocks do at the length claimed."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ class Program:
         self.end = {b.first: b.last for b in blocks}
         keep = slices.needed(code, blocks)
         self.computed = {
-            i: (semantics.step(item), _guard(item) if item.guard else None) for i, item in enumerate(code) if keep[i]
+            i: (semantics.step(item), _guard(item) if item.guard else None)
+            for i, item in enumerate(code) if keep[i]
         }  # fmt: skip
         self.memory = {
             i: (ops.address(item), _guard(item), item) for i, item in enumerate(code)
@@ -154,7 +155,7 @@ class _Follower:
         return last
 
     def _access(self, item: Instruction, address: Value, guard: Value, mask: Value) -> int:
-        """SKIPPED, or the wavefronts or sectors of an access; of an unknown address, those of a perfect one."""
+        """SKIPPED, or the wavefronts or sectors of an access; of an unknown address, the fewest."""
         lanes = mask if guard is UNKNOWN else mask & guard
         if not lanes.any():
             return SKIPPED

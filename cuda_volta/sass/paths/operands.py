@@ -24,8 +24,8 @@ _ADDRESS = re.compile(r"\[(?:R(\d+|Z)((?:\.\w+)*))?\+?(-?0x\w+)?\]")
 _WIDTH = {"64": 2, "128": 4}
 _PAIRS = ("DADD", "DMUL", "DFMA", "CS2R", "HMMA")
 _NO_RESULT = (
-    "ST", "STG", "STS", "STL", "RED", "BRA", "BRX", "EXIT", "BAR", "BSSY", "BSYNC", "NOP", "RET", "CALL", "WARPSYNC",
-    "MEMBAR", "DEPBAR", "CCTL", "KILL", "ERRBAR", "BMOV", "R2P", "YIELD", "BREAK",
+    "ST", "STG", "STS", "STL", "RED", "BRA", "BRX", "EXIT", "BAR", "BSSY", "BSYNC", "NOP", "RET", "CALL",
+    "WARPSYNC", "MEMBAR", "DEPBAR", "CCTL", "KILL", "ERRBAR", "BMOV", "R2P", "YIELD", "BREAK",
 )  # fmt: skip
 
 

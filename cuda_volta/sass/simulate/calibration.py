@@ -1,9 +1,9 @@
 """Machines that reproduce what was published of xformers' kernels; together they give a range, not a point.
 
-Nobody has published how Volta's sub-cores fetch instructions. Each machine below is one way that they may, its
-fetch rate and latency chosen so that xformers 0.0.23's own kernels come out at the 28.8 and 33.4 TFLOP/s that its
-authors published for head_dim 64 and 128 (docs/volta.md has the result). The kernel for head_dim 256 was kept out
-of that choice.
+Nobody has published how Volta's sub-cores fetch instructions. Each machine below is one way that they may,
+its fetch rate and latency chosen so that xformers 0.0.23's own kernels come out at the 28.8 and 33.4 TFLOP/s
+that its authors published for head_dim 64 and 128 (docs/volta.md has the result). The kernel for head_dim
+256 was kept out of that choice.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ class _Paths(ctypes.Structure):
 
 class _Result(ctypes.Structure):
     _fields_ = [
-        ("cycles", ctypes.c_int64), ("by_reason", ctypes.c_int64 * len(REASONS)), ("tensor_busy", ctypes.c_int64),
-        ("fetched_lines", ctypes.c_int64),
+        ("cycles", ctypes.c_int64), ("by_reason", ctypes.c_int64 * len(REASONS)),
+        ("tensor_busy", ctypes.c_int64), ("fetched_lines", ctypes.c_int64),
     ]  # fmt: skip
 
 

@@ -19,10 +19,9 @@ class Residency(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """How many fit; registers are given out to warps in units of 256, shared memory in units of 256 bytes."""
+        """How many fit; registers of a warp come in units of 256, shared memory in units of 256 bytes."""
         of_warp = -(-self.registers * 32 // 256) * 256
         by_registers = machine.REGISTERS // of_warp // self.warps
-        # A warp's registers come from its sub-core's quarter of the file.
         by_warps = machine.WARPS // self.warps
         shared = -(-self.shared_bytes // 256) * 256
         by_shared = machine.SHARED_BYTES // shared if shared else machine.BLOCKS
