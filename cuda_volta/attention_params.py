@@ -16,7 +16,7 @@ _POINTERS = (
 _STRIDES = (
     "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head",
     "out_batch", "out_row", "out_head", "lse_batch", "lse_head",
-    "mask_batch", "mask_head", "mask_row", "mask_key", "partial_rows",
+    "mask_batch", "mask_head", "mask_row", "mask_key",
 )  # fmt: skip
 _INTS = (
     "batch", "heads", "kv_heads", "head_dim", "v_head_dim", "q_rows", "max_seqlen_q", "k_rows", "k_batches",

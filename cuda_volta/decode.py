@@ -16,9 +16,9 @@ WARPS = 8
 SMS = 80  # of a V100, which the emulator stands for
 _BAND_BYTES = ROWS * 8
 _MERGE_BYTES = WARPS * ROWS * (8 + 72 * 4)  # decode_merge.cuh
-# A split's part is written and read in float32: 8 rows Dv bytes against 4 D keys bytes of KV. So many keys
-# a row keep it below 1.6 % of them.
-_KEYS_A_ROW = 128
+# A split reads its queries and has its part of the result written and read in float32: 2 D + 8 Dv bytes a row
+# against the 2 D + 2 Dv of a key, and a little more whatever its rows. So many keys keep that below 1.6 %.
+_KEYS_A_SPLIT, _KEYS_A_ROW = 128, 176
 
 
 def _variant(head_dim: int, block_k: int, vector: int = 1) -> Variant:
@@ -44,9 +44,10 @@ COMBINE = Variant("combine", "combine.cu", "combine", (), threads=256, min_block
 VARIANTS = (*DECODE.values(), UNALIGNED, COMBINE)
 
 
-def decode(call: AttentionCall) -> tuple[Tensor, Tensor]:
+def decode(call: AttentionCall, splits: int | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) of an attention call with few queries; correct for any number of them.
 
+    ``splits``: ranges of keys that are computed apart and merged; None: as many as the machine needs.
     Returns (B, Sq, H, Dv) or (total_q, H, Dv) in float16, and float32 (B, H, Sq) or (H, total_q), natural
     log, empty unless asked for. Reads no value of a tensor on the host: the grid follows from shapes and
     the caller's bounds. Raises ValueError for what the kernels cannot take.
@@ -57,16 +58,15 @@ def decode(call: AttentionCall) -> tuple[Tensor, Tensor]:
         return out, lse
     units = p.batch * p.kv_heads * -(-p.max_seqlen_q * (p.heads // p.kv_heads) // ROWS)
     rows = min(ROWS, p.max_seqlen_q * (p.heads // p.kv_heads))
-    p.splits = num_splits(units, call.longest_k, rows, _sms(call.q.device))
+    p.splits = splits or num_splits(units, call.longest_k, rows, _sms(call.q.device))
     device = call.q.device
     kernel = load(_choose(call), device)
     if p.splits == 1:
         kernel.launch((units, 1, 1), p, reads=call.tensors(), writes=(out, lse))
         return out, lse
     p.partial_width = -(-p.v_head_dim // 4) * 4
-    p.partial_rows = out.numel() // p.v_head_dim
-    partial_lse = out.new_empty((p.splits, p.partial_rows), dtype=torch.float32)
-    partial_out = out.new_empty((p.splits, p.partial_rows, p.partial_width), dtype=torch.float32)
+    partial_lse = out.new_empty((*out.shape[:-1], p.splits), dtype=torch.float32)
+    partial_out = out.new_empty((*out.shape[:-1], p.splits, p.partial_width), dtype=torch.float32)
     p.partial_out, p.partial_lse = partial_out.data_ptr(), partial_lse.data_ptr()
     kernel.launch((units, p.splits, 1), p, reads=call.tensors(), writes=(partial_out, partial_lse))
     total = p.batch * p.heads * p.max_seqlen_q
@@ -78,17 +78,17 @@ def decode(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def num_splits(units: int, keys: int, rows: int, sms: int) -> int:
     """Into how many ranges of keys each of ``units`` blocks of ``rows`` packed rows is cut.
 
-    The fewest whose blocks fill the last wave of the machine at least 85 % as well as the best choice does
-    (FlashAttention's rule), each range long enough to outweigh its partial result.
+    The fewest whose blocks fill the machine's waves at least 95 % as well as the best choice does (after
+    FlashAttention's rule), each range long enough to outweigh its partial result.
     """
-    most = max(1, min(keys // (_KEYS_A_ROW * rows), sms))
+    most = max(1, min(keys // (_KEYS_A_SPLIT + _KEYS_A_ROW * rows), sms))
 
     def filled(splits: int) -> float:
         waves = units * splits / sms
         return waves / -(-units * splits // sms)
 
     best = max(map(filled, range(1, most + 1)))
-    return next(n for n in range(1, most + 1) if filled(n) >= 0.85 * best)
+    return next(n for n in range(1, most + 1) if filled(n) >= 0.95 * best)
 
 
 def _choose(call: AttentionCall) -> Variant:

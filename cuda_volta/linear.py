@@ -72,15 +72,16 @@ def linear(x: Tensor, w: GroupedWeight) -> Tensor:
     if w.bias is not None:
         expect("bias", w.bias, w.shape[:1], torch.float16, torch.float32, torch.bfloat16)
         w = w._replace(bias=(w.bias.float() if w.bias.dtype == torch.bfloat16 else w.bias).contiguous())
-    if x.shape[0] <= FEW_ROWS and groups_are_whole(w):
+    if x.shape[0] <= FEW_ROWS and reads_whole_quads(w):
         return _few_rows(x, w)
     return _many_rows(x, w)
 
 
-def groups_are_whole(w: GroupedWeight) -> bool:
-    """Whether the columns of any 16 bytes of codes share a group: what the kernel of few rows takes."""
+def reads_whole_quads(w: GroupedWeight) -> bool:
+    """What the kernel of few rows takes: rows of aligned 16 bytes of codes whose columns share a group."""
     columns = 128 // w.bits
-    return w.g_idx is None and w.group_size % columns == 0 and w.group_offset % columns == 0
+    whole = w.group_size % columns == 0 and w.group_offset % columns == 0 and w.shape[1] % columns == 0
+    return whole and w.g_idx is None and in_octets(w.codes)
 
 
 def num_splits(blocks: int, columns: int, sms: int) -> int:
@@ -93,7 +94,8 @@ def _few_rows(x: Tensor, w: GroupedWeight) -> Tensor:
     p = LinearParams(weight_params(w))
     if not out.numel():
         return out
-    p.x, p.x_row, p.rows, p.wide = x.data_ptr(), x.stride(0), x.shape[0], in_octets(x)
+    p.x, p.x_row, p.rows = x.data_ptr(), x.stride(0), x.shape[0]
+    p.wide = in_octets(x) and w.x_perm is None
     if w.x_perm is not None:
         p.x_perm, p.perm_stride = w.x_perm.data_ptr(), perm_stride(w.x_perm)
     if w.bias is not None:

@@ -10,30 +10,33 @@ from .variant import Variant
 
 BLOCK_Q = 128
 BLOCK_K = 32
-#: Q's share of 16-byte columns that stays in registers, of HELD in prefill_layout.cuh.
-HEAD_DIMS = (32, 64, 96, 128, 160, 192, 256)
-#: What variants know beside bounds and lengths: nothing; softcap and ALiBi; masks and any layout as well.
-PLAIN, SOFTCAP, ALIBI, ANYTHING = range(4)
+#: Steps of Q K^T whose Q stays in registers, for each head_dim: as many as leave room for the rest.
+HELD = {32: 4, 64: 8, 96: 3, 128: 0, 160: 6, 192: 4, 256: 0}
+HEAD_DIMS = tuple(HELD)
+#: What variants know beside bounds, lengths and pages; ANYTHING: all of it, masks and any layout, more slowly.
+FEATURES = PLAIN, SOFTCAP, ALIBI, ANYTHING = tuple(range(4))
 
 
 def _variant(head_dim: int, features: int) -> Variant:
-    wide = head_dim > 128
+    wide = head_dim > 128 or features == ANYTHING
+    held = 0 if features == ANYTHING else HELD[head_dim]
     kv_bytes = BLOCK_K * -(-2 * head_dim // 128) * 128
+    q_bytes = BLOCK_Q * 2 * (head_dim - held * (16 if wide else 8))
     return Variant(
         op="prefill",
         source="prefill.cu",
         entry="prefill",
-        defines=(("HEAD_DIM", head_dim), ("FEATURES", features)),
+        defines=(("HEAD_DIM", head_dim), ("FEATURES", features), ("HELD", held)),
         threads=256 if wide else 128,
         min_blocks=1 if wide else 2,
-        shared_bytes=2 * kv_bytes + (0 if head_dim <= 64 else BLOCK_Q * 2 * head_dim),
+        shared_bytes=2 * kv_bytes + q_bytes,
         head_dim=head_dim,
         block_q=BLOCK_Q,
         block_k=BLOCK_K,
     )
 
 
-PREFILL = {(d, f): _variant(d, f) for d in HEAD_DIMS for f in range(4)}
+PREFILL = {(d, f): _variant(d, f) for d in HEAD_DIMS for f in FEATURES}
 VARIANTS = tuple(PREFILL.values())
 
 
@@ -57,9 +60,12 @@ def prefill(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def choose(call: AttentionCall, page_rows: int) -> Variant:
     """The least variant that can run the call."""
-    width = max(call.q.shape[-1], call.v.shape[-1])
-    head_dim = next(d for d in HEAD_DIMS if d >= width)
-    exact = call.q.shape[-1] == call.v.shape[-1] == head_dim and aligned(call)
-    if not exact or call.attn_mask is not None or (call.block_table is not None and not page_rows):
-        return PREFILL[head_dim, ANYTHING]
-    return PREFILL[head_dim, SCORES if call.softcap or call.alibi_slopes is not None else PLAIN]
+    head_dim, v_head_dim = call.q.shape[-1], call.v.shape[-1]
+    width = next(d for d in HEAD_DIMS if d >= max(head_dim, v_head_dim))
+    irregular = not aligned(call) or v_head_dim > head_dim or (call.block_table is not None and not page_rows)
+    both = bool(call.softcap) and call.alibi_slopes is not None
+    if irregular or both or call.attn_mask is not None:
+        return PREFILL[width, ANYTHING]
+    if call.softcap:
+        return PREFILL[width, SOFTCAP]
+    return PREFILL[width, PLAIN if call.alibi_slopes is None else ALIBI]

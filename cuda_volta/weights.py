@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import expect_device, in_octets
+from .checks import expect_device
 from .runtime import load
 from .variant import Variant
 
@@ -58,8 +58,8 @@ class WeightParams(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "mins", "g_idx")),
         *((name, ctypes.c_int64) for name in ("codes_row", "scales_row", "mins_row")),
-        *((name, ctypes.c_int32) for name in ("out", "inn", "group_size", "group_offset", "groups")),
-        *((name, ctypes.c_int32) for name in ("scale_is_float", "wide")),
+        *((name, ctypes.c_int32) for name in ("out", "in", "group_size", "group_offset", "groups")),
+        ("scale_is_float", ctypes.c_int32),
     ]
 
 
@@ -103,7 +103,7 @@ def weight_params(w: GroupedWeight) -> WeightParams:
     return WeightParams(
         *(None if t is None else t.data_ptr() for t in (w.codes, w.scales, w.mins, w.g_idx)),
         w.codes.stride(0), w.scales.stride(0), 0 if w.mins is None else w.mins.stride(0),
-        out, inn, w.group_size, w.group_offset, groups, w.scales.dtype == torch.float32, in_octets(w.codes),
+        out, inn, w.group_size, w.group_offset, groups, w.scales.dtype == torch.float32,
     )  # fmt: skip
 
 

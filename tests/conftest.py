@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+from .emulation import pytest_collection_modifyitems  # noqa: F401 (a hook)
+
 # Derandomized: a failure on one machine is a failure on every machine.
 hypothesis.settings.register_profile("fastattn", derandomize=True, deadline=None, print_blob=False)
 hypothesis.settings.load_profile("fastattn")

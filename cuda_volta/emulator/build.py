@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -62,18 +63,28 @@ def host_flags() -> tuple[str, ...]:
 
 def library(variant: Variant) -> Path:
     """The shared library of a variant, built if the cache lacks it."""
-    source = KERNELS / variant.source
-    options = [*KERNEL_FLAGS, *(f"-D{name}={value}" for name, value in variant.defines)]
-    options += [f"-I{KERNELS}", f"-I{EMULATOR}"]
-    headers = [*KERNELS.glob("*.cuh"), *source.parent.glob("*.cuh"), *EMULATOR.glob("*.hpp")]
-    text = f'#include "{source}"\n#include "entry.hpp"\nVOLTA_ENTRY({variant.entry})\n'
+    options, text = _options(variant), _text(variant)
 
     def build() -> bytes:
         link = ["-shared", "-pthread", "-x", "c++", "-", "-x", "none", str(_machine())]
         return compile_with([*options, *link], text)
 
-    key = _key([*options, text], [source, *headers, *EMULATOR.glob("*.cpp")])
-    return _built.path(f"{variant.entry}-{key}.so", build)
+    sources = {KERNELS / variant.source, EMULATOR / "entry.hpp", *EMULATOR.glob("*.cpp")}
+    return _built.path(f"{variant.entry}-{_key([*options, text], sources)}.so", build)
+
+
+def accepts(variant: Variant, text: str) -> None:
+    """Raises BuildError if the compiler refuses ``text`` behind the variant's source; keeps nothing."""
+    compile_with([*_options(variant), "-fsyntax-only", "-x", "c++", "-"], f"{_text(variant)}{text}\n")
+
+
+def _options(variant: Variant) -> list[str]:
+    defines = [f"-D{name}={value}" for name, value in variant.defines]
+    return [*KERNEL_FLAGS, *defines, f"-I{KERNELS}", f"-I{EMULATOR}"]
+
+
+def _text(variant: Variant) -> str:
+    return f'#include "{KERNELS / variant.source}"\n#include "entry.hpp"\nVOLTA_ENTRY({variant.entry})\n'
 
 
 def _machine() -> Path:
@@ -89,22 +100,39 @@ def _machine() -> Path:
                 file.write_bytes(content)
             return compile_with(["-r", "-nostdlib", *map(str, objects)])
 
-    return _built.path(f"machine-{_key([], [*sources, *EMULATOR.glob('*.hpp')])}.o", build)
+    return _built.path(f"machine-{_key([], set(sources))}.o", build)
 
 
-def _key(words: list[str], files: list[Path]) -> str:
-    """Names what a build depends on."""
+def _key(words: list[str], sources: set[Path]) -> str:
+    """Names what a build depends on: compiler, options, and all files that the sources include."""
     command = [compiler_version(), *FLAGS, *host_flags(), *words]
-    contents = [file.name.encode() + b"\n" + file.read_bytes() for file in sorted(set(files))]
-    return digest(*command, *contents)[:24]
+    return digest(*command, *(f"{file.name}\n{text}" for file, text in sorted(_included(sources).items())))[
+        :24
+    ]
+
+
+def _included(sources: set[Path]) -> dict[Path, str]:
+    """The text of the files, and of those that they name in quotes, and so on."""
+    texts: dict[Path, str] = {}
+    waiting = {source.resolve() for source in sources}
+    while waiting:
+        file = waiting.pop()
+        texts[file] = file.read_text()
+        for name in re.findall(r'^#include "(.+)"', texts[file], re.MULTILINE):
+            places = (folder / name for folder in (file.parent, KERNELS, EMULATOR))
+            found = next((place.resolve() for place in places if place.exists()), None)
+            if found is not None and found not in texts:
+                waiting.add(found)
+    return texts
 
 
 def compile_with(options: list[str], text: str = "") -> bytes:
-    """What the compiler makes of ``options``, reading ``text`` where they say ``-``."""
+    """What the compiler makes of ``options``, reading ``text`` where they say ``-``; its output, if any."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
         command = [*compiler(), *FLAGS, *host_flags(), *options, "-o", str(output)]
-        run = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        plain = {**os.environ, "LC_ALL": "C"}  # messages in ASCII, whatever the user's language
+        run = subprocess.run(command, input=text, capture_output=True, text=True, check=False, env=plain)
         if run.returncode:
             raise BuildError(f"{' '.join(command)}\n{run.stderr}")
-        return output.read_bytes()
+        return output.read_bytes() if output.exists() else b""

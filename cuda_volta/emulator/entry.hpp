@@ -7,7 +7,6 @@ namespace volta::emulator {
 
 template <typename Params>
 struct Entry {
-    static constexpr size_t params_size = sizeof(Params);
     using Type = Params;
 };
 template <typename Params>
@@ -15,7 +14,6 @@ Entry<Params> entry_of(void (*)(Params));
 
 }  // namespace volta::emulator
 
-#define VOLTA_ENTRY(kernel)                                                                               \
-    using VoltaParams = decltype(volta::emulator::entry_of(&kernel))::Type;                               \
-    extern "C" void volta_invoke(const void* params) { kernel(*static_cast<const VoltaParams*>(params)); } \
-    extern "C" __attribute__((visibility("default"))) size_t volta_params_size() { return sizeof(VoltaParams); }
+#define VOLTA_ENTRY(kernel)                                                   \
+    using VoltaParams = decltype(volta::emulator::entry_of(&kernel))::Type; \
+    extern "C" void volta_invoke(const void* params) { kernel(*static_cast<const VoltaParams*>(params)); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cuda_volta.emulator.build import library
+from cuda_volta.emulator.params import compare_params
 from cuda_volta.emulator.report import LineCounts, Report, WarpCounts, publish, recording
 from cuda_volta.variant import Variant
 
@@ -78,14 +80,7 @@ class EmulatedKernel:
         self._library.volta_failure.restype = ctypes.c_char_p
         self._library.volta_warp_counts.restype = ctypes.POINTER(WarpCounts)
         self._library.volta_lines.restype = ctypes.POINTER(LineCounts)
-        self._library.volta_params_size.restype = ctypes.c_size_t
         self._lock = threading.Lock()  # a launch and the counts it leaves behind
-
-    @property
-    def params_size(self) -> int:
-        """Bytes of the kernel's struct of parameters."""
-        size: int = self._library.volta_params_size()
-        return size
 
     def launch(
         self,
@@ -102,13 +97,7 @@ class EmulatedKernel:
         Raises EmulationError at the first failed check; ``writes`` are then partly written. There are no
         streams: ``stream`` is None or 0.
         """
-        if ctypes.sizeof(params) != self.params_size:
-            raise ValueError(
-                f"params: {type(params).__name__} has {ctypes.sizeof(params)} bytes, "
-                f"{self.variant.entry} takes {self.params_size}"
-            )
-        if stream:
-            raise ValueError(f"stream: {stream}, the emulator runs on the host and has none")
+        self._check(grid, params, stream)
         readable, writable = _regions([*reads, *writes]), _regions(writes)
         arguments = LaunchArguments(
             ctypes.addressof(params),
@@ -126,6 +115,14 @@ class EmulatedKernel:
                 raise EmulationError(f"{self.variant.name}: {self._library.volta_failure().decode()}")
             if recording():
                 publish(self._report(grid))
+
+    def _check(self, grid: tuple[int, int, int], params: ctypes.Structure, stream: int | None) -> None:
+        compare_params(self.variant, type(params))
+        limits = (2**31 - 1, 2**16 - 1, 2**16 - 1)
+        if any(not 0 < n <= most for n, most in zip(grid, limits, strict=True)) or math.prod(grid) >= 2**32:
+            raise ValueError(f"grid: {grid}, expected 1 to {limits} blocks and less than 2^32 in all")
+        if stream:
+            raise ValueError(f"stream: {stream}, the emulator runs on the host and has none")
 
     def _report(self, grid: tuple[int, int, int]) -> Report:
         count = ctypes.c_size_t()

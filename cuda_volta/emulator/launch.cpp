@@ -1,6 +1,7 @@
 // The C interface that kernel.py calls: one launch at a time of the one kernel in this library.
 #include <algorithm>
-#include <cstdlib>
+#include <new>
+#include <system_error>
 #include <thread>
 
 #include "machine.hpp"
@@ -29,6 +30,24 @@ std::string failure;
 std::vector<LineCounts> lines;
 WarpCounts warp_counts;
 
+// Runs all blocks of the launch on as many workers, this thread among them.
+void run(Launch& launch, u32 workers) {
+    while (machines.size() < workers) machines.push_back(std::make_unique<Machine>());
+    std::vector<std::thread> threads;
+    try {
+        for (u32 i = 1; i < workers; i++) threads.emplace_back([&launch, i] { machines[i]->work(launch); });
+    } catch (const std::system_error&) {  // the host has no more threads: those that run do the work
+    }
+    machines[0]->work(launch);
+    for (std::thread& thread : threads) thread.join();
+    lines.clear();
+    warp_counts = WarpCounts{};
+    for (u32 i = 0; i <= threads.size(); i++) {
+        machines[i]->counters().add_to(lines);
+        warp_counts += machines[i]->warp_counts();
+    }
+}
+
 }  // namespace
 
 // Zero, or one with the reason in volta_failure(). The counts are those of this launch, complete only when it
@@ -40,27 +59,15 @@ VOLTA_EXPORT int volta_launch(const LaunchArguments* arguments) {
     launch.threads = arguments->threads;
     launch.shared_bytes = arguments->shared_bytes;
     launch.params = arguments->params;
-    launch.readable.assign(arguments->readable, arguments->readable + arguments->readable_count);
-    launch.writable.assign(arguments->writable, arguments->writable + arguments->writable_count);
-
     const u32 blocks = launch.grid[0] * launch.grid[1] * launch.grid[2];
-    const u32 workers = std::max(1u, std::min(arguments->workers, blocks));
-    while (machines.size() < workers) machines.push_back(std::make_unique<Machine>());
-    std::vector<std::thread> threads;
-    for (u32 i = 1; i < workers; i++) threads.emplace_back([&launch, i] { machines[i]->work(launch); });
-    machines[0]->work(launch);
-    for (std::thread& thread : threads) thread.join();
-
-    lines.clear();
-    warp_counts = WarpCounts{};
-    for (u32 i = 0; i < workers; i++) {
-        machines[i]->counters().add_to(lines);
-        const WarpCounts& counts = machines[i]->warp_counts();
-        warp_counts.mma += counts.mma;
-        warp_counts.shuffles += counts.shuffles;
-        warp_counts.votes += counts.votes;
-        warp_counts.warp_barriers += counts.warp_barriers;
-        warp_counts.block_barriers += counts.block_barriers;
+    try {
+        GlobalMemory memory(arguments->readable, arguments->readable_count, arguments->writable,
+                            arguments->writable_count, blocks);
+        launch.memory = &memory;
+        run(launch, std::max(1u, std::min(arguments->workers, blocks)));
+    } catch (const std::bad_alloc&) {
+        launch.failed = true;
+        launch.failure = "the host has no memory to follow the launch's tensors";
     }
     failure = launch.failure;
     return launch.failed;

@@ -1,8 +1,8 @@
 #include "machine.hpp"
 
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <new>
 
 extern "C" void volta_invoke(const void* params);
 
@@ -36,10 +36,10 @@ void thread_main();
 
 // ------------------------------------------------------------------------------------------------- blocks
 
-bool Machine::prepare(Launch& launch) {
+void Machine::prepare(Launch& launch) {
     launch_ = &launch;
     const u32 warps = launch.threads / 32;
-    if (!stacks_.reserve(launch.threads)) return false;
+    if (!stacks_.reserve(launch.threads)) throw std::bad_alloc();
     warps_.resize(warps);
     for (u32 w = 0; w < warps; w++) {
         if (!warps_[w]) warps_[w] = std::make_unique<Warp>();
@@ -49,22 +49,23 @@ bool Machine::prepare(Launch& launch) {
         for (u32 i = 0; i < 32; i++) {
             warp.lanes[i].fiber.stack = stacks_.lowest(w * 32 + i);
             warp.lanes[i].fiber.stack_bytes = Stacks::BYTES;
-            warp.lanes[i].now.thread = static_cast<u16>(w * 32 + i);
+            warp.lanes[i].now.thread = w * 32 + i;
         }
     }
-    shared_.resize(launch.shared_bytes);
+    shared_.reset(launch.shared_bytes);
     block_epoch_ = 0;
     last_read_ = last_written_ = Region{};
     counters_.clear();
     counts_ = WarpCounts{};
-    return true;
 }
 
 void Machine::work(Launch& launch) {
-    if (!prepare(launch)) {
+    try {
+        prepare(launch);
+    } catch (const std::bad_alloc&) {
         const std::lock_guard<std::mutex> guard(launch.mutex);
         launch.failed = true;
-        launch.failure = "no memory for the stacks of " + std::to_string(launch.threads) + " threads";
+        launch.failure = "the host has no memory for a block of " + std::to_string(launch.threads) + " threads";
         return;
     }
     machine = this;
@@ -82,7 +83,7 @@ void Machine::run_block(u32 number) {
     block_[1] = number / launch_->grid[0] % launch_->grid[1];
     block_[2] = number / launch_->grid[0] / launch_->grid[1];
     block_epoch_++;
-    shared_.start_block(block_epoch_);
+    acquired_ = false;
     warps_arrived_ = 0;
     for (auto& warp : warps_) {
         warp->arrived = 0;
@@ -92,6 +93,7 @@ void Machine::run_block(u32 number) {
         for (u32 i = 0; i < 32; i++) {
             constexpr size_t COLOURS = 61, COLOUR_BYTES = 320;
             warp->lanes[i].fiber.prepare(thread_main, (warp->index * 32 + i) % COLOURS * COLOUR_BYTES);
+            warp->lanes[i].now.block = number + 1;
             warp->lanes[i].now.block_epoch = block_epoch_;
             warp->lanes[i].now.warp_epoch = warp->epoch;
         }
@@ -115,9 +117,10 @@ bool Machine::meet(Meeting meeting, Site site) {
         warp.meeting = meeting;
         warp.site = site;
     } else if (warp.meeting != meeting || warp.site.line != site.line || warp.site.file != site.file) {
-        fail("divergence", site,
-             "this lane came to " + name(meeting) + place(site) + ", another one of its warp to " +
-                 name(warp.meeting) + place(warp.site) + "; all 32 must meet at the same operation");
+        describe("divergence", site,
+                 "this lane came to " + name(meeting) + place(site) + ", another one of its warp to " +
+                     name(warp.meeting) + place(warp.site) + "; all 32 must meet at the same operation");
+        abandon();
     }
     if (++warp.arrived < 32) {
         const u32 self = warp.running;
@@ -135,9 +138,10 @@ void Machine::meet_block(Meeting meeting, Site site) {
         block_meeting_ = meeting;
         block_site_ = site;
     } else if (block_meeting_ != meeting || block_site_.line != site.line || block_site_.file != site.file) {
-        fail("barrier divergence", site,
-             "this warp came to " + name(meeting) + place(site) + ", another one of its block to " +
-                 name(block_meeting_) + place(block_site_) + "; all must meet at the same barrier");
+        describe("barrier divergence", site,
+                 "this warp came to " + name(meeting) + place(site) + ", another one of its block to " +
+                     name(block_meeting_) + place(block_site_) + "; all must meet at the same barrier");
+        abandon();
     }
     if (++warps_arrived_ < warps_.size()) {
         Fiber& self = lane().fiber;
@@ -213,14 +217,20 @@ void Machine::mma(float* d, Word2 a, Word2 b, bool b_is_row, Site site) {
 
 const void* Machine::shared_load(u32 address, u32 width, Site site) {
     const SharedMemory::Finding finding = shared_.load(address, width, lane().now);
-    if (finding.verdict != SharedMemory::Verdict::FINE) fail_shared(finding, "loads", address, width, site);
+    if (finding.verdict != SharedMemory::Verdict::FINE) {
+        describe_shared(finding, "loads", address, width, site);
+        abandon();
+    }
     warp_->gatherer.add(warp_->running, site, Access::SHARED_LOAD, address, width, counters_);
     return shared_.at(address);
 }
 
 void Machine::shared_store(u32 address, const void* value, u32 width, Site site) {
     const SharedMemory::Finding finding = shared_.store(address, width, lane().now);
-    if (finding.verdict != SharedMemory::Verdict::FINE) fail_shared(finding, "stores", address, width, site);
+    if (finding.verdict != SharedMemory::Verdict::FINE) {
+        describe_shared(finding, "stores", address, width, site);
+        abandon();
+    }
     warp_->gatherer.add(warp_->running, site, Access::SHARED_STORE, address, width, counters_);
     std::memcpy(shared_.at(address), value, width);
 }
@@ -229,57 +239,83 @@ void Machine::global(const void* pointer, u32 width, Access access, Site site) {
     const u64 address = reinterpret_cast<u64>(pointer);
     const bool stores = access != Access::GLOBAL_LOAD;
     Region& last = stores ? last_written_ : last_read_;
-    const auto holds = [&](const Region& r) { return address >= r.begin && address < r.end; };
-    if (!holds(last)) {
-        const std::vector<Region>& regions = stores ? launch_->writable : launch_->readable;
-        const auto region = std::find_if(regions.begin(), regions.end(), holds);
-        if (region == regions.end())
-            fail_global(address, width, stores, "which is in no tensor that the launch may touch so", site);
-        last = *region;
+    if (!last.holds(address)) last = launch_->memory->region(address, stores);
+    if (!last.holds(address) || width > last.end - address || address % width) {
+        describe_global(address, width, stores, last, site);
+        abandon();
     }
-    if (width > last.end - address)
-        fail_global(address, width, stores,
-                    "which runs over the end of " + std::to_string(last.end - last.begin) + " bytes at " +
-                        hex(last.begin),
-                    site);
-    if (address % width) fail_global(address, width, stores, "which is misaligned", site);
+    if (access == Access::ATOMIC) {
+        acquired_ = true;
+    } else {
+        const Collision collision = launch_->memory->access(address, width, stores, lane().now, acquired_);
+        if (collision.kind != Collision::NONE) {
+            describe_race(address, width, stores, collision, site);
+            abandon();
+        }
+    }
     warp_->gatherer.add(warp_->running, site, access, address, width, counters_);
 }
 
-void Machine::fail_global(u64 address, u32 width, bool stores, const std::string& why, Site site) {
-    fail(address % width ? "misaligned access" : "global memory out of bounds", site,
-         (stores ? "stores " : "loads ") + std::to_string(width) + " bytes at global " + hex(address) + ", " + why);
+// ------------------------------------------------------------------------------------------------ failures
+
+void Machine::describe_global(u64 address, u32 width, bool stores, const Region& region, Site site) {
+    const std::string what = (stores ? "stores " : "loads ") + std::to_string(width) + " bytes at global " + hex(address);
+    const u64 size = region.end - region.begin;
+    if (address % width)
+        describe("misaligned access", site, what);
+    else if (size == 0)
+        describe("global memory out of bounds", site, what + ", which is in no tensor that the launch may touch so");
+    else
+        describe("global memory out of bounds", site,
+                 what + ", which runs over the end of " + std::to_string(size) + " bytes at " + hex(region.begin));
 }
 
-void Machine::fail_shared(SharedMemory::Finding finding, const char* verb, u32 address, u32 width, Site site) {
+void Machine::describe_race(u64 address, u32 width, bool stores, const Collision& collision, Site site) {
+    const std::string what = (stores ? "stores " : "loads ") + std::to_string(width) + " bytes at global " + hex(address);
+    const bool elsewhere = collision.other.block != lane().now.block;
+    const std::string other = "thread " + std::to_string(collision.other.thread) + " of " +
+                              (elsewhere ? "block " + std::to_string(collision.other.block - 1) : "its block");
+    describe("race", site,
+             what + ", which " + other + (collision.kind == Collision::STORE ? " stored" : " loaded") +
+                 (elsewhere ? " without a fence and an atomic in between" : " without a barrier in between"));
+}
+
+void Machine::describe_shared(SharedMemory::Finding finding, const char* verb, u32 address, u32 width, Site site) {
     using Verdict = SharedMemory::Verdict;
     const std::string what = std::string(verb) + " " + std::to_string(width) + " bytes at shared " + hex(address);
     const std::string other = "thread " + std::to_string(finding.other);
     switch (finding.verdict) {
-        case Verdict::MISALIGNED:
-            fail("misaligned access", site, what);
+        case Verdict::FINE: break;
+        case Verdict::MISALIGNED: describe("misaligned access", site, what); break;
         case Verdict::OUT_OF_BOUNDS:
-            fail("shared memory out of bounds", site,
-                 what + "; the block has [" + hex(SharedMemory::BASE) + ", " +
-                     hex(SharedMemory::BASE + launch_->shared_bytes) + ")");
+            describe("shared memory out of bounds", site,
+                     what + "; the block has [" + hex(SharedMemory::BASE) + ", " +
+                         hex(SharedMemory::BASE + launch_->shared_bytes) + ")");
+            break;
         case Verdict::UNINITIALISED:
-            fail("uninitialised shared memory", site, what + ", which no thread of the block has stored");
+            describe("uninitialised shared memory", site, what + ", which no thread of the block has stored");
+            break;
         case Verdict::RACE_WITH_STORE:
-            fail("race", site, what + ", which " + other + " stored without a barrier in between");
-        default:
-            fail("race", site, what + ", which " + other + " loaded without a barrier in between");
+            describe("race", site, what + ", which " + other + " stored without a barrier in between");
+            break;
+        case Verdict::RACE_WITH_LOAD:
+            describe("race", site, what + ", which " + other + " loaded without a barrier in between");
+            break;
     }
 }
 
-// Leaves the block's fibers where they are: kernels own nothing that would have to be destroyed.
-void Machine::fail(const char* check, Site site, const std::string& what) {
-    {
-        const std::lock_guard<std::mutex> guard(launch_->mutex);
-        if (!launch_->failed.exchange(true))
-            launch_->failure = std::string(check) + " in block (" + std::to_string(block_[0]) + ", " +
-                               std::to_string(block_[1]) + ", " + std::to_string(block_[2]) + "), thread " +
-                               std::to_string(thread()) + place(site) + ": " + what;
-    }
+// Ends the launch; the first failure is the one that is told.
+void Machine::describe(const char* check, Site site, const std::string& what) {
+    const std::lock_guard<std::mutex> guard(launch_->mutex);
+    if (launch_->failed.exchange(true)) return;
+    launch_->failure = std::string(check) + " in block (" + std::to_string(block_[0]) + ", " +
+                       std::to_string(block_[1]) + ", " + std::to_string(block_[2]) + "), thread " +
+                       std::to_string(thread()) + place(site) + ": " + what;
+}
+
+// Leaves the block's fibers where they are, so no frame below may own anything: kernels never do, and the
+// machine's own functions describe the failure first.
+void Machine::abandon() {
     switch_fiber(lane().fiber, worker_);
     __builtin_unreachable();
 }
@@ -314,7 +350,10 @@ u32 global_atomic_add(u32* address, u32 value, Site site) {
     machine->global(address, sizeof(u32), Access::ATOMIC, site);
     return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
 }
-void memory_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+void memory_fence() {
+    machine->memory_fence();
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
 void block_barrier(Site site) { machine->block_barrier(site); }
 void warp_barrier(Site site) { machine->warp_barrier(site); }
 u32 exchange_xor(u32 value, u32 mask, Site site) {

@@ -8,16 +8,12 @@
 #include <vector>
 
 #include "fiber.hpp"
+#include "global_memory.hpp"
 #include "requests.hpp"
 #include "shared_memory.hpp"
 #include "tensor_core.hpp"
 
 namespace volta::emulator {
-
-// Bytes that a launch may touch. Layout known to kernel.py.
-struct Region {
-    u64 begin, end;
-};
 
 // Operations at which the lanes of a warp wait for one another.
 enum class Meeting : u32 { BLOCK_BARRIER, WARP_BARRIER, SHUFFLE, VOTE, MMA, EXIT };
@@ -25,6 +21,15 @@ enum class Meeting : u32 { BLOCK_BARRIER, WARP_BARRIER, SHUFFLE, VOTE, MMA, EXIT
 // Sums over all warps. Layout known to report.py.
 struct WarpCounts {
     u64 mma = 0, shuffles = 0, votes = 0, warp_barriers = 0, block_barriers = 0;
+
+    WarpCounts& operator+=(const WarpCounts& other) {
+        mma += other.mma;
+        shuffles += other.shuffles;
+        votes += other.votes;
+        warp_barriers += other.warp_barriers;
+        block_barriers += other.block_barriers;
+        return *this;
+    }
 };
 
 // What all blocks of a launch share.
@@ -33,7 +38,7 @@ struct Launch {
     u32 threads;
     u32 shared_bytes;
     const void* params;
-    std::vector<Region> readable, writable;  // all that is writable is readable
+    GlobalMemory* memory;
 
     std::atomic<u32> next_block{0};
     std::atomic<bool> failed{false};
@@ -74,6 +79,7 @@ public:
     const void* shared_load(u32 address, u32 width, Site site);
     void shared_store(u32 address, const void* value, u32 width, Site site);
     void global(const void* address, u32 width, Access access, Site site);
+    void memory_fence() { launch_->memory->count_fence(lane().now.block); }
     void block_barrier(Site site);
     void warp_barrier(Site site);
     u32 exchange(u32 value, u32 source, Site site);
@@ -83,17 +89,18 @@ public:
     Fiber& lane_fiber() { return lane().fiber; }
 
 private:
-    bool prepare(Launch& launch);
+    void prepare(Launch& launch);
     void run_block(u32 number);
     bool meet(Meeting meeting, Site site);
     void meet_block(Meeting meeting, Site site);
     void switch_lane(u32 from, u32 to);
     void enter_epoch();
     Lane& lane() { return warp_->lanes[warp_->running]; }
-    [[noreturn]] void fail(const char* check, Site site, const std::string& what);
-    [[noreturn]] void fail_global(u64 address, u32 width, bool stores, const std::string& why, Site site);
-    [[noreturn]] void fail_shared(SharedMemory::Finding finding, const char* verb, u32 address, u32 width,
-                                  Site site);
+    void describe(const char* check, Site site, const std::string& what);
+    void describe_shared(SharedMemory::Finding finding, const char* verb, u32 address, u32 width, Site site);
+    void describe_global(u64 address, u32 width, bool stores, const Region& region, Site site);
+    void describe_race(u64 address, u32 width, bool stores, const Collision& collision, Site site);
+    [[noreturn]] void abandon();
 
     Launch* launch_ = nullptr;
     u32 block_[3] = {};
@@ -105,6 +112,7 @@ private:
     Meeting block_meeting_{};
     Site block_site_{};
     u32 block_epoch_ = 0;
+    bool acquired_ = false;  // the block has run an atomic
     Region last_read_{}, last_written_{};  // where the access before was
     SharedMemory shared_;
     Counters counters_;

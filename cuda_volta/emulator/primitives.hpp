@@ -76,6 +76,7 @@ VOLTA_DEVICE void sts128(u32 address, Word4 v, VOLTA_SITE) { emulator::shared_st
 // ------------------------------------------------------------------------------------------ global memory
 template <typename T>
 VOLTA_DEVICE T ldg(const T* p, VOLTA_SITE) {
+    static_assert(sizeof(T) <= 16, "no instruction loads more");
     emulator::global_load(p, sizeof(T), site);
     return *p;
 }

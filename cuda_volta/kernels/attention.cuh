@@ -28,15 +28,14 @@ struct AttentionParams {
     const i32* k_pos0;
     const float* k_scale;
     const float* v_scale;
-    float* partial_out;       // decode: (splits, q rows, heads, partial_width), each split's own softmax
-    float* partial_lse;       // decode: (splits, q rows, heads), base 2
+    float* partial_out;       // decode: (q rows, heads, splits, partial_width), each split's own softmax
+    float* partial_lse;       // decode: (q rows, heads, splits), base 2
     i64 q_batch, q_row, q_head;
     i64 k_batch, k_row, k_head;  // k_batch, v_batch: of a page where keys are paged
     i64 v_batch, v_row, v_head;
     i64 out_batch, out_row, out_head;
     i64 lse_batch, lse_head;
     i64 mask_batch, mask_head, mask_row, mask_key;
-    i64 partial_rows;            // of a split
     i32 batch, heads, kv_heads;
     i32 head_dim, v_head_dim;
     i32 q_rows;               // of a sequence; packed: of all
@@ -133,14 +132,18 @@ VOLTA_DEVICE float soft_cap(float x, float cap, float inverse_cap) {
     return cap - 2.0f * cap * rcp_approx(e + 1.0f);
 }
 
-// What attn_mask adds to the score of (b, h, i, key j), base 2; a finite mask stays finite.
-VOLTA_DEVICE float mask_bias(const AttentionParams& p, const Sequence& s, i32 b, i32 h, i32 i, i32 j) {
-    const i64 at = b * p.mask_batch + h * p.mask_head + i * p.mask_row + (s.k_begin + j) * p.mask_key;
+// What element `at` of attn_mask adds to a score, base 2; a finite mask stays finite.
+VOLTA_DEVICE float mask_value(const AttentionParams& p, i64 at) {
     if (p.mask_kind == MASK_BOOL) return ldg(static_cast<const u8*>(p.attn_mask) + at) ? 0.0f : -infinity();
     const float x = p.mask_kind == MASK_HALF ? from_half(ldg(static_cast<const u16*>(p.attn_mask) + at))
                                              : ldg(static_cast<const float*>(p.attn_mask) + at);
     const float scaled = x * LOG2_E;
     return scaled < -3e38f && x > -infinity() ? -3e38f : scaled;
+}
+
+// What attn_mask adds to the score of (b, h, i, key j).
+VOLTA_DEVICE float mask_bias(const AttentionParams& p, const Sequence& s, i32 b, i32 h, i32 i, i32 j) {
+    return mask_value(p, b * p.mask_batch + h * p.mask_head + i * p.mask_row + (s.k_begin + j) * p.mask_key);
 }
 
 }  // namespace volta

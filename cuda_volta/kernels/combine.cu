@@ -15,11 +15,11 @@ VOLTA_KERNEL(combine, 256, 4)(AttentionParams p) {
     const Sequence s = find_sequence(p, b);
     if (query >= s.q_len) return;
     const PackedRow at{query, head};
-    const i64 place = packed_place(p, s, b, at);
 
+    const i64 place = packed_place(p, s, b, at) * p.splits;
     float top = -infinity();
     for (i32 i = static_cast<i32>(lane); i < p.splits; i += 32) {
-        const float lse = ldg(p.partial_lse + i * p.partial_rows + place);
+        const float lse = ldg(p.partial_lse + place + i);
         top = lse > top ? lse : top;
     }
 #pragma unroll
@@ -31,20 +31,23 @@ VOLTA_KERNEL(combine, 256, 4)(AttentionParams p) {
 
     float sum = 0.0f;
     float out[2][4] = {};
-    for (i32 i = 0; i < p.splits; ++i) {
-        const i64 row = i * p.partial_rows + place;
-        const float weight = empty ? 0.0f : exp2_approx(ldg(p.partial_lse + row) - top);
-        if (weight == 0.0f) continue;
-        sum += weight;
+    for (i32 first = 0; first < p.splits; first += 32) {
+        const i32 mine = first + static_cast<i32>(lane);
+        const float weight = mine < p.splits && !empty ? exp2_approx(ldg(p.partial_lse + place + mine) - top) : 0.0f;
+        for (i32 i = first; i < p.splits && i < first + 32; ++i) {
+            const float w = shuffle(weight, static_cast<u32>(i - first));
+            sum += w;
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            const i32 column = c * 128 + static_cast<i32>(lane) * 4;
-            if (column >= p.v_head_dim) continue;
-            const Word4 x = ldg(reinterpret_cast<const Word4*>(p.partial_out + row * p.partial_width + column));
-            out[c][0] += weight * bits_float(x.x);
-            out[c][1] += weight * bits_float(x.y);
-            out[c][2] += weight * bits_float(x.z);
-            out[c][3] += weight * bits_float(x.w);
+            for (int c = 0; c < 2; ++c) {
+                const i32 column = c * 128 + static_cast<i32>(lane) * 4;
+                if (w == 0.0f || column >= p.v_head_dim) continue;
+                const float* const row = p.partial_out + (place + i) * p.partial_width;
+                const Word4 x = ldg(reinterpret_cast<const Word4*>(row + column));
+                out[c][0] += w * bits_float(x.x);
+                out[c][1] += w * bits_float(x.y);
+                out[c][2] += w * bits_float(x.z);
+                out[c][3] += w * bits_float(x.w);
+            }
         }
     }
 

@@ -49,31 +49,28 @@ VOLTA_DEVICE void store_queries(const AttentionParams& p, const Block& k, u32 ba
     }
 }
 
-// The keys of one tile, lane by lane: where key 8 g + operand_row(lane) is stored.
-struct Places {
-    KeyPlace at[GROUPS];
-};
-VOLTA_DEVICE Places find_places(const AttentionParams& p, const Block& k, i32 tile, i32 end) {
-    Places places;
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-        const i32 j = tile + g * 8 + static_cast<i32>(operand_row(lane_index()));
-        places.at[g] = key_place(p, k.seq, k.batch, j < end ? j : end - 1);
-    }
-    return places;
+// Where a tile's keys are stored: each lane knows one, and asks another for the one it loads.
+VOLTA_DEVICE KeyPlace find_place(const AttentionParams& p, const Block& k, i32 tile, i32 end) {
+    const i32 j = tile + static_cast<i32>(lane_index() % BLOCK_K);
+    return key_place(p, k.seq, k.batch, j < end ? j : end - 1);
+}
+VOLTA_DEVICE KeyPlace place_of(KeyPlace place, u32 key) {
+    return {static_cast<i32>(shuffle(static_cast<u32>(place.batch), key)),
+            static_cast<i32>(shuffle(static_cast<u32>(place.row), key))};
 }
 
 struct KeyTile {
     Word4 w[GROUPS][K_CHUNKS];
 };
-VOLTA_DEVICE void load_keys(KeyTile& keys, const AttentionParams& p, const Block& k, const Places& places, i32 tile,
+VOLTA_DEVICE void load_keys(KeyTile& keys, const AttentionParams& p, const Block& k, KeyPlace place, i32 tile,
                             i32 end) {
     const u32 lane = lane_index();
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
-        const KeyPlace at = places.at[g];
+        const u32 key = g * 8 + operand_row(lane);
+        const KeyPlace at = place_of(place, key);
         const u16* row = p.k + at.batch * p.k_batch + at.row * p.k_row + k.kv_head * p.k_head;
-        const bool exists = tile + g * 8 + static_cast<i32>(operand_row(lane)) < end;
+        const bool exists = tile + static_cast<i32>(key) < end;
 #pragma unroll
         for (int c = 0; c < K_CHUNKS; ++c) {
             const i32 d = c * 32 + static_cast<i32>(quadpair(lane)) * 8;
@@ -85,7 +82,7 @@ VOLTA_DEVICE void load_keys(KeyTile& keys, const AttentionParams& p, const Block
 struct ValueTile {
     Word4 w[GROUPS][2][V_CHUNKS];  // 4 keys each
 };
-VOLTA_DEVICE void load_values(ValueTile& values, const AttentionParams& p, const Block& k, const Places& places,
+VOLTA_DEVICE void load_values(ValueTile& values, const AttentionParams& p, const Block& k, KeyPlace place,
                               i32 tile, i32 end) {
     const u32 lane = lane_index();
     const i32 first = static_cast<i32>(quadpair(lane) * 16 + (lane >> 4) * 8);
@@ -93,11 +90,10 @@ VOLTA_DEVICE void load_values(ValueTile& values, const AttentionParams& p, const
     for (int g = 0; g < GROUPS; ++g) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            const u32 key = lane % 4 + j * 16;  // a lane that knows the place of key 8 g + 4 j + lane % 4
-            const i32 batch = static_cast<i32>(shuffle(static_cast<u32>(places.at[g].batch), key));
-            const i32 cache_row = static_cast<i32>(shuffle(static_cast<u32>(places.at[g].row), key));
-            const u16* row = p.v + batch * p.v_batch + cache_row * p.v_row + k.kv_head * p.v_head;
-            const bool exists = tile + g * 8 + j * 4 + static_cast<i32>(lane % 4) < end;
+            const u32 key = g * 8 + j * 4 + lane % 4;
+            const KeyPlace at = place_of(place, key);
+            const u16* row = p.v + at.batch * p.v_batch + at.row * p.v_row + k.kv_head * p.v_head;
+            const bool exists = tile + static_cast<i32>(key) < end;
 #pragma unroll
             for (int c = 0; c < V_CHUNKS; ++c) {
                 const i32 d = c * 64 + first;
@@ -140,6 +136,8 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
     const i32 share = (tiles + p.splits - 1) / p.splits;
     const i32 stop = clamp((static_cast<i32>(block_y()) + 1) * share, 0, tiles);
     const ScoreScale scale = score_scale(p, k.kv_head);
+    const bool biased = p.alibi_slopes || p.mask_kind != MASK_NONE;
+    const u32 biases = merging + warp_index() * 16 * BIAS_PITCH<BLOCK_K> * 4;  // until warps merge
 
     LaneRow rows[2][2];
 #pragma unroll
@@ -149,16 +147,16 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
     ValueTile values;
     i32 index = static_cast<i32>(block_y()) * share + static_cast<i32>(warp_index());
     if (index < stop) {
-        const Places places = find_places(p, k, begin + index * BLOCK_K, end);
-        load_keys(keys, p, k, places, begin + index * BLOCK_K, end);
-        load_values(values, p, k, places, begin + index * BLOCK_K, end);
+        const KeyPlace place = find_place(p, k, begin + index * BLOCK_K, end);
+        load_keys(keys, p, k, place, begin + index * BLOCK_K, end);
+        load_values(values, p, k, place, begin + index * BLOCK_K, end);
     }
 #pragma unroll 1
     for (; index < stop; index += MERGE_WARPS) {
         const i32 tile = begin + index * BLOCK_K;
         const i32 next = tile + MERGE_WARPS * BLOCK_K;
-        const i32 next_end = index + MERGE_WARPS < stop ? end : 0;  // 0: nothing is loaded
-        const Places places = find_places(p, k, next, end);
+        const i32 next_end = index + static_cast<i32>(MERGE_WARPS) < stop ? end : 0;  // 0: nothing is loaded
+        const KeyPlace place = find_place(p, k, next, end);
 
         float s[2][GROUPS][8] = {};
 #pragma unroll
@@ -174,13 +172,16 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
                 }
             }
         }
-        if (EARLY_KEYS) load_keys(keys, p, k, places, next, next_end);
+        if (biased) store_biases<BLOCK_K>(p, k, biases, tile);
+        if (EARLY_KEYS) load_keys(keys, p, k, place, next, next_end);
 
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
             if (m == 1 && !second) continue;
             float rescale[2];
-            online_softmax<GROUPS>(s[m], rows[m], rescale, scale, p, k, bands, m, tile);
+            scale_scores(s[m], scale);
+            if (biased) add_biases(s[m], biases, m);
+            online_softmax(s[m], rows[m], rescale, bands, m, tile);
 #pragma unroll
             for (int c = 0; c < V_CHUNKS; ++c) {
 #pragma unroll
@@ -204,10 +205,11 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
                 }
             }
         }
-        if (!EARLY_KEYS) load_keys(keys, p, k, places, next, next_end);
-        load_values(values, p, k, places, next, next_end);
+        if (!EARLY_KEYS) load_keys(keys, p, k, place, next, next_end);
+        load_values(values, p, k, place, next, next_end);
     }
 
+    barrier();
     // Lanes whose row exists nowhere else (l ^ 2 shares it, as do all quadpairs) publish it.
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -226,7 +228,7 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
     const PackedRow at = packed_row(k, mine ? row : 0);
     const float lse = row_lse(merge_stats(merging, row));
     if (p.splits > 1) {
-        const i64 place = block_y() * p.partial_rows + packed_place(p, k.seq, k.batch, at);
+        const i64 place = packed_place(p, k.seq, k.batch, at) * p.splits + block_y();
         if (mine && column == 0) stg(p.partial_lse + place, lse);
         float* const out = p.partial_out + place * p.partial_width;
         merge_outputs(o, rows, merging, second, mine, [&](int c, const float(&x)[4]) {

@@ -22,7 +22,7 @@ struct LinearParams {
     u16* out;            // (rows, out), dense
     float* partial;      // (splits, rows, out) where splits > 1
     i64 x_row;
-    i32 rows, perm_stride, wide;  // wide: rows of x begin at multiples of 16 bytes
+    i32 rows, perm_stride, wide;  // wide: rows of x begin at multiples of 16 bytes and are not permuted
     i32 bias_is_float, splits;
 };
 
@@ -36,23 +36,23 @@ constexpr i32 OPERANDS = QUAD_COLUMNS / 8;    // 128-bit words of x a lane needs
 constexpr u32 GROUP_PITCH = (64 + 4) * 8;
 constexpr u32 X_BYTES = PANEL * 2 * OPERANDS * 512;
 
-// Columns c..c+7 of a row of x, those behind the last 0.
+// Columns c..c+7 of a row of x, those behind the last 0. Loads of a permuted row do not wait for one another.
 VOLTA_DEVICE Word4 load_x(const LinearParams& p, i32 row, i32 c) {
     if (row >= p.rows || c >= p.w.in) return {0, 0, 0, 0};
     const u16* const x = p.x + row * p.x_row;
-    if (!p.x_perm && p.wide && c + 8 <= p.w.in) return ldg(reinterpret_cast<const Word4*>(x + c));
+    if (p.wide) return ldg(reinterpret_cast<const Word4*>(x + c));
+    i32 from[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) from[i] = c + i < p.w.in ? c + i : p.w.in - 1;
+    if (p.x_perm) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) from[i] = ldg(p.x_perm + static_cast<i64>(from[i]) * p.perm_stride);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) from[i] = from[i] < 0 ? 0 : from[i] < p.w.in ? from[i] : p.w.in - 1;
+    }
     u32 h[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        h[i] = 0;
-        if (c + i >= p.w.in) continue;
-        i32 from = c + i;
-        if (p.x_perm) {
-            from = ldg(p.x_perm + static_cast<i64>(from) * p.perm_stride);
-            from = from < 0 ? 0 : from < p.w.in ? from : p.w.in - 1;
-        }
-        h[i] = ldg(x + from);
-    }
+    for (int i = 0; i < 8; ++i) h[i] = ldg(x + from[i]);
     return {h[0] | h[1] << 16, h[2] | h[3] << 16, h[4] | h[5] << 16, h[6] | h[7] << 16};
 }
 
@@ -90,18 +90,16 @@ VOLTA_DEVICE void store_grids(const WeightParams& w, u32 base, i32 first_row, i3
     }
 }
 
-// 16 bytes of a row's codes, those behind the last column 0.
+// 16 bytes of a row's codes.
 VOLTA_DEVICE Word4 load_codes(const WeightParams& w, const u8* row, i32 c) {
-    if (c >= w.in) return {0, 0, 0, 0};
-    const u8* const from = row + c * BITS / 8;
-    if (w.wide && c + QUAD_COLUMNS <= w.in) return ldg128_stream(from);
-    const i32 present = (w.in - c) * BITS / 8;
-    u32 words[4] = {};
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-        if (i < present) words[i / 4] |= static_cast<u32>(ldg(from + i)) << (i % 4 * 8);
-    }
-    return {words[0], words[1], words[2], words[3]};
+    Word4 codes{0, 0, 0, 0};
+    if (c < w.in) codes = ldg128_stream(row + c * BITS / 8);
+    return codes;
+}
+
+// x / group_size for x < 2^22.
+VOLTA_DEVICE i32 groups_before(i32 x, float inverse_group_size) {
+    return static_cast<i32>((static_cast<float>(x) + 0.5f) * inverse_group_size);
 }
 
 // w = scale q + min of two values, rounded once; with floats, once more for what the halves left.
@@ -160,6 +158,8 @@ VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
     const i32 end = begin + share < panels ? begin + share : panels;
     const i32 my_quad = static_cast<i32>(quadpair(lane)) * QUAD_COLUMNS;
 
+    const float inverse = 1.0f / static_cast<float>(p.w.group_size);
+
     float sums[2][8] = {};
     Word4 codes[PANEL];
 #pragma unroll
@@ -169,15 +169,14 @@ VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
         const i32 first = panel * COLUMNS;
         const i32 last = first + COLUMNS < p.w.in ? first + COLUMNS - 1 : p.w.in - 1;
         const i32 first_group = (first + p.w.group_offset) / p.w.group_size;
+        const i32 inside = first + p.w.group_offset - first_group * p.w.group_size;  // of the first group
         store_x(p, shared_base(), first_row, operands, panel);
-        store_grids(p.w, grids, first_n, first_group,
-                    (last + p.w.group_offset) / p.w.group_size - first_group + 1);
+        store_grids(p.w, grids, first_n, first_group, groups_before(last - first + inside, inverse) + 1);
         barrier();
 #pragma unroll
         for (int t = 0; t < PANEL; ++t) {
             const i32 c = first + t * STEP + my_quad;
-            const i32 inside = c < p.w.in ? c : last;
-            const i32 group = (inside + p.w.group_offset) / p.w.group_size - first_group;
+            const i32 group = groups_before((c < p.w.in ? c : last) - first + inside, inverse);
             const Dequantizer d = dequantizer(lds64(grids + group * GROUP_PITCH + my_n * 8), p.w.scale_is_float);
             const u32 words[4] = {codes[t].x, codes[t].y, codes[t].z, codes[t].w};
             codes[t] = load_codes(p.w, codes_row, panel + 1 < end ? c + COLUMNS : p.w.in);

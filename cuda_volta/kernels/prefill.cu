@@ -13,7 +13,8 @@ struct Prefill {
     const AttentionParams& p;
     const Sequence& sequence;
     const Lane& lane;
-    const i32 batch, head, query0;  // query0: the warp's first
+    const u32 batch, head;
+    const i32 query0;  // the warp's first
     const float logit_scale;        // of q k^T, in base 2, positive
     const u32 k_tile, v_tile, key_base;
     const ScoreRules rules;
@@ -26,7 +27,7 @@ struct Prefill {
     Softmax softmax;
     Output out;
 
-    VOLTA_DEVICE Prefill(const AttentionParams& params, const Sequence& s, const Lane& l, i32 b, i32 h, i32 row0,
+    VOLTA_DEVICE Prefill(const AttentionParams& params, const Sequence& s, const Lane& l, u32 b, u32 h, i32 row0,
                          float scale, u32 shared)
         : p(params), sequence(s), lane(l), batch(b), head(h), query0(row0),
           logit_scale(fmaxf(fabsf(scale), 1e-30f)),
@@ -37,13 +38,15 @@ struct Prefill {
         q.at = SHARED_STEPS == 0 ? 0 : pin(shared + 2 * KV_BYTES + warp_index() * Q_WARP_BYTES + query_offset(lane));
         load_queries(q, p, sequence, lane, batch, head, query0, scale < 0.0f);
 #pragma unroll
+        for (int i = 0; i < LOADS; ++i) stage.chunk[i] = {0, 0, 0, 0};
+#pragma unroll
         for (int r = 0; r < ROWS; ++r) softmax.reference[r] = UNSEEN, softmax.sum[r] = 0.0f;
 #pragma unroll
         for (int e = 0; e < 16 * OUT_COLS; ++e) out[e / 8 / OUT_COLS][e / 8 % OUT_COLS][e % 8] = 0.0f;
     }
 
     VOLTA_DEVICE i32 cache_row() const { return p.block_table || p.cu_seqlens_k ? 0 : sequence.k_batch; }
-    VOLTA_DEVICE u32 kv_head() const { return static_cast<u32>(head) / static_cast<u32>(p.heads / p.kv_heads); }
+    VOLTA_DEVICE u32 kv_head() const { return head / static_cast<u32>(p.heads / p.kv_heads); }
 
     VOLTA_DEVICE void start(i32 key0, i32 next_key0) {
         rows.locate(p, sequence, mover, batch, key0);
@@ -82,12 +85,12 @@ VOLTA_KERNEL(prefill, volta::THREADS, volta::MIN_BLOCKS)(volta::AttentionParams 
     using namespace volta;
     // Later queries see more keys under a causal bound: their blocks start first.
     const i32 block0 = static_cast<i32>(grid_x() - 1 - block_x()) * BLOCK_Q;
-    const i32 batch = static_cast<i32>(block_z()), head = static_cast<i32>(block_y());
+    const u32 batch = block_z(), head = block_y();
     const Sequence sequence = find_sequence(p, batch);
     if (block0 >= sequence.q_len) return;
     const TileRange range(p, sequence, block0);
     const Lane lane(lane_index());
-    const float k_scale = p.k_scale ? ldg(p.k_scale + head / (p.heads / p.kv_heads)) : 1.0f;
+    const float k_scale = p.k_scale ? ldg(p.k_scale + head / static_cast<u32>(p.heads / p.kv_heads)) : 1.0f;
     Prefill block(p, sequence, lane, batch, head, block0 + static_cast<i32>(warp_index()) * WARP_ROWS,
                   p.scale * k_scale * LOG2_E, shared_base());
     if (range.count > 0) {
@@ -97,7 +100,7 @@ VOLTA_KERNEL(prefill, volta::THREADS, volta::MIN_BLOCKS)(volta::AttentionParams 
         for (; i < range.edges; ++i) block.tile<true>(range.key(i), range.key(i + 2));
         i32 key0 = range.key(i);
 #pragma unroll 1
-        for (; i < range.count; ++i, key0 += BLOCK_K) block.tile<false>(key0, key0 + 2 * BLOCK_K);
+        for (; !ANYTHING && i < range.count; ++i, key0 += BLOCK_K) block.tile<false>(key0, key0 + 2 * BLOCK_K);
     }
     finish(block.softmax, block.rules, block.out, p, lane, batch, head, block.query0);
 }

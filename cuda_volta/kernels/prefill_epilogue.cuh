@@ -45,10 +45,10 @@ VOLTA_DEVICE void store_tile_rows(const float (&out)[OUT_COLS][8], const float (
 
 // A sink is one more term of the denominator. Rows that saw no key are zero, with lse -inf or the sink.
 VOLTA_DEVICE void finish(const Softmax& softmax, const ScoreRules& rules, const Output& out, const AttentionParams& p,
-                         const Lane& lane, i32 batch, i32 head, i32 query0) {
+                         const Lane& lane, u32 batch, u32 head, i32 query0) {
     const Sequence s = find_sequence(p, batch);  // again: nothing of it had to stay in registers
     float factor[ROWS];
-    const float v_scale = p.v_scale ? ldg(p.v_scale + head / (p.heads / p.kv_heads)) : 1.0f;
+    const float v_scale = p.v_scale ? ldg(p.v_scale + head / static_cast<u32>(p.heads / p.kv_heads)) : 1.0f;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         float sum = row_sum(softmax.sum[r]);

@@ -9,29 +9,28 @@ namespace volta {
 // A block takes BLOCK_Q queries of one head and walks over tiles of BLOCK_K keys.
 constexpr int BLOCK_Q = 128;
 constexpr int BLOCK_K = 32;
-// Up to 128 columns a warp holds 32 rows of O, two quadpairs by two. Above, 16 rows: its quadpairs split the
-// columns of O four ways, and Q K^T two ways by keys and two ways along the head dimension.
-constexpr bool WIDE = HEAD_DIM > 128;
-constexpr int WARP_ROWS = WIDE ? 16 : 32;
-constexpr int THREADS = BLOCK_Q / WARP_ROWS * 32;
-constexpr int MIN_BLOCKS = WIDE ? 1 : 2;
-// What a variant knows beside bounds and lengths: 1 softcap, 2 ALiBi, 3 those and masks, head dims below HEAD_DIM,
-// rows that are not 16-byte aligned, pages of any stride.
+
+// What a variant knows beside bounds, lengths and pages: 1 softcap, 2 ALiBi, 3 those and masks, odd head dims, rows
+// that are not 16-byte aligned, pages of any stride.
 constexpr bool ANYTHING = FEATURES == 3;
 constexpr bool SOFTCAP = FEATURES == 1 || ANYTHING;
 constexpr bool ALIBI = FEATURES == 2 || ANYTHING;
 
-constexpr int STEPS = HEAD_DIM / (WIDE ? 16 : 8);    // of Q K^T: eight elements of the head dimension a quadpair
-constexpr int SCORE_ROWS = WIDE ? 1 : 2;             // 8-row tiles of scores that a quadpair keeps
-constexpr int SCORE_COLS = BLOCK_K / 16;             // 8-key tiles of scores of a quadpair
-constexpr int OUT_COLS = HEAD_DIM / (WIDE ? 32 : 16);  // 8-column tiles of O of a quadpair
-constexpr int ROWS = 2 * SCORE_ROWS;                 // rows whose scores a thread holds
-// Steps whose Q stays in registers; the others read it from shared memory.
-#ifndef HELD
-#define HELD (HEAD_DIM <= 64 ? HEAD_DIM / 8 : HEAD_DIM == 96 || HEAD_DIM == 192 ? 4 : HEAD_DIM == 160 ? 6 : 0)
-#endif
-constexpr int HELD_STEPS = ANYTHING && HEAD_DIM > 64 ? 0 : HELD;
+// Up to 128 columns a warp holds 32 rows of O, two quadpairs by two. Above, 16 rows: its quadpairs split the
+// columns of O four ways, and Q K^T two ways by keys and two ways along the head dimension.
+constexpr bool WIDE = HEAD_DIM > 128 || ANYTHING;
+constexpr int WARP_ROWS = WIDE ? 16 : 32;
+constexpr int THREADS = BLOCK_Q / WARP_ROWS * 32;
+constexpr int MIN_BLOCKS = WIDE ? 1 : 2;
+
+// Q K^T takes steps of eight elements of the head dimension a quadpair. HELD is how many keep Q in registers.
+constexpr int STEPS = HEAD_DIM / (WIDE ? 16 : 8);
+constexpr int HELD_STEPS = HELD;
 constexpr int SHARED_STEPS = STEPS - HELD_STEPS;
+constexpr int SCORE_ROWS = WIDE ? 1 : 2;               // 8-row tiles of scores that a quadpair keeps
+constexpr int SCORE_COLS = BLOCK_K / 16;               // 8-key tiles of scores of a quadpair
+constexpr int OUT_COLS = HEAD_DIM / (WIDE ? 32 : 16);  // 8-column tiles of O of a quadpair
+constexpr int ROWS = 2 * SCORE_ROWS;                   // rows whose scores a thread holds
 
 // Shared memory: K tile, V tile, Q in the order of its fragments.
 constexpr int PITCH = (2 * HEAD_DIM + 127) / 128 * 128;  // bytes of a row of K or V

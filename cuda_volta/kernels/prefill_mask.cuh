@@ -48,7 +48,7 @@ struct ScoreRules {
     float cap_exponent;  // 2^(cap_exponent s) = e^(2 scale s / softcap)
     float slope;         // in units of what `apply` leaves
 
-    VOLTA_DEVICE ScoreRules(const AttentionParams& p, float logit_scale, i32 batch, i32 head)
+    VOLTA_DEVICE ScoreRules(const AttentionParams& p, float logit_scale, u32 batch, u32 head)
         : scale(logit_scale), offset(0.0f), cap(p.softcap * LOG2_E), cap_exponent(0.0f), slope(0.0f) {
         if (SOFTCAP && cap > 0.0f) cap_exponent = 2.0f * LOG2_E * logit_scale / cap;
         if (FEATURES == 1) scale = 2.0f * cap, offset = cap;
@@ -66,10 +66,9 @@ struct ScoreRules {
     }
 
     VOLTA_DEVICE void apply(Scores& s, const AttentionParams& p, const Sequence& sequence, const Lane& lane,
-                            float logit_scale, i32 batch, i32 head, i32 query0, i32 key0) const {
+                            float logit_scale, u32 batch, u32 head, i32 query0, i32 key0) const {
         const i32 column0 = key0 + first_column(lane);
         const float distance = static_cast<float>(score_row(lane, query0, 0) + sequence.shift - column0);
-        const bool masked = ANYTHING && p.mask_kind != MASK_NONE;
 #pragma unroll
         for (int m = 0; m < SCORE_ROWS; ++m) {
 #pragma unroll
@@ -80,11 +79,26 @@ struct ScoreRules {
                     if (FEATURES == 1 || (ANYTHING && cap > 0.0f)) apply_softcap(x);
                     else if (ANYTHING) x *= logit_scale;
                     if (ALIBI) x -= slope * fabsf(distance + static_cast<float>(8 * m + (i & 2) - column_of(n, i)));
-                    if (masked) {
-                        const i32 row = clamp(score_row(lane, query0, row_of(m, i)), 0, sequence.q_len - 1);
-                        const i32 key = clamp(column0 + column_of(n, i), 0, sequence.k_len - 1);
-                        x += mask_bias(p, sequence, batch, head, row, key);
-                    }
+                }
+            }
+        }
+        if (ANYTHING && p.mask_kind != MASK_NONE) apply_mask(s, p, sequence, lane, batch, head, query0, column0);
+    }
+
+    // Rows and keys past the end read the last one's mask.
+    VOLTA_DEVICE static void apply_mask(Scores& s, const AttentionParams& p, const Sequence& sequence,
+                                        const Lane& lane, u32 batch, u32 head, i32 query0, i32 column0) {
+        const i64 first = batch * p.mask_batch + head * p.mask_head + sequence.k_begin * p.mask_key;
+#pragma unroll
+        for (int n = 0; n < SCORE_COLS; ++n) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                const int element = (c & 1) | (c & 2) << 1;
+                const i32 key = clamp(column0 + column_of(n, element), 0, sequence.k_len - 1);
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) {
+                    const i32 row = clamp(score_row(lane, query0, r), 0, sequence.q_len - 1);
+                    s[r >> 1][n][element | (r & 1) << 1] += mask_value(p, first + row * p.mask_row + key * p.mask_key);
                 }
             }
         }

@@ -7,8 +7,8 @@
 namespace volta {
 
 // `negate`: a negative scale moves into Q, so that a row's largest product is its largest score.
-VOLTA_DEVICE void load_queries(Queries& q, const AttentionParams& p, const Sequence& s, const Lane& lane, i32 batch,
-                               i32 head, i32 query0, bool negate) {
+VOLTA_DEVICE void load_queries(Queries& q, const AttentionParams& p, const Sequence& s, const Lane& lane, u32 batch,
+                               u32 head, i32 query0, bool negate) {
     const bool aligned = !ANYTHING || is_aligned(p.q, p.q_batch, p.q_row, p.q_head, p.head_dim);
     const u32 sign = negate ? 0x80008000u : 0;
     const u16* rows[2];

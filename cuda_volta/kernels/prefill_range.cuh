@@ -7,7 +7,7 @@
 namespace volta {
 
 // Softmax does not mind the order of keys: tiles that a bound crosses come first, in a loop with a mask, and the
-// loop over the others needs none.
+// loop over the others needs none. The variant for anything has only the first.
 struct TileRange {
     i32 first, inner_first, inner_last;  // tiles
     i32 edges, count;
@@ -20,6 +20,7 @@ struct TileRange {
         inner_first = clamp((bottom.first + BLOCK_K - 1) / BLOCK_K, first, end);
         inner_last = clamp((top.last + 1) / BLOCK_K, inner_first, end);
         count = end - first;
+        if (ANYTHING) inner_last = inner_first;
         edges = count - (inner_last - inner_first);
     }
 

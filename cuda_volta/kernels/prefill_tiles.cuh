@@ -53,36 +53,30 @@ struct Mover {
     }
 };
 
-// Where this thread's keys of one tile are stored. Keys past the end repeat the last one, which exists.
+// Where this thread's keys of one tile are stored. Keys past the end repeat the last one, which exists. Rows of pages
+// are counted from the start of the first page, which takes pages a whole number of rows apart, or of their own.
 struct KeyRows {
     u32 row[SLOTS];
-    i32 batch[ANYTHING ? SLOTS : 1];
+    u32 page[ANYTHING ? SLOTS : 1];
 
-    VOLTA_DEVICE void locate(const AttentionParams& p, const Sequence& s, const Mover& mover, i32 b, i32 key0) {
+    VOLTA_DEVICE void locate(const AttentionParams& p, const Sequence& s, const Mover& mover, u32 b, i32 key0) {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             i32 key = key0 + mover.slot_row(slot);
             key = key < s.k_len ? key : s.k_len - 1;
-            if (ANYTHING) {
-                const KeyPlace place = key_place(p, s, b, key);
-                row[slot] = static_cast<u32>(place.row);
-                batch[slot] = place.batch;
-            } else {
-                row[slot] = static_cast<u32>(key + s.k_begin);
-            }
+            row[slot] = static_cast<u32>(key + s.k_begin);
+            if (ANYTHING) page[slot] = 0;
         }
-        if (!ANYTHING && p.block_table) {
+        if (!p.block_table) return;
 #pragma unroll
-            for (int slot = 0; slot < SLOTS; ++slot) row[slot] = paged_row(p, b, row[slot]);
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            const u32 index = static_cast<u32>(static_cast<u64>(2 * row[slot]) * p.page_magic >> 32) >> p.page_shift;
+            u32 found = static_cast<u32>(ldg(p.block_table + b * static_cast<u32>(p.max_pages) + index));
+            found = found < static_cast<u32>(p.k_batches) ? found : 0;
+            row[slot] -= index * static_cast<u32>(p.k_rows);
+            if (ANYTHING) page[slot] = found;
+            else row[slot] += found * static_cast<u32>(p.page_rows);
         }
-    }
-
-    // Pages whose starts are whole rows apart: the row counted from the first page's start.
-    VOLTA_DEVICE static u32 paged_row(const AttentionParams& p, i32 b, u32 row) {
-        const u32 index = static_cast<u32>(static_cast<u64>(2 * row) * p.page_magic >> 32) >> p.page_shift;
-        const u32 page = ldg(reinterpret_cast<const u32*>(p.block_table) + static_cast<u32>(b * p.max_pages) + index);
-        const u32 clamped = page < static_cast<u32>(p.k_batches) ? page : 0;
-        return row + clamped * static_cast<u32>(p.page_rows) - index * static_cast<u32>(p.k_rows);
     }
 };
 
@@ -109,33 +103,36 @@ struct Source {
     const u16* base;
     const u16* tail;
     u32 row_bytes;
-    i64 batch_stride;  // of a sequence or page, ANYTHING
+    i64 page_stride;
     i32 width;
     bool aligned;
 
     VOLTA_DEVICE Source(const u16* data, i64 batch, i64 row, i64 head, i32 columns, i32 sequence, u32 kv_head,
                         const Mover& mover)
         : row_bytes(static_cast<u32>(2 * row)),
-          batch_stride(batch),
+          page_stride(batch),
           width(columns),
           aligned(is_aligned(data, batch, row, head, columns)) {
-        const u16* first = data + (ANYTHING ? 0 : sequence * batch) + kv_head * head;
+        const u16* first = data + sequence * batch + kv_head * head;
         base = ANYTHING ? first : pin(first + 8 * mover.chunk);
         tail = ANYTHING || !TAIL ? first : pin(first + 8 * mover.tail_chunk);
     }
 
+    // Chunks past the row's width keep what the stage held. V's only reach columns of O that are not stored; K's are
+    // zeros from the start, since no narrower V shares the stage.
     VOLTA_DEVICE void load(Stage& stage, const KeyRows& rows, const Mover& mover) const {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             const bool is_tail = slot >= PASSES;
             const u64 start = reinterpret_cast<u64>(is_tail ? tail : base);
             const u16* at = reinterpret_cast<const u16*>(multiply_add_wide(rows.row[slot], row_bytes, start));
-            if (ANYTHING) at += rows.batch[slot] * batch_stride;
+            if (ANYTHING) at += rows.page[slot] * page_stride;
 #pragma unroll
             for (int g = 0; g < (is_tail ? 1 : GROUPS); ++g) {
                 const u32 chunk = is_tail ? mover.tail_chunk : 8 * static_cast<u32>(g) + mover.chunk;
-                stage.chunk[is_tail ? LOADS - 1 : slot * GROUPS + g] =
-                    ANYTHING ? load_chunk(at, chunk, width, aligned) : ldg128_stream(at + 64 * g);
+                Word4& w = stage.chunk[is_tail ? LOADS - 1 : slot * GROUPS + g];
+                if (ANYTHING) w = load_chunk(at, chunk, width, aligned);
+                else if (static_cast<i32>(8 * chunk) < width) w = ldg128_stream(at + 64 * g);
             }
         }
     }

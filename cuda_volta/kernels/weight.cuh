@@ -19,7 +19,6 @@ struct WeightParams {
     i64 scales_row, mins_row;
     i32 out, in, group_size, group_offset, groups;
     i32 scale_is_float;
-    i32 wide;  // rows of codes begin at multiples of 16 bytes
 };
 
 VOLTA_DEVICE i32 column_group(const WeightParams& w, i32 c) {

@@ -4,8 +4,8 @@
 using namespace volta;
 
 struct Params {
-    u32* out;        // a word for each thread
-    const u32* in;   // a word for each thread
+    u32* out;          // two words for each thread of the grid, and a counter behind them
+    const u32* in;     // a word for each thread of a block
     const u32* table;  // of lanes: an address or a source lane
     u32 plant;
     u32 bytes;  // of dynamic shared memory
@@ -41,6 +41,10 @@ enum Plant : u32 {
     SHUFFLE_IN_BRANCH,
     MMA_IN_BRANCH,
     WARP_EXITS,
+    TWO_BLOCKS_STORE,
+    LOAD_FROM_ANOTHER_BLOCK,
+    LAST_BLOCK_ADDS_UP,
+    LAST_BLOCK_WITHOUT_FENCE,
 };
 
 VOLTA_DEVICE u32 word(u32 i) { return shared_base() + 4 * i; }
@@ -61,6 +65,20 @@ VOLTA_DEVICE u32 neighbour_within_warp(const Params& p, bool ordered, bool shuff
     if (ordered) warp_barrier();
     if (shuffled) shuffle_xor(t, 1);
     return lds32(word(t ^ 1));
+}
+
+// Each block stores; the last one to come, as an atomic tells, adds up what all have stored.
+VOLTA_DEVICE void last_block_adds_up(const Params& p, bool fenced) {
+    const u32 t = thread_index();
+    stg(p.out + 64 * block_x() + t, block_x() + 1);
+    if (fenced) memory_fence();
+    barrier();
+    if (t == 0) sts32(word(0), atomic_add(p.out + 128 * grid_x(), 1));
+    barrier();
+    u32 sum = block_x() + 1;
+    if (lds32(word(0)) == grid_x() - 1)
+        for (u32 b = 0; b < block_x(); b++) sum += ldg(static_cast<const u32*>(p.out) + 64 * b + t);
+    stg(p.out + 64 * grid_x() + 64 * block_x() + t, sum);
 }
 
 VOLTA_KERNEL(planted, 64, 1)(Params p) {
@@ -107,7 +125,9 @@ VOLTA_KERNEL(planted, 64, 1)(Params p) {
             result = lds32(word(t));
             break;
         case GLOBAL_LOAD_OVERRUN: result = ldg(p.in + t + 1); break;
-        case GLOBAL_STORE_OVERRUN: stg(p.out + t + 1, t); break;
+        case GLOBAL_STORE_OVERRUN:
+            if (t == 63) stg(p.out + 128 * grid_x() + 1, t);
+            break;
         case GLOBAL_STORE_TO_INPUT: stg(const_cast<u32*>(p.in) + t, t); break;
         case GLOBAL_MISALIGNED: result = ldg128_stream(p.in + t / 2).x; break;
         case GLOBAL_NULL: result = ldg(static_cast<const u32*>(nullptr)); break;
@@ -146,8 +166,14 @@ VOLTA_KERNEL(planted, 64, 1)(Params p) {
             if (warp_index() == 1) return;
             result = shuffle_xor(t, 1);
             break;
+        case TWO_BLOCKS_STORE: stg(p.out + t, t); break;
+        case LOAD_FROM_ANOTHER_BLOCK:
+            if (block_x() == 1) result = ldg(static_cast<const u32*>(p.out) + t);
+            break;
+        case LAST_BLOCK_ADDS_UP: last_block_adds_up(p, true); return;
+        case LAST_BLOCK_WITHOUT_FENCE: last_block_adds_up(p, false); return;
     }
-    stg(p.out + t, result);
+    stg(p.out + 64 * block_x() + t, result);
 }
 
 // One access of each lane, wherever the table says.
@@ -178,6 +204,18 @@ VOLTA_KERNEL(lanes, 64, 1)(Params p) {
     if (p.plant == 1) result = float_bits(shuffle(bits_float(v), argument));
     if (p.plant == 2) result = any_lane(argument == v);
     stg(p.out + t, result);
+}
+
+struct Nested {
+    u32 first, second;
+};
+struct NestedParams {
+    u32* out;
+    Nested pair;
+};
+
+VOLTA_KERNEL(nested, 32, 1)(NestedParams p) {
+    if (thread_index() == 0) stg(p.out, p.pair.first + p.pair.second);
 }
 
 struct MmaParams {

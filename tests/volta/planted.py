@@ -55,13 +55,14 @@ def kernel(entry: str, threads: int = 32, shared_bytes: int = SHARED_BYTES) -> E
 
 
 def plant(name: str, blocks: int = 1, workers: int = 1) -> torch.Tensor:
-    """Runs one case of ``planted`` on 64 threads a block; its output."""
+    """Runs one case of ``planted`` on 64 threads a block; what ``out`` holds, a row for each 64 words."""
     planted = kernel("planted", 64, 256)
     words = torch.arange(64, dtype=torch.int32) * 3
-    out = torch.full((64,), -1, dtype=torch.int32)
+    out = torch.full((128 * blocks + 1,), -1, dtype=torch.int32)
+    out[-1] = 0  # the counter
     params = Params(out.data_ptr(), words.data_ptr(), 0, PLANTS.index(name), 256)
     planted.launch((blocks, 1, 1), params, reads=(words,), writes=(out,), workers=workers)
-    return out
+    return out[:-1].view(2 * blocks, 64)
 
 
 def one_access(kind: int, addresses: list[int]) -> Report:

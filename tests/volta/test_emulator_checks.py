@@ -47,10 +47,17 @@ SOUND = {
     "HALVES_OF_A_WORD": torch.tensor([t // 2 * 2 | (t // 2 * 2 + 1) << 16 for t in range(64)]).int(),
     "WARP_EXITS": torch.tensor([t ^ 1 if t < 32 else -1 for t in range(64)]).int(),
 }
+# On two blocks, each with 64 threads.
+FAULTS_OF_TWO_BLOCKS = {
+    "STALE_FROM_ANOTHER_BLOCK": r"uninitialised shared memory in block \(1, 0, 0\)",
+    "TWO_BLOCKS_STORE": r"race in block \(1, 0, 0\).* stores .* of block 0 stored without a fence",
+    "LOAD_FROM_ANOTHER_BLOCK": r"race in block \(1, 0, 0\).* loads .* of block 0 stored without a fence",
+    "LAST_BLOCK_WITHOUT_FENCE": r"race in block \(1, 0, 0\).* loads .* of block 0 stored without a fence",
+}
 
 
 def test_every_plant_is_tested() -> None:
-    assert set(PLANTS) == {*FAULTS, *SOUND, "STALE_FROM_ANOTHER_BLOCK"}
+    assert set(PLANTS) == {*FAULTS, *SOUND, *FAULTS_OF_TWO_BLOCKS, "LAST_BLOCK_ADDS_UP"}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -65,27 +72,73 @@ def test_a_fault_is_caught(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOUND)
 def test_the_same_without_the_fault_passes(name: str) -> None:
-    assert plant(name).equal(SOUND[name])
+    assert plant(name)[0].equal(SOUND[name])
 
 
-def test_a_block_does_not_inherit_shared_memory() -> None:
-    with pytest.raises(EmulationError, match=r"uninitialised shared memory in block \(1, 0, 0\)"):
-        plant("STALE_FROM_ANOTHER_BLOCK", blocks=2)
+@pytest.mark.parametrize("name", FAULTS_OF_TWO_BLOCKS)
+def test_a_fault_between_blocks_is_caught(name: str) -> None:
+    with pytest.raises(EmulationError, match=f"(?s)^planted: {FAULTS_OF_TWO_BLOCKS[name]}"):
+        plant(name, blocks=2)
+
+
+def test_blocks_may_meet_at_a_fence_and_an_atomic() -> None:
+    assert plant("LAST_BLOCK_ADDS_UP", blocks=4)[-1].tolist() == [1 + 2 + 3 + 4] * 64
+    assert plant("LAST_BLOCK_ADDS_UP", blocks=40, workers=3).shape == (80, 64)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_blocks_on_any_number_of_workers(workers: int) -> None:
+    assert plant("CONTROL", blocks=33, workers=workers)[:33].equal(REVERSED.expand(33, 64))
 
 
 def test_a_failed_launch_leaves_nothing_behind() -> None:
     for name in FAULTS:
         with pytest.raises(EmulationError):
             plant(name)
-        assert plant("CONTROL").equal(REVERSED)
+        assert plant("CONTROL")[0].equal(REVERSED)
 
 
-def test_params_of_another_kernel() -> None:
-    class Other(ctypes.Structure):
-        _fields_ = (("a", ctypes.c_uint64),)
+class Nested(ctypes.Structure):
+    """``Nested`` of planted.cu."""
 
-    with pytest.raises(ValueError, match="params: Other has 8 bytes, planted takes 32"):
-        kernel("planted", 64, 256).launch((1, 1, 1), Other(1))
+    _fields_ = (("first", ctypes.c_uint32), ("second", ctypes.c_uint32))
+
+
+class NestedParams(ctypes.Structure):
+    """``NestedParams`` of planted.cu."""
+
+    _fields_ = (("out", ctypes.c_void_p), ("pair", Nested))
+
+
+def test_params_are_compared_field_by_field() -> None:
+    out = torch.zeros(1, dtype=torch.int32)
+    params = NestedParams(out.data_ptr(), Nested(40, 2))
+    kernel("nested").launch((1, 1, 1), params, writes=(out,))
+    assert out.item() == 42
+
+    class Swapped(ctypes.Structure):
+        _fields_ = (("second", ctypes.c_uint32), ("first", ctypes.c_uint32))
+
+    class Wrong(ctypes.Structure):
+        _fields_ = (("out", ctypes.c_void_p), ("pair", Swapped))
+
+    class Renamed(ctypes.Structure):
+        _fields_ = (("output", ctypes.c_void_p), ("pair", Nested))
+
+    class Short(ctypes.Structure):
+        _fields_ = (("out", ctypes.c_void_p),)
+
+    for mirror, fields in ((Wrong, "pair.first, pair.second"), (Renamed, "output"), (Short, "all of it")):
+        with pytest.raises(
+            ValueError, match=f"params: {mirror.__name__} is not the struct of nested: {fields}$"
+        ):
+            kernel("nested").launch((1, 1, 1), mirror())
+
+
+@pytest.mark.parametrize("grid", [(0, 1, 1), (1, 65536, 1), (1, 1, -1), (2**31, 1, 1), (2**20, 2**13, 1)])
+def test_grids_that_do_not_exist(grid: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="grid: "):
+        kernel("planted", 64, 256).launch(grid, Params())
 
 
 def test_streams_and_thread_counts_that_do_not_exist() -> None:

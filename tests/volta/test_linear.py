@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cuda_volta import emulator
 from cuda_volta.embedding import embedding
-from cuda_volta.linear import FEW_ROWS, dense, groups_are_whole, linear, num_splits
+from cuda_volta.linear import FEW_ROWS, dense, linear, num_splits, reads_whole_quads
 from cuda_volta.variant import KERNELS
 from cuda_volta.weights import dequantize
 from fastattn import reference_ops
@@ -68,8 +68,8 @@ def check(w: PackedWeight, x: torch.Tensor) -> list[emulator.Report]:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_linear(kind):
-    w = weight(kind, 37, 203)
-    assert groups_are_whole(grouped(w)) == (kind in WHOLE)
+    w = weight(kind, 37, 208)
+    assert reads_whole_quads(grouped(w)) == (kind in WHOLE)
     for rows in (1, 2, 7, 8, 9, 16, 17, 65):
         check(w, random(rows, w.shape[1], seed=rows, dtype=HALF))
     assert linear(random(0, w.shape[1], seed=0, dtype=HALF), grouped(w)).shape == (0, 37)
@@ -90,7 +90,7 @@ def test_widths_that_are_no_whole_chunk(inn):
 
 @pytest.mark.parametrize("kind", ["int4 x_perm bias", "int8 no mins", "int4 g_idx"])
 def test_many_rows_are_cublas_work(kind):
-    w = weight(kind, 37, 203)
+    w = weight(kind, 37, 208)
     for rows in (FEW_ROWS, FEW_ROWS + 1):
         names = {r.variant.entry for r in check(w, random(rows, w.shape[1], seed=rows, dtype=HALF))}
         assert names == ({"linear"} if rows == FEW_ROWS and kind in WHOLE else {"dequantize"})
