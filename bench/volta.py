@@ -78,7 +78,8 @@ def bound(cubin: str, kernel: str, macs: float, warps: int) -> None:
         print(
             f"  bound by {found.busiest}: {found.cycles_per_kmac:.2f} cycles per kMAC, tensor cores at most "
             f"{share:.1%}; {found.instructions_per_hmma:.2f} instructions per HMMA, "
-            f"{found.barriers:.0f} barriers, {found.local_accesses:.0f} spill accesses a tile; loop {found.loop_bytes} B"
+            f"{found.barriers:.0f} barriers, {found.local_accesses:.0f} spill accesses a tile; "
+            f"loop {found.loop_bytes} B"
         )
 
 
