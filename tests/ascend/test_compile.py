@@ -42,8 +42,8 @@ def test_tile_table(vendor_python: Path) -> None:
     for call, kernel, planned in found:
         for target in TARGETS:
             plan = planned[target]
-            assert plan["accepted"], f"{call.name} {kernel} on {target}: {plan['overflow']} {plan['error']}"
-            assert not plan["retried"], f"{call.name} {kernel} on {target} lost its double buffers"
+            assert plan["accepted"], f"{call} {kernel} on {target}: {plan['overflow']} {plan['error']}"
+            assert not plan["retried"], f"{call} {kernel} on {target} lost its double buffers"
             assert row(call, kernel, plan) == row(call, kernel, planned[TARGETS[0]])
     assert [row(call, kernel, planned[TARGETS[0]]) for call, kernel, planned in found] == table
 
