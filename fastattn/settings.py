@@ -27,6 +27,12 @@ def _emulated(text: str) -> frozenset[str]:
     return names
 
 
+def _ascend(text: str) -> str:
+    if text not in ("auto", "kernels", "torch_npu"):
+        raise ValueError(text)
+    return text
+
+
 def _variable(default: Any, name: str, parse: Callable[[str], Any], accepted: str, doc: str) -> Any:
     return field(default=default, metadata={"name": name, "parse": parse, "accepted": accepted, "doc": doc})
 
@@ -54,6 +60,13 @@ class Settings:
         _flag,
         "0 or 1",
         "run the Volta kernels on newer NVIDIA GPUs from their compute_70 PTX: for testing, not for speed",
+    )
+    ascend: str = _variable(
+        "auto",
+        "FASTATTN_ASCEND",
+        _ascend,
+        "auto, kernels or torch_npu",
+        "who runs on Ascend NPUs: torch_npu's operators where they can, only our kernels, or only torch_npu",
     )
     strict: bool = _variable(
         False,

@@ -1,17 +1,165 @@
-"""Triton-Ascend kernels and CANN operators for Ascend NPUs."""
+"""Ascend NPUs: torch_npu's operators where one can run the call, our Triton-Ascend kernels for the rest.
+
+310P and 910A have no compiler for the kernels, so there a call that torch_npu cannot run is refused.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 
-from ..spec import Backend
+import torch
+from torch import Tensor
+
+from ascend_ops import router
+
+from ..indices import check_indices
+from ..settings import settings
+from ..spec import AttentionArgs, AttentionSignature, Backend, Op, UnsupportedError
+from .interpreter import reasons_against_emulating
+
+_EMULATED = "ascend" in settings.emulate
+HALVES = (torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
 
 
 def _available() -> list[str]:
-    reasons = ["this version of fastattn has no Ascend kernels yet"]
+    if _EMULATED:
+        if find_spec("triton") is None:
+            return [
+                "Triton is not installed, whose interpreter runs the kernels (pip install fastattn[triton])"
+            ]
+        return reasons_against_emulating("ascend")
     if find_spec("torch_npu") is None:
-        reasons.append("torch_npu is not installed")
-    return reasons
+        return ["torch_npu is not installed (FASTATTN_EMULATE=ascend interprets the kernels on the CPU)"]
+    import torch_npu  # registers the device
+
+    return [] if torch_npu.npu.is_available() else ["torch_npu sees no NPU"]
 
 
-BACKEND = Backend("ascend", ("npu",), _available, ops=dict, describe=dict)
+def router_call(a: AttentionArgs) -> router.AttentionCall:
+    """The call as `ascend_ops.router` sees it."""
+    left, right = a.bounds()
+    shared = {name: getattr(a, name) for name in router.AttentionCall._fields if name in a._fields}
+    return router.AttentionCall(**shared | {"left": left, "right": right})
+
+
+def _run_attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """(out, lse), lse empty unless asked for. Raises UnsupportedError with the reasons of both ways."""
+    if a.q.device.type == "cpu":
+        check_indices(a)
+        return _by_kernels(a)
+    chip, call = router.current(), router_call(a)
+    capturing = torch.npu.is_current_stream_capturing()  # type: ignore[attr-defined]
+    against = router.unsupported(call, chip, capturing=capturing)
+    if settings.ascend != "kernels" and not against:
+        return _by_torch_npu(call, chip, capturing=capturing)
+    why_not = kernel_reasons(a.signature())
+    if settings.ascend != "torch_npu" and not why_not:
+        return _by_kernels(a)
+    lines = [f"torch_npu, {line}" for line in against] + [f"our kernels: {line}" for line in why_not]
+    raise UnsupportedError(
+        f"attention on {chip.family}, FASTATTN_ASCEND={settings.ascend}:\n" + "\n".join(lines)
+    )
+
+
+def _by_torch_npu(call: router.AttentionCall, chip: router.Chip, *, capturing: bool) -> tuple[Tensor, Tensor]:
+    invocation = router.choose(call, chip, capturing=capturing)
+    out, lse = router.empty(call) if invocation is None else invocation()
+    return out, out.new_empty((0,), dtype=torch.float32) if lse is None else lse
+
+
+def _by_kernels(a: AttentionArgs) -> tuple[Tensor, Tensor]:
+    from ascend_ops.attention import attention
+
+    options = a._asdict()
+    q, k, v = (options.pop(name) for name in ("q", "k", "v"))
+    del options["kv_layout"]
+    return attention(q, k, v, **options)
+
+
+def kernel_reasons(s: AttentionSignature) -> list[str]:
+    """Why our kernels cannot run the call."""
+    if not compiles_kernels():
+        return [f"no compiler for {router.current().family}"]
+    out = []
+    if s.dtype not in HALVES:
+        out.append(f"dtype {s.dtype}, they take float16 and bfloat16")
+    elif s.kv_dtype != s.dtype:
+        out.append(f"k and v are {s.kv_dtype}, they take q's {s.dtype}")
+    if max(s.head_dim, s.v_head_dim) > MAX_HEAD_DIM:
+        out.append(f"head_dim {s.head_dim} of q, {s.v_head_dim} of v, they take at most {MAX_HEAD_DIM}")
+    if s.kv_layout != "nhd":
+        out.append(f"kv_layout {s.kv_layout!r}, they take nhd")
+    return out
+
+
+def compiles_kernels() -> bool:
+    """Whether Triton kernels run on this process's NPU, or are interpreted."""
+    return _EMULATED or router.current().compiles_triton
+
+
+def _attention_reasons(s: AttentionSignature) -> list[str]:
+    """What no operator of torch_npu and no kernel of ours can do, whatever the call's shapes.
+
+    The rest depends on shapes and lengths, which a signature does not have: `_run_attention` raises for it.
+    """
+    why_not = kernel_reasons(s)
+    if not why_not or _EMULATED:
+        return why_not
+    against = router.unsupported(_stand_in(s), router.current())
+    return [*why_not, *against] if against else []
+
+
+def _stand_in(s: AttentionSignature) -> router.AttentionCall:
+    """A call of this signature that is otherwise as easy as can be."""
+
+    def values(*shape: int, dtype: torch.dtype = s.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    page = s.page_size
+    q = values(1, 16, s.num_heads, s.head_dim)
+    k = values(1, page or 16, s.num_kv_heads, s.head_dim, dtype=s.kv_dtype)
+    v = values(1, page or 16, s.num_kv_heads, s.v_head_dim, dtype=s.kv_dtype)
+    o: dict[str, object] = {"right": 0} if "causal" in s.features else {}
+    if page:
+        o["block_table"], o["seqused_k"] = values(1, 1), torch.tensor([page])
+    elif "seqused_k" in s.features:
+        o["seqused_k"] = torch.tensor([16])
+    for name in s.features & {"cache_batch_idx", "cache_leftpad", "q_pos0", "k_pos0", "k_scale", "v_scale"}:
+        o[name] = values(1)
+    if "softcap" in s.features:
+        o["softcap"] = 1.0
+    if "alibi_slopes" in s.features:
+        o["alibi_slopes"] = values(s.num_heads)
+    if s.mask_dtype is not None:
+        o["attn_mask"] = values(1, 1, 16, page or 16, dtype=s.mask_dtype)
+    return router.AttentionCall(
+        q, k, v, 1.0, kv_layout=s.kv_layout, return_lse="return_lse" in s.features, **o
+    )  # type: ignore[arg-type]
+
+
+def _ops() -> Mapping[str, Op]:
+    from . import ascend_small
+
+    features = frozenset(AttentionArgs._field_defaults)
+    return {"attention": Op(_run_attention, features, _attention_reasons), **ascend_small.OPS}
+
+
+def _describe() -> Mapping[str, str]:
+    if _EMULATED:
+        import triton
+
+        return {"triton": triton.__version__, "kernels": "interpreted on the CPU (FASTATTN_EMULATE)"}
+    import torch_npu
+
+    chip = router.current()
+    return {
+        "torch_npu": torch_npu.__version__,
+        "chip": f"{torch_npu.npu.get_device_name()} ({chip.family})",
+        "kernels": "compiled" if chip.compiles_triton else f"no compiler for {chip.family}",
+        "operators": ", ".join(sorted(chip.operators)),
+    }
+
+
+BACKEND = Backend("ascend", ("npu", "cpu") if _EMULATED else ("npu",), _available, _ops, _describe)

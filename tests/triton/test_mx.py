@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
-from fastattn import dispatch, reference_mx
+from fastattn import reference_mx
 from fastattn.quant import mx
 from fastattn.quant.codec import Codec
-from fastattn.spec import DecodeSumArgs, EncodeArgs, MxPackArgs, MxUnpackArgs
+from fastattn.spec import DecodeSumArgs, EncodeArgs, MxPackArgs, MxUnpackArgs, Op
 from tests.ops.runners import FLOATS, random, run
+
+Ops = Mapping[str, Op]
 
 pytestmark = [pytest.mark.toolchain, pytest.mark.emulate("triton")]
 
@@ -25,9 +29,8 @@ MESSAGES = [
 
 @pytest.mark.parametrize("element", mx.ELEMENTS)
 @pytest.mark.parametrize("scale", mx.SCALES)
-def test_pack_and_unpack(element: str, scale: str) -> None:
+def test_pack_and_unpack(ops: Ops, element: str, scale: str) -> None:
     """Subnormals, zeros, infinities, NaN, a tail that is no whole byte, and each way to choose a scale."""
-    ops = dispatch.op_table("triton")
     for block, search, dtype in zip((8, 16, 128), (False, True, False), FLOATS, strict=True):
         x = random(5, 77, seed=block, dtype=dtype, scale=100)
         x[0, :16] *= 1e-38 if dtype != torch.float16 else 1e-7
@@ -41,9 +44,8 @@ def test_pack_and_unpack(element: str, scale: str) -> None:
 
 
 @pytest.mark.parametrize("element", mx.ELEMENTS)
-def test_every_code_and_scale_is_unpacked(element: str) -> None:
+def test_every_code_and_scale_is_unpacked(ops: Ops, element: str) -> None:
     """Bytes that no encoder writes too: what decodes on one device decodes to the same on every other."""
-    ops = dispatch.op_table("triton")
     n = 1 << mx.element(element).bits
     rows = 256
     codes = torch.randint(0, 256, (rows, mx.code_bytes(n, element)), dtype=torch.uint8)
@@ -56,8 +58,8 @@ def test_every_code_and_scale_is_unpacked(element: str) -> None:
 
 @pytest.mark.parametrize("codec", MESSAGES, ids=lambda c: f"{c.element}-{c.scale}-{c.rotate}")
 @pytest.mark.parametrize(("rows", "hidden"), [(3, 131), (2, 576), (0, 128)], ids=str)
-def test_messages_and_sums(codec: Codec, rows: int, hidden: int) -> None:
-    ops, c = dispatch.op_table("triton"), codec
+def test_messages_and_sums(ops: Ops, codec: Codec, rows: int, hidden: int) -> None:
+    c = codec
     format_ = (c.element, c.block, c.scale)
     parts = [random(rows, hidden, seed=s, scale=10.0**s) for s in range(3)]
     args = [EncodeArgs(x, *format_, c.search, c.rotate, c.outliers) for x in parts]
@@ -72,11 +74,9 @@ def test_messages_and_sums(codec: Codec, rows: int, hidden: int) -> None:
             assert_same(run(ops, "decode_sum", total), reference_mx.decode_sum(total))
 
 
-def test_a_block_that_fills_no_bytes_is_a_reason() -> None:
+def test_a_block_that_fills_no_bytes_is_a_reason(ops: Ops) -> None:
     args = MxPackArgs(torch.ones(2, 77), "e2m1", 7)
-    assert dispatch.op_table("triton")["mx_pack"].reasons(args.signature()) == [
-        "block 7, it takes 8, 16, 32, 64, 128"
-    ]
+    assert ops["mx_pack"].reasons(args.signature()) == ["block 7, it takes 8, 16, 32, 64, 128"]
 
 
 def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:

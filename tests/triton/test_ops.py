@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from fastattn.dispatch import op_table, unavailable
 from fastattn.spec import Op
 from tests.ops import test_linear as test_linear_module
 from tests.ops.runners import random
@@ -39,12 +38,6 @@ from tests.ops.test_rotary_append import (  # noqa: F401
 )
 
 pytestmark = [pytest.mark.toolchain, pytest.mark.emulate("triton")]
-
-
-@pytest.fixture
-def ops() -> Mapping[str, Op]:
-    """What the imported tests run on; in the process that only reports, nothing."""
-    return {} if unavailable("triton") else op_table("triton")
 
 
 @pytest.mark.parametrize("inn", [1, 15, 31, 33, 64, 65, 2080])

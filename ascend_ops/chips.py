@@ -1,0 +1,33 @@
+"""What the planner needs to know of each chip: cores, and the memories that a tile lives in.
+
+Sizes and core counts are those of the vendor compiler's own target table (ascendnpu-ir 1.2.0 prints them into
+every module it plans). 310P and 910A are not targets of it: their attention is torch_npu's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+KIB = 1024
+
+
+class Chip(NamedTuple):
+    """One AI processor. A *cube core* multiplies matrices; each has two *vector cores* beside it."""
+
+    name: str  # the compiler's --target
+    cube_cores: int
+    vector_cores: int
+    ub: int = 192 * KIB  # Unified Buffer, of a vector core
+    l1: int = 512 * KIB  # of a cube core, and so are the next three
+    l0a: int = 64 * KIB
+    l0b: int = 64 * KIB
+    l0c: int = 128 * KIB
+
+
+_910B = {"910B1": 24, "910B2": 24, "910B2C": 24, "910B3": 20, "910B4": 20, "910B4-1": 20}
+_A3 = {"9362": 20, "9372": 20, "9381": 24, "9382": 24, "9391": 24, "9392": 24}
+
+CHIPS = {
+    **{f"Ascend{name}": Chip(f"Ascend{name}", cores, 2 * cores) for name, cores in _910B.items()},
+    **{f"Ascend910_{name}": Chip(f"Ascend910_{name}", cores, 2 * cores) for name, cores in _A3.items()},
+}

@@ -1,0 +1,53 @@
+"""Where a kernel runs: compiled on an NPU, or on CPU tensors by Triton's interpreter or another executor.
+
+The interpreter of Triton 3.6 has faults; a process that uses it repairs them first, as
+`fastattn.backends.interpreter` does when FASTATTN_EMULATE names ascend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+
+#: From "module:function" to what ``[grid](*arguments)`` launches.
+Executor = Callable[[str], Any]
+
+
+def interpreted(name: str) -> Any:
+    """The kernel in Triton's interpreter. Raises RuntimeError if Triton compiles in this process."""
+    function = jit(name)
+    if type(function).__name__ != "InterpretedFunction":
+        raise RuntimeError(
+            f"{name} on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported"
+        )
+    return function
+
+
+def jit(name: str) -> Any:
+    """The ``@triton.jit`` function ``"module:function"``."""
+    module, function = name.split(":")
+    return getattr(import_module(module), function)
+
+
+_on_cpu: Executor = interpreted
+
+
+def kernel(name: str, device: torch.device) -> Any:
+    """The kernel ``name`` ("prefill:prefill_kernel", in `kernels`) for tensors on ``device``."""
+    load = _on_cpu if device.type == "cpu" else jit
+    return load(f"ascend_ops.kernels.{name}")
+
+
+@contextmanager
+def cpu_executor(executor: Executor) -> Iterator[None]:
+    """Runs kernels on CPU tensors by ``executor`` meanwhile, instead of the interpreter."""
+    global _on_cpu  # noqa: PLW0603
+    before, _on_cpu = _on_cpu, executor
+    try:
+        yield
+    finally:
+        _on_cpu = before

@@ -1,0 +1,61 @@
+"""The masks that CANN's operators take, made once per device.
+
+Causal and banded calls never have an S x S mask on 910B and newer: ``sparse_mode`` 2 to 4 take one
+2048 x 2048 triangle for any length, with which the operator masks each block on the diagonal.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+COMPRESSED = 2048
+NZ_BLOCK = 16  # columns of a fractal block of 16-bit values
+FRACTAL_NZ = 29  # ACL_FORMAT_FRACTAL_NZ
+
+
+@lru_cache(maxsize=8)
+def compressed(device: torch.device) -> Tensor:
+    """bool (2048, 2048), True above the diagonal: what `sparse_mode` 2, 3 and 4 take (True: hidden)."""
+    return torch.ones((COMPRESSED, COMPRESSED), dtype=torch.bool, device=device).triu_(1)
+
+
+def hidden(mask: Tensor, left: int | None, right: int | None) -> Tensor:
+    """bool, True: hidden, of a keep-mask (B | 1, H | 1, Sq, Sk) and a bottom-right aligned band."""
+    found = ~mask
+    rows, columns = mask.shape[-2:]
+    offset = torch.arange(columns, device=mask.device) - torch.arange(rows, device=mask.device)[:, None]
+    offset -= columns - rows
+    if left is not None:
+        found = found | (offset < -left)
+    if right is not None:
+        found = found | (offset > right)
+    return found.contiguous()
+
+
+def narrow_broadcast(mask: Tensor, *dims: int) -> Tensor:
+    """``mask`` with one row of each dimension along which it was broadcast."""
+    for dim in dims:
+        if mask.shape[dim] > 1 and mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
+
+
+def to_nz(rows: Tensor) -> Tensor:
+    """(R, C) padded to multiples of 16 and cut into fractal columns: (1, C / 16, R, 16)."""
+    r, c = (-(-n // NZ_BLOCK) * NZ_BLOCK for n in rows.shape)
+    padded = torch.nn.functional.pad(rows, (0, c - rows.shape[1], 0, r - rows.shape[0]))
+    return padded.view(1, r, c // NZ_BLOCK, NZ_BLOCK).transpose(1, 2).contiguous()
+
+
+def additive_rows(positions: Tensor, columns: int, left: int | None) -> Tensor:
+    """float16 (T, columns): 0 where a query at ``positions`` sees the key of that index, -inf elsewhere."""
+    key = torch.arange(columns, device=positions.device)
+    unseen = key > positions[:, None]
+    if left is not None:
+        unseen |= key < positions[:, None] - left
+    return torch.zeros(unseen.shape, dtype=torch.float16, device=positions.device).masked_fill_(
+        unseen, -torch.inf
+    )

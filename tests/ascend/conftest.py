@@ -1,0 +1,26 @@
+"""Tests of the Ascend kernels: Triton's interpreter, where this process emulates, and the vendor's toolchain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastattn.backends.interpreter import reasons_against_emulating
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter() -> None:
+    """Before anything imports Triton: kernels are interpreted in a process that emulates."""
+    assert not reasons_against_emulating("ascend")
+
+
+@pytest.fixture(scope="session")
+def vendor_python() -> Path:
+    """Python of the environment that has triton-ascend and ascendnpu-ir."""
+    python = ROOT / ".venv-ascend" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("NOT CHECKED AGAINST THE VENDOR'S COMPILER: no .venv-ascend (`make ascend-tools` creates it)")
+    return python

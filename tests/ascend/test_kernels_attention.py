@@ -1,0 +1,167 @@
+"""The Ascend attention kernels in Triton's interpreter, or on an NPU, against the float64 oracle.
+
+Accuracy rule: ``err(ours) <= 2 * err(plain torch in the same dtype) + eps``.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ascend_ops.attention import attention
+from ascend_ops.planner import DecodeTiles, PrefillTiles
+from fastattn import reference
+from fastattn.spec import AttentionArgs
+
+from ..api.cases import HEAD_DIMS, LAYOUTS, Case, assert_accurate, int32, random_case, torch_math
+
+pytestmark = [pytest.mark.toolchain, pytest.mark.emulate("ascend")]
+
+DTYPES = (torch.float16, torch.bfloat16)
+DEVICE = torch.device("npu" if hasattr(torch, "npu") and torch.npu.is_available() else "cpu")
+
+
+def run(
+    args: AttentionArgs, tiles: PrefillTiles | DecodeTiles | None = None, cores: int = 3
+) -> tuple[Tensor, Tensor]:
+    """The kernels' (out, lse), on an NPU where there is one."""
+    moved = {n: v.to(DEVICE) if isinstance(v, Tensor) else v for n, v in args._asdict().items()}
+    assert moved.pop("kv_layout") == "nhd"
+    out, lse = attention(**moved, tiles=tiles, cores=cores)
+    return out.cpu(), lse.cpu()
+
+
+def check(case: Case, tiles: PrefillTiles | DecodeTiles | None = None, cores: int = 3) -> None:
+    """Asserts that the kernels' result is accurate."""
+    args = case.args()
+    exact, exact_lse = reference.attention(args)
+    yardstick, yardstick_lse = torch_math(args)
+    out, lse = run(args, tiles, cores)
+    assert out.dtype == case.q.dtype
+    assert_accurate(out, yardstick, exact, f"{tiles} {case}")
+    if args.return_lse:
+        assert lse.dtype == torch.float32
+        assert_accurate(lse, yardstick_lse, exact_lse, f"lse {tiles} {case}")
+
+
+def small_tiles(rng: random.Random, args: AttentionArgs) -> PrefillTiles:
+    """Tiles of a few rows, so that short sequences have full blocks, edges on both sides and several tiles."""
+    edge = rng.choice((16, 32))
+    while args.block_table is not None and args.k.shape[1] % edge:
+        edge //= 2
+    return PrefillTiles(16, edge * (1 if args.block_table is not None else 2), edge)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_random_calls(layout: str, dtype: torch.dtype) -> None:
+    """Random subsets of all fields, under small tiles and under the planner's (which decode where they may)."""
+    rng = random.Random(f"{layout} {dtype}")  # noqa: S311
+    for seed in range(4):
+        case = random_case(seed, layout, dtype, rng.choice(HEAD_DIMS))
+        check(case, small_tiles(rng, case.args()))
+        check(case)
+
+
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(DTYPES),
+    head_dim=st.integers(1, 256),
+    seed=st.integers(0, 2**20),
+    cores=st.integers(1, 25),
+)
+@settings(max_examples=40)
+def test_any_call(layout: str, dtype: torch.dtype, head_dim: int, seed: int, cores: int) -> None:
+    case = random_case(seed, layout, dtype, head_dim)
+    check(case, small_tiles(random.Random(seed), case.args()), cores)  # noqa: S311
+
+
+@given(
+    window=st.tuples(*[st.one_of(st.none(), st.integers(0, 200))] * 2),
+    q_len=st.integers(1, 90),
+    k_len=st.integers(0, 200),
+    block_q=st.sampled_from((16, 32, 64)),
+    edge=st.sampled_from((16, 32, 64)),
+)
+@settings(max_examples=40)
+def test_bands(
+    window: tuple[int | None, int | None], q_len: int, k_len: int, block_q: int, edge: int
+) -> None:
+    """Every band, wide or narrow, in tiles of every proportion: the windows of the tiling-mask."""
+    q, k = torch.randn(1, q_len, 1, 16).half(), torch.randn(1, k_len, 1, 16).half()
+    options = {"window": window, "return_lse": True}
+    check(Case(q, k, k.flip(1), options), PrefillTiles(block_q, 2 * edge, edge), cores=1)
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 40, 64, 80, 96, 128, 160, 192, 256])
+def test_head_dims(head_dim: int) -> None:
+    """Under the tiles that the planner gives, prefill and decode, V's head_dim equal and other."""
+    dtype = DTYPES[head_dim // 8 % 2]
+    for v_dim, q_len in ((head_dim, 70), (64, 130), (head_dim, 1)):
+        q, k, v = (torch.randn(1, n, h, d).to(dtype) for n, h, d in ((q_len, 4, head_dim), (700, 2, head_dim), (700, 2, v_dim)))
+        check(Case(q, k, v, {"causal": True, "return_lse": True}))
+
+
+@pytest.mark.parametrize("queries", [1, 2, 8])
+@pytest.mark.parametrize("cores", [1, 5, 48])
+def test_decode_splits(queries: int, cores: int) -> None:
+    """Keys split over any number of cores, more than there are blocks included."""
+    q = torch.randn(2, queries, 6, 64).half()
+    k, v = torch.randn(2, 300, 3, 64).half(), torch.randn(2, 300, 3, 32).half()
+    used = int32([300, 33])
+    options = {"cache_seqlens": used, "causal": True, "window": (150, 0), "sinks": torch.randn(6), "return_lse": True}
+    check(Case(q, k, v, options), DecodeTiles(16, 32), cores)
+
+
+@pytest.mark.parametrize("page", [1, 12, 16, 128, 256])
+def test_pages(page: int) -> None:
+    """Any page size; entries of the table past a sequence's end are garbage that nothing follows."""
+    pages = -(-300 // page)
+    table = torch.full((2, pages + 3), 2**30, dtype=torch.int32)
+    order = torch.randperm(2 * pages, dtype=torch.int32).view(2, pages)
+    lengths = (300, 37)
+    for b, n in enumerate(lengths):
+        table[b, : -(-n // page)] = order[b, : -(-n // page)]
+    k, v = (torch.randn(2 * pages, page, 2, 64).half() for _ in range(2))
+    for q_len in (1, 40):
+        q = torch.randn(2, q_len, 4, 64).half()
+        options = {"block_table": table, "cache_seqlens": int32(lengths), "causal": True, "cache_leftpad": int32([5, 0])}
+        check(Case(q, k, v, options))
+
+
+def test_wild_indices_read_nothing_outside() -> None:
+    """Device-resident indices are clamped: the answer is wrong, the reads stay inside the tensors."""
+    q, k = torch.randn(2, 3, 2, 16).half(), torch.randn(4, 16, 2, 16).half()
+    for name, value in (
+        ("block_table", int32([[-7, 2**30], [2**30, -1]])),
+        ("cache_batch_idx", int32([-5, 2**30])),
+    ):
+        args = Case(q, k, k, {name: int32([[0, 1], [2, 3]]) if name == "block_table" else int32([0, 1]), "cache_seqlens": int32([30, 16])} if name == "block_table" else {name: int32([0, 1])}).args()  # fmt: skip
+        out, _ = run(args._replace(**{name: value}), DecodeTiles(16, 16))
+        assert out.isfinite().all()
+        out, _ = run(args._replace(**{name: value}), PrefillTiles(16, 16, 16))
+        assert out.isfinite().all()
+    args = Case(q.flatten(0, 1), k.flatten(0, 1), k.flatten(0, 1), {"cu_seqlens_q": int32([0, 3, 6]), "cu_seqlens_k": int32([0, 9, 20])}).args()  # fmt: skip
+    wild = args._replace(cu_seqlens_q=int32([-9, 3, 2**30]), cu_seqlens_k=int32([-9, 9, 2**30]))
+    assert run(wild, PrefillTiles(16, 16, 16))[0].shape == args.q.shape
+
+
+@pytest.mark.parametrize("kind", ["bool", "float16", "lowest"])
+@pytest.mark.parametrize("shape", [(2, 4, 50, 90), (1, 1, 50, 90), (2, 1, 1, 90), (1, 4, 50, 1)])
+def test_user_masks(shape: tuple[int, ...], kind: str) -> None:
+    """Arbitrary masks, broadcast as they like; rows that see nothing, by -inf and by the lowest number."""
+    keep = torch.rand(shape) > 0.4
+    keep[..., :1, :] = False
+    mask: Tensor = keep
+    if kind == "float16":
+        mask = torch.randn(shape).half().masked_fill(~keep, -torch.inf)
+    elif kind == "lowest":
+        mask = torch.zeros(shape).masked_fill(~keep, torch.finfo(torch.float32).min)
+    q, k, v = (torch.randn(2, n, h, 32).half() for n, h in ((50, 4), (90, 2), (90, 2)))
+    options = {"attn_mask": mask, "causal": True, "return_lse": True}
+    check(Case(q, k, v, options), PrefillTiles(32, 32, 32))
