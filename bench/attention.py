@@ -9,9 +9,9 @@
 
 Peers: "enable_gqa" is what models call today; "folded" views the query heads of a KV head as rows of one
 matrix, which is several times faster for decode; where torch lacks a feature, pages are "gathered" first and
-packed sequences computed one after another ("each"). On a GPU (--device cuda) they are torch's flash and cuDNN
-kernels where torch has them for the call, times are the stream's, the caches are the L2, and the bandwidth is
-that of a copy. Calls of all rivals and of both limits alternate; medians are shown.
+packed sequences computed one after another ("each"). On a GPU (--device cuda) they are torch's flash and
+cuDNN kernels where torch has them for the call, times are the stream's, the caches are the L2, and the
+bandwidth is that of a copy. Calls of all rivals and of both limits alternate; medians are shown.
 """
 
 from __future__ import annotations

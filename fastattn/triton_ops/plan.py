@@ -103,7 +103,9 @@ def takes_descriptors(a: AttentionArgs, t: Tile) -> bool:
     """Whether keys and values can come through tensor descriptors: no block of keys may cross pages."""
     if a.block_table is not None and (a.k.shape[1] % t.block_n or a.cache_leftpad is not None):
         return False
-    return a.k.dtype == a.q.dtype and _describable(a.k) and _describable(a.v)
+    # In float32, where products are FMAs, operands that come so cost too many registers.
+    halves = a.k.dtype == a.q.dtype and a.q.element_size() == 2
+    return halves and _describable(a.k) and _describable(a.v)
 
 
 def _describable(t: Tensor) -> bool:

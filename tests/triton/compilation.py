@@ -67,7 +67,7 @@ def call(job: Job) -> AttentionArgs:
         "bias": {"attn_mask": floats(1, heads, 4096, 4096)},
         "sinks": {"sinks": floats(heads, kind=torch.float32)},
         "lse": {"return_lse": True},
-        "positions": {"q_pos0": ints(1), "k_pos0": ints(1)},
+        "positions": {"q_pos0": ints(4), "k_pos0": ints(4)},  # of packed sequences
         "leftpad": {"cache_leftpad": ints(1), "cache_seqlens": ints(1)},
         "rows": {"cache_batch_idx": ints(1), "cache_seqlens": ints(1)},
     }
