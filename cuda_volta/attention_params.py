@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .layout import Layout
 
 _POINTERS = (
     "q", "k", "v", "out", "lse", "alibi_slopes", "sinks", "attn_mask", "cu_seqlens_q", "cu_seqlens_k",
@@ -20,10 +23,12 @@ _STRIDES = (
 )  # fmt: skip
 _INTS = (
     "batch", "heads", "kv_heads", "head_dim", "v_head_dim", "q_rows", "max_seqlen_q", "k_rows", "k_batches",
-    "max_pages", "page_rows", "page_magic", "page_shift", "alibi_batch", "mask_kind", "left", "right", "splits", "partial_width",
+    "max_pages", "page_rows", "page_magic", "page_shift", "alibi_batch", "mask_kind", "left", "right",
+    "splits", "partial_width",
 )  # fmt: skip
 _FAR = 1 << 29  # FAR of attention.cuh
 _MASK_KINDS = {torch.bool: 1, torch.float16: 2, torch.float32: 3}
+_PLAIN = (type(None), bool, int, float, tuple)  # what fields hold beside tensors; isinstance is slow on those
 _ROW_LIMIT = 1 << 29  # rows are 32-bit integers on the device
 
 
@@ -91,7 +96,8 @@ class AttentionCall(NamedTuple):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor that a kernel may read."""
-        return tuple(t for t in self if isinstance(t, Tensor))
+        fields: tuple[Any, ...] = self
+        return tuple([t for t in fields if t.__class__ not in _PLAIN])
 
 
 def new_results(c: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -107,31 +113,50 @@ def new_results(c: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def attention_params(c: AttentionCall, out: Tensor, lse: Tensor) -> AttentionParams:
-    """The kernels' view of a call. Raises ValueError that names what they cannot take."""
-    check(c)
-    p = AttentionParams()
-    for name in _POINTERS:
-        t = getattr(c, name, None)
-        if t is not None:
-            setattr(p, name, t.data_ptr())
+    """The kernels' view of a call with fresh results. Raises ValueError that names what they cannot take."""
+    # Everything but addresses follows from layouts, which calls share: a step of decoding repeats them.
+    fields: tuple[Any, ...] = c
+    prepared = _prepared(tuple([v if v.__class__ in _PLAIN else Layout.of(v) for v in fields]))
+    p = AttentionParams.from_buffer_copy(prepared.params)
+    for at, name in prepared.present:
+        setattr(p, name, fields[at].data_ptr())
     p.out, p.lse = out.data_ptr(), lse.data_ptr() if c.return_lse else 0
+    return p
+
+
+class _Prepared(NamedTuple):
+    """What all calls with the same layouts share."""
+
+    params: AttentionParams  # without addresses
+    present: tuple[tuple[int, str], ...]  # place in the call and name of each tensor that is there
+
+
+@lru_cache(maxsize=1024)
+def _prepared(layouts: tuple[Any, ...]) -> _Prepared:
+    """Of a call's fields with layouts in the place of its tensors. Raises as `check`."""
+    c = AttentionCall._make(layouts)
+    check(c)
+    present = ((at, c._fields[at]) for at, v in enumerate(layouts) if isinstance(v, Layout))
+    return _Prepared(_without_addresses(c), tuple(present))
+
+
+def _without_addresses(c: AttentionCall) -> AttentionParams:
+    p = AttentionParams()
     packed_q, packed_k = c.q.ndim == 3, c.k.ndim == 3
-    for name, t, packed in (
-        ("q", c.q, packed_q),
-        ("k", c.k, packed_k),
-        ("v", c.v, packed_k),
-        ("out", out, packed_q),
-    ):
+    for name, t, packed in (("q", c.q, packed_q), ("k", c.k, packed_k), ("v", c.v, packed_k)):
         batch, row, head = (0, *t.stride()[:2]) if packed else t.stride()[:3]
         setattr(p, f"{name}_batch", batch)
         setattr(p, f"{name}_row", row)
         setattr(p, f"{name}_head", head)
-    if c.return_lse:
-        p.lse_batch, p.lse_head = (0, lse.stride(0)) if packed_q else lse.stride()[:2]
+    rows, heads = c.q.shape[-3:-1]
+    p.out_head, p.out_row = c.v.shape[-1], heads * c.v.shape[-1]
+    p.lse_head = rows
+    if not packed_q:
+        p.out_batch, p.lse_batch = rows * p.out_row, heads * rows
     if c.attn_mask is not None:
         p.mask_batch, p.mask_head, p.mask_row, p.mask_key = c.attn_mask.stride()
         p.mask_kind = _MASK_KINDS[c.attn_mask.dtype]
-    p.batch, p.heads, p.kv_heads = c.batch, c.q.shape[-2], c.k.shape[-2]
+    p.batch, p.heads, p.kv_heads = c.batch, heads, c.k.shape[-2]
     p.head_dim, p.v_head_dim = c.q.shape[-1], c.v.shape[-1]
     p.q_rows, p.max_seqlen_q = c.q.shape[-3], c.longest_q
     p.k_rows, p.k_batches = c.k.shape[-3], 1 if packed_k else c.k.shape[0]
@@ -150,7 +175,7 @@ def attention_params(c: AttentionCall, out: Tensor, lse: Tensor) -> AttentionPar
 
 
 def _page_rows(c: AttentionCall) -> int:
-    """Rows from the start of a page to the next, 0 if k and v differ or the pages lie off their grid of rows."""
+    """Rows from a page's start to the next's, 0 if k and v differ or pages lie off their grid of rows."""
     (k_page, k_row), (v_page, v_row) = c.k.stride()[:2], c.v.stride()[:2]
     if not k_row or not v_row or k_page % k_row or k_page * v_row != v_page * k_row:
         return 0
@@ -160,8 +185,8 @@ def _page_rows(c: AttentionCall) -> int:
 
 def check(c: AttentionCall) -> None:
     """Raises ValueError naming the first argument that the kernels cannot take."""
-    for name, t in c._asdict().items():
-        if isinstance(t, Tensor) and t.device != c.q.device:
+    for name, t in zip(c._fields, c, strict=True):
+        if isinstance(t, (Tensor, Layout)) and t.device != c.q.device:
             raise ValueError(f"{name}: on {t.device}, q is on {c.q.device}")
     for name, t in (("q", c.q), ("k", c.k), ("v", c.v)):
         if t.dtype != torch.float16:
@@ -189,9 +214,12 @@ def _expect(name: str, t: Tensor | None, dtype: torch.dtype) -> None:
 
 def aligned(c: AttentionCall) -> bool:
     """Whether every row of q, k and v can be read 16 bytes at a time."""
-    return all(
-        t.shape[-1] % 8 == 0
-        and t.data_ptr() % 16 == 0
-        and all(s % 8 == 0 for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1)
-        for t in (c.q, c.k, c.v)
-    )
+    addresses = c.q.data_ptr() | c.k.data_ptr() | c.v.data_ptr()
+    return addresses % 16 == 0 and all(_in_octets(t.shape, t.stride()) for t in (c.q, c.k, c.v))
+
+
+@lru_cache(maxsize=1024)
+def _in_octets(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether every row of halves is a multiple of 16 bytes long, and as far from the next."""
+    steps = (s for s, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1)
+    return shape[-1] % 8 == 0 and all(s % 8 == 0 for s in steps)
