@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import Layout
+from .checks import in_octets
 
 _POINTERS = (
     "q", "k", "v", "out", "lse", "alibi_slopes", "sinks", "attn_mask", "cu_seqlens_q", "cu_seqlens_k",
@@ -23,12 +23,10 @@ _STRIDES = (
 )  # fmt: skip
 _INTS = (
     "batch", "heads", "kv_heads", "head_dim", "v_head_dim", "q_rows", "max_seqlen_q", "k_rows", "k_batches",
-    "max_pages", "page_rows", "page_magic", "page_shift", "alibi_batch", "mask_kind", "left", "right",
-    "splits", "partial_width",
+    "max_pages", "page_rows", "page_magic", "page_shift", "alibi_batch", "mask_kind", "left", "right", "splits", "partial_width",
 )  # fmt: skip
 _FAR = 1 << 29  # FAR of attention.cuh
 _MASK_KINDS = {torch.bool: 1, torch.float16: 2, torch.float32: 3}
-_PLAIN = (type(None), bool, int, float, tuple)  # what fields hold beside tensors; isinstance is slow on those
 _ROW_LIMIT = 1 << 29  # rows are 32-bit integers on the device
 
 
@@ -94,10 +92,13 @@ class AttentionCall(NamedTuple):
             return min(self.max_seqlen_k, self.k.shape[0])
         return self.k.shape[1]
 
+    def signature(self) -> tuple[Hashable, ...]:
+        """All but addresses and values: calls of equal signature differ only in their pointers."""
+        return tuple((t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in self)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor that a kernel may read."""
-        fields: tuple[Any, ...] = self
-        return tuple([t for t in fields if t.__class__ not in _PLAIN])
+        return tuple(t for t in self if isinstance(t, Tensor))
 
 
 def new_results(c: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -112,51 +113,52 @@ def new_results(c: AttentionCall) -> tuple[Tensor, Tensor]:
     return c.q.new_zeros(shape), c.q.new_full(lse_shape, -torch.inf, dtype=torch.float32)
 
 
+# The checked parameters of signatures seen before, pointers aside: models repeat theirs in every layer.
+_known: dict[tuple[Hashable, ...], bytes] = {}
+_MOST_KNOWN = 4096
+
+
 def attention_params(c: AttentionCall, out: Tensor, lse: Tensor) -> AttentionParams:
-    """The kernels' view of a call with fresh results. Raises ValueError that names what they cannot take."""
-    # Everything but addresses follows from layouts, which calls share: a step of decoding repeats them.
-    fields: tuple[Any, ...] = c
-    prepared = _prepared(tuple([v if v.__class__ in _PLAIN else Layout.of(v) for v in fields]))
-    p = AttentionParams.from_buffer_copy(prepared.params)
-    for at, name in prepared.present:
-        setattr(p, name, fields[at].data_ptr())
-    p.out, p.lse = out.data_ptr(), lse.data_ptr() if c.return_lse else 0
+    """The kernels' view of a call, ``out`` and ``lse`` its `new_results`.
+
+    Raises ValueError that names what the kernels cannot take.
+    """
+    signature = c.signature()
+    known = _known.get(signature)
+    if known is None:
+        check(c)
+        if len(_known) == _MOST_KNOWN:
+            _known.clear()
+        known = _known[signature] = bytes(_without_pointers(c, out, lse))
+    p = AttentionParams.from_buffer_copy(known)
+    for name, t in zip(c._fields, c, strict=True):
+        if isinstance(t, Tensor):
+            setattr(p, name, t.data_ptr())
+    p.out = out.data_ptr()
+    if c.return_lse:
+        p.lse = lse.data_ptr()
     return p
 
 
-class _Prepared(NamedTuple):
-    """What all calls with the same layouts share."""
-
-    params: AttentionParams  # without addresses
-    present: tuple[tuple[int, str], ...]  # place in the call and name of each tensor that is there
-
-
-@lru_cache(maxsize=1024)
-def _prepared(layouts: tuple[Any, ...]) -> _Prepared:
-    """Of a call's fields with layouts in the place of its tensors. Raises as `check`."""
-    c = AttentionCall._make(layouts)
-    check(c)
-    present = ((at, c._fields[at]) for at, v in enumerate(layouts) if isinstance(v, Layout))
-    return _Prepared(_without_addresses(c), tuple(present))
-
-
-def _without_addresses(c: AttentionCall) -> AttentionParams:
+def _without_pointers(c: AttentionCall, out: Tensor, lse: Tensor) -> AttentionParams:
     p = AttentionParams()
     packed_q, packed_k = c.q.ndim == 3, c.k.ndim == 3
-    for name, t, packed in (("q", c.q, packed_q), ("k", c.k, packed_k), ("v", c.v, packed_k)):
+    for name, t, packed in (
+        ("q", c.q, packed_q),
+        ("k", c.k, packed_k),
+        ("v", c.v, packed_k),
+        ("out", out, packed_q),
+    ):
         batch, row, head = (0, *t.stride()[:2]) if packed else t.stride()[:3]
         setattr(p, f"{name}_batch", batch)
         setattr(p, f"{name}_row", row)
         setattr(p, f"{name}_head", head)
-    rows, heads = c.q.shape[-3:-1]
-    p.out_head, p.out_row = c.v.shape[-1], heads * c.v.shape[-1]
-    p.lse_head = rows
-    if not packed_q:
-        p.out_batch, p.lse_batch = rows * p.out_row, heads * rows
+    if c.return_lse:
+        p.lse_batch, p.lse_head = (0, lse.stride(0)) if packed_q else lse.stride()[:2]
     if c.attn_mask is not None:
         p.mask_batch, p.mask_head, p.mask_row, p.mask_key = c.attn_mask.stride()
         p.mask_kind = _MASK_KINDS[c.attn_mask.dtype]
-    p.batch, p.heads, p.kv_heads = c.batch, heads, c.k.shape[-2]
+    p.batch, p.heads, p.kv_heads = c.batch, c.q.shape[-2], c.k.shape[-2]
     p.head_dim, p.v_head_dim = c.q.shape[-1], c.v.shape[-1]
     p.q_rows, p.max_seqlen_q = c.q.shape[-3], c.longest_q
     p.k_rows, p.k_batches = c.k.shape[-3], 1 if packed_k else c.k.shape[0]
@@ -175,7 +177,7 @@ def _without_addresses(c: AttentionCall) -> AttentionParams:
 
 
 def _page_rows(c: AttentionCall) -> int:
-    """Rows from a page's start to the next's, 0 if k and v differ or pages lie off their grid of rows."""
+    """Rows from the start of a page to the next, 0 if k and v differ or the pages lie off their grid of rows."""
     (k_page, k_row), (v_page, v_row) = c.k.stride()[:2], c.v.stride()[:2]
     if not k_row or not v_row or k_page % k_row or k_page * v_row != v_page * k_row:
         return 0
@@ -185,8 +187,8 @@ def _page_rows(c: AttentionCall) -> int:
 
 def check(c: AttentionCall) -> None:
     """Raises ValueError naming the first argument that the kernels cannot take."""
-    for name, t in zip(c._fields, c, strict=True):
-        if isinstance(t, (Tensor, Layout)) and t.device != c.q.device:
+    for name, t in c._asdict().items():
+        if isinstance(t, Tensor) and t.device != c.q.device:
             raise ValueError(f"{name}: on {t.device}, q is on {c.q.device}")
     for name, t in (("q", c.q), ("k", c.k), ("v", c.v)):
         if t.dtype != torch.float16:
@@ -196,30 +198,50 @@ def check(c: AttentionCall) -> None:
             raise ValueError(f"{name}: stride {t.stride(-1)} in the last dimension, expected 1")
         if not 1 <= t.shape[-1] <= 256:
             raise ValueError(f"{name}: head_dim {t.shape[-1]}, expected 1..256")
-    if c.attn_mask is not None and c.attn_mask.dtype not in _MASK_KINDS:
-        raise ValueError(f"attn_mask: {c.attn_mask.dtype}, expected bool, float16 or float32")
-    for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table", "seqused_k", "cache_batch_idx",
-                 "cache_leftpad", "q_pos0", "k_pos0"):  # fmt: skip
-        _expect(name, getattr(c, name), torch.int32)
-    for name in ("alibi_slopes", "sinks", "k_scale", "v_scale"):
-        _expect(name, getattr(c, name), torch.float32)
+    batch, heads, kv_heads = c.batch, c.q.shape[-2], c.k.shape[-2]
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"k: {kv_heads} heads, expected a divisor of q's {heads}")
+    if c.k.shape[:-1] != c.v.shape[:-1] or c.k.shape[-1] != c.q.shape[-1]:
+        raise ValueError(
+            f"q, k, v: {tuple(c.q.shape)}, {tuple(c.k.shape)}, {tuple(c.v.shape)} do not fit together"
+        )
+    rows = c.block_table is None and c.cu_seqlens_k is None and c.cache_batch_idx is None
+    if rows and c.k.shape[0] != batch:
+        raise ValueError(f"k: batch {c.k.shape[0]}, q has {batch}")
+    for name in ("seqused_k", "cache_batch_idx", "cache_leftpad", "q_pos0", "k_pos0"):
+        _expect(name, getattr(c, name), torch.int32, (batch,))
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        _expect(name, getattr(c, name), torch.int32, (batch + 1,))
+    _expect("block_table", c.block_table, torch.int32, (batch, -1))
+    _expect("alibi_slopes", c.alibi_slopes, torch.float32, (heads,), (batch, heads))
+    _expect("sinks", c.sinks, torch.float32, (heads,))
+    _expect("k_scale", c.k_scale, torch.float32, (kv_heads,))
+    _expect("v_scale", c.v_scale, torch.float32, (kv_heads,))
     if max(c.q.shape[-3], c.longest_k) > _ROW_LIMIT:
         raise ValueError(f"q, k: {c.q.shape[-3]} and {c.longest_k} rows, expected at most {_ROW_LIMIT}")
+    if c.attn_mask is not None:
+        if c.attn_mask.dtype not in _MASK_KINDS:
+            raise ValueError(f"attn_mask: {c.attn_mask.dtype}, expected bool, float16 or float32")
+        shape = (batch, heads, c.longest_q, c.longest_k)
+        if c.q.ndim == 3 or c.k.ndim == 3 or tuple(c.attn_mask.shape) != shape:
+            raise ValueError(
+                f"attn_mask: {tuple(c.attn_mask.shape)}, expected {shape} of sequences not packed"
+            )
 
 
-def _expect(name: str, t: Tensor | None, dtype: torch.dtype) -> None:
-    if t is not None and (t.dtype != dtype or not t.is_contiguous()):
+def _expect(name: str, t: Tensor | None, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
+    """Raises ValueError unless ``t`` is None or contiguous, of the dtype and one of the shapes (-1: any)."""
+    if t is None:
+        return
+    if t.dtype != dtype or not t.is_contiguous():
         raise ValueError(f"{name}: {t.dtype}, strides {t.stride()}, expected contiguous {dtype}")
+    given = tuple(t.shape)
+    if all(
+        len(s) != len(given) or any(n not in (m, -1) for m, n in zip(given, s, strict=True)) for s in shapes
+    ):
+        raise ValueError(f"{name}: {given}, expected {' or '.join(map(str, shapes))}")
 
 
 def aligned(c: AttentionCall) -> bool:
     """Whether every row of q, k and v can be read 16 bytes at a time."""
-    addresses = c.q.data_ptr() | c.k.data_ptr() | c.v.data_ptr()
-    return addresses % 16 == 0 and all(_in_octets(t.shape, t.stride()) for t in (c.q, c.k, c.v))
-
-
-@lru_cache(maxsize=1024)
-def _in_octets(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether every row of halves is a multiple of 16 bytes long, and as far from the next."""
-    steps = (s for s, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1)
-    return shape[-1] % 8 == 0 and all(s % 8 == 0 for s in steps)
+    return in_octets(c.q, c.k, c.v) and not (c.q.shape[-1] | c.v.shape[-1]) % 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -59,23 +59,23 @@ def decode(call: AttentionCall, splits: int | None = None) -> tuple[Tensor, Tens
     units = p.batch * p.kv_heads * -(-p.max_seqlen_q * (p.heads // p.kv_heads) // ROWS)
     rows = min(ROWS, p.max_seqlen_q * (p.heads // p.kv_heads))
     p.splits = splits or num_splits(units, call.longest_k, rows, _sms(call.q.device))
-    device, reads = call.q.device, call.tensors()
+    device = call.q.device
     kernel = load(_choose(call), device)
     if p.splits == 1:
-        kernel.launch((units, 1, 1), p, reads=reads, writes=(out, lse))
+        kernel.launch((units, 1, 1), p, reads=call.tensors(), writes=(out, lse))
         return out, lse
     p.partial_width = -(-p.v_head_dim // 4) * 4
     partial_lse = out.new_empty((*out.shape[:-1], p.splits), dtype=torch.float32)
     partial_out = out.new_empty((*out.shape[:-1], p.splits, p.partial_width), dtype=torch.float32)
     p.partial_out, p.partial_lse = partial_out.data_ptr(), partial_lse.data_ptr()
-    kernel.launch((units, p.splits, 1), p, reads=reads, writes=(partial_out, partial_lse))
+    kernel.launch((units, p.splits, 1), p, reads=call.tensors(), writes=(partial_out, partial_lse))
     total = p.batch * p.heads * p.max_seqlen_q
-    reads = (*reads, partial_out, partial_lse)
+    reads = (*call.tensors(), partial_out, partial_lse)
     load(COMBINE, device).launch((-(-total // WARPS), 1, 1), p, reads=reads, writes=(out, lse))
     return out, lse
 
 
-@cache
+@lru_cache(maxsize=4096)
 def num_splits(units: int, keys: int, rows: int, sms: int) -> int:
     """Into how many ranges of keys each of ``units`` blocks of ``rows`` packed rows is cut.
 
