@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -18,8 +17,7 @@ from fastattn import UnsupportedError, dispatch
 from fastattn.attention import build_args
 from fastattn.backends import volta
 from fastattn.spec import AttentionArgs
-from tests.api.cases import HEAD_DIMS, LAYOUTS, int32, random_case
-from tests.api.test_attention import check
+from tests.api.cases import int32
 
 PAGED = {"block_table": int32([[0, 1], [2, 3]]), "cache_seqlens": int32([20, 32])}
 
@@ -138,16 +136,6 @@ def test_bfloat16_is_refused_to_the_caller_with_the_way_out() -> None:
     q = torch.zeros(1, 2, 2, 64, dtype=torch.bfloat16)
     with pytest.raises(UnsupportedError, match=r"Volta has no bfloat16; convert with \.half\(\)"):
         fastattn.attention(q, q, q, backend="volta")
-
-
-@pytest.mark.toolchain
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_random_calls_through_the_package(layout: str) -> None:
-    """A few of each layout: what the wrappers' own tests have in full, through `fastattn.attention`."""
-    dims = random.Random(layout)  # noqa: S311
-    for seed in range(3):
-        check(random_case(seed, layout, torch.float16, dims.choice(HEAD_DIMS)), "volta")
 
 
 # ------------------------------------------------------------------------------------------ bad input
