@@ -24,7 +24,8 @@ extern "C" __global__ void __launch_bounds__(128) kernel(Params p) {
     mma_rc(d, Word2{q.x, q.y}, Word2{q.z, q.w});
     held[thread_index()] = d[0] * d[5];
     barrier();
-    for (u32 i = thread_index() / p.divisor; i < p.n; i += 32) stg(p.z + i, held[i & 127] + exp2_approx(d[2]));
+    for (u32 i = thread_index() / p.divisor; i < p.n; i += 32)
+        stg(p.z + i, held[i & 127] + exp2_approx(d[2]));
     if (thread_index() < p.n % p.divisor) stg(p.y + thread_index(), shuffle_xor(q.x, 5));
 }
 """
@@ -102,7 +103,7 @@ def test_records_equal_what_cuobjdump_prints(tmp_path: Path) -> None:
 @needs_cuda_12
 def test_a_file_that_is_no_cubin(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("not machine code")
-    with pytest.raises(ValueError, match="cubin: .*text"):
+    with pytest.raises(ValueError, match=r"cubin: .*text"):
         listing.read(tmp_path / "text")
 
 
