@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .attention_params import AttentionCall, aligned, attention_params, new_results
 from .runtime import load
+from .tune import best
 from .variant import Variant
 
 BLOCK_Q = 128
@@ -52,10 +53,27 @@ def prefill(call: AttentionCall) -> tuple[Tensor, Tensor]:
     blocks = -(-p.max_seqlen_q // BLOCK_Q)
     if not out.numel() or not blocks:
         return out, lse
-    variant = choose(call, p.page_rows)
-    grid = (blocks, p.heads, p.batch)
-    load(variant, call.q.device).launch(grid, p, reads=call.tensors(), writes=(out, lse))
+    device, grid = call.q.device, (blocks, p.heads, p.batch)
+
+    def launch(variant: Variant) -> None:
+        load(variant, device).launch(grid, p, reads=call.tensors(), writes=(out, lse))
+
+    launch(best(kind(call), candidates(call, p.page_rows), launch, device))
     return out, lse
+
+
+def candidates(call: AttentionCall, page_rows: int) -> tuple[Variant, ...]:
+    """The variants that can run the call and may be the fastest, the model's choice first."""
+    first = choose(call, page_rows)
+    last = PREFILL[first.head_dim, ANYTHING]
+    return (first,) if first is last else (first, last)
+
+
+def kind(call: AttentionCall) -> str:
+    """What decides which candidate is the fastest: features, head dims, and the sizes to a factor of two."""
+    sizes = (call.batch * call.q.shape[-2], call.longest_q, call.longest_k)
+    flags = (call.causal, call.window != (None, None), call.block_table is not None)
+    return f"prefill {call.q.shape[-1]} {call.v.shape[-1]} {flags} {[n.bit_length() for n in sizes]}"
 
 
 def choose(call: AttentionCall, page_rows: int) -> Variant:

@@ -16,7 +16,16 @@ from cuda_volta.cache import Cache, digest
 from cuda_volta.variant import KERNELS, Variant
 
 EMULATOR = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra")
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+)
 # NVRTC's pragmas; and what a variant's macros leave unused.
 KERNEL_FLAGS = (
     "-DVOLTA_EMULATOR",
