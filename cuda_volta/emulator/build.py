@@ -75,7 +75,7 @@ def library(variant: Variant) -> Path:
     options, text = _options(variant), _text(variant)
 
     def build() -> bytes:
-        link = ["-shared", "-pthread", "-x", "c++", "-", "-x", "none", str(_machine())]
+        link = ["-shared", "-pthread", "-x", "c++", "-", "-x", "none", str(machine())]
         return compile_with([*options, *link], text)
 
     sources = {KERNELS / variant.source, EMULATOR / "entry.hpp", *EMULATOR.glob("*.cpp")}
@@ -96,7 +96,7 @@ def _text(variant: Variant) -> str:
     return f'#include "{KERNELS / variant.source}"\n#include "entry.hpp"\nVOLTA_ENTRY({variant.entry})\n'
 
 
-def _machine() -> Path:
+def machine() -> Path:
     """The emulated machine as one object file, the same for all kernels."""
     sources = sorted(EMULATOR.glob("*.cpp"))
 
