@@ -51,7 +51,7 @@ class FusedDecoder:
 
     def step(self, rows: int, cache: KvCache, step: KvStep, cos: Tensor, sin: Tensor) -> FusedStep | None:
         """One forward of ``rows`` packed rows; None where the ops have to run one by one."""
-        if rows == 0 or dispatch.named() not in ("", "cpu"):
+        if rows == 0 or dispatch.by_op():
             return None
         if not isinstance(cache, PagedKvCache) or cache.keys.dtype != self.dtype:
             return None
