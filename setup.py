@@ -1,6 +1,7 @@
-"""Builds `fastattn.native._kernels`: C++ kernels, once per instruction set, chosen at run time.
+"""Builds what is compiled: `fastattn.native._kernels`, and in wheels the machine code of `cuda_volta`.
 
-Needs g++ (or $CXX) and Python's headers, not torch. Everything else about the package is in pyproject.toml.
+The native kernels are C++, compiled once per instruction set and chosen at run time; they need g++ (or
+$CXX) and Python's headers, not torch. Everything else about the package is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.modified import newer_group
 
 SOURCES = Path("fastattn/native/src")
@@ -144,6 +146,38 @@ class BuildKernels(build_ext):
             )
 
 
+class BuildPython(build_py):
+    """Also compiles the Volta kernels into the wheel, where the environment that builds it has NVRTC."""
+
+    # Ends with what is missing, before anything is compiled.
+    PROBE = """
+import sys
+from cuda_volta import catalog, nvrtc
+try:
+    nvrtc.nvrtc()
+    catalog.variants()
+except (ImportError, nvrtc.NvrtcMissing) as error:
+    sys.exit(str(error).splitlines()[0])
+"""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return  # first use compiles, and caches
+        # Outside pip's isolated environment, which holds only what every build needs: NVRTC is optional.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        python = [sys.executable, "-W", "ignore"]
+        command = [*python, "-c", self.PROBE]
+        probe = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+        if probe.returncode:
+            print(f"not compiling the Volta kernels into the wheel, first use will: {probe.stderr.strip()}")
+            return
+        for arch in ("sm_70", "sm_72"):
+            folder = str(Path(self.build_lib) / "cuda_volta" / "cubins" / arch)
+            command = [*python, "-m", "cuda_volta", "build", "--arch", arch, "--out", folder]
+            subprocess.run(command, env=environment, check=True)
+
+
 setup(
     ext_modules=[
         Pybind11Extension(
@@ -153,5 +187,5 @@ setup(
             cxx_std=17,
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
 )

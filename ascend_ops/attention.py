@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .chips import CHIPS, Chip
 from .launch import kernel
-from .planner import DecodeTiles, PrefillTiles, decode_tiles, padded, prefill_tiles
+from .planner import DecodeTiles, PrefillTiles, decode_tiles, edge_tiles, padded, prefill_tiles
 from .tiling_mask import UNBOUNDED, tiling_mask
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -128,7 +128,10 @@ def attention(
     if isinstance(tiles, DecodeTiles) or (
         tiles is None and few and whole and (attn_mask is None or seqlen_q == 1)
     ):
-        tiles = tiles or decode_tiles(chip, q.shape[-1], v.shape[-1], seqlen_q * group, page)
+        biased = attn_mask is not None or slopes is not None
+        tiles = tiles or decode_tiles(
+            chip, q.shape[-1], v.shape[-1], seqlen_q * group, page, biased=biased
+        )
         assert isinstance(tiles, DecodeTiles)
         return _decode(q, k, v, (left, right), sinks, shared, tiles, cores, return_lse=return_lse)
     tiles = tiles or prefill_tiles(
@@ -136,8 +139,14 @@ def attention(
         q.shape[-1],
         v.shape[-1],
         page,
-        band=not (left is None and right is None),
+        edge=edge_tiles(
+            band=not (left is None and right is None),
+            mask_bytes=0 if attn_mask is None else attn_mask.element_size(),
+            alibi=slopes is not None,
+            softcap=softcap > 0,
+        ),
         biased=attn_mask is not None or slopes is not None,
+        softcap=softcap > 0,
     )
     assert isinstance(tiles, PrefillTiles)
     spans = (cu_seqlens_q, seqlen_q)

@@ -27,8 +27,13 @@ class Needs(NamedTuple):
 
     def overflows(self, chip: Chip) -> dict[str, tuple[int, int]]:
         """memory -> (needed, available), of those that are too small; as `toolchain.plan.Plan.overflow`."""
-        limits = {"UB": (self.ub, chip.ub), "L1": (self.l1, chip.l1), "L0C": (self.l0c, chip.l0c)}
-        return {name: pair for name, pair in limits.items() if pair[0] > pair[1]}
+        found = {"UB": (self.ub, chip.ub)} if self.ub > chip.ub else {}
+        # The Cube's memories are planned one after the other, and the plan ends with the first that is too small.
+        if self.l1 > chip.l1:
+            found["L1"] = (self.l1, chip.l1)
+        elif self.l0c > chip.l0c:
+            found["L0C"] = (self.l0c, chip.l0c)
+        return found
 
 
 class PrefillShape(NamedTuple):
@@ -39,8 +44,8 @@ class PrefillShape(NamedTuple):
     edge_k: int
     block_d: int  # head_dim of q and k, padded
     block_dv: int
-    band: bool = False
-    biased: bool = False  # ALiBi or a user's mask: every block is an edge block
+    #: Edge blocks: how many score matrices are alive at once, 0 for a call that masks no more than the last keys.
+    edge_tiles: float = 0.0
     softcap: bool = False
 
 
@@ -68,15 +73,15 @@ def _product_bytes(s: PrefillShape, slices: int) -> int:
 def _vector_bytes(s: PrefillShape, slices: int) -> int:
     rows = s.block_q // 2  # of each of the two vector cores
     scores, edge, acc = (rows * n * SINGLE for n in (s.block_k, s.edge_k, s.block_dv))
+    softmax_tiles = 2.0 if s.softcap else 1.5  # scores in float32, and weights in half precision or the capped scores
     moments = [
-        # The softmax of a full block: scores in float32 beside weights in half precision.
-        3 * scores // (2 * slices) + 2 * acc + 32 * rows + 4 * s.edge_k,
+        # The softmax of a full block.
+        softmax_tiles * scores / slices + 2 * acc + 32 * rows + 4 * s.edge_k,
         # The next scores, and a block's product joining the accumulator.
         scores + 3 * acc + 56 * rows + 4 * s.edge_k,
         # The division by the softmax's denominator.
         4 * acc + 20 * rows + 4 * s.edge_k,
+        # An edge block, never sliced, with its mask.
+        s.edge_tiles * edge + 2 * acc + 16 * rows + 8 * s.edge_k,
     ]
-    if s.band:
-        # An edge block, never sliced: scores, the mask in float16 and its copy in float32.
-        moments.append(5 * edge // 2 + 2 * acc + 16 * rows + 8 * s.edge_k)
-    return max(moments)
+    return int(max(moments))

@@ -1,7 +1,7 @@
 """What the planner needs to know of each chip: cores, and the memories that a tile lives in.
 
 Sizes and core counts are those of the vendor compiler's own target table (ascendnpu-ir 1.2.0 prints them into
-every module it plans); 310P and 910A are not targets of it, and their attention is torch_npu's.
+every module it plans). 310P and 910A are not targets of it: their attention is torch_npu's.
 """
 
 from __future__ import annotations
@@ -24,13 +24,10 @@ class Chip(NamedTuple):
     l0c: int = 128 * KIB
 
 
+_910B = {"910B1": 24, "910B2": 24, "910B2C": 24, "910B3": 20, "910B4": 20, "910B4-1": 20}
+_A3 = {"9362": 20, "9372": 20, "9381": 24, "9382": 24, "9391": 24, "9392": 24}
+
 CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("Ascend910B1", 24, 48),
-        Chip("Ascend910B2", 24, 48),
-        Chip("Ascend910B2C", 24, 48),
-        Chip("Ascend910B3", 20, 40),
-        Chip("Ascend910B4", 20, 40),
-    )
+    **{f"Ascend{name}": Chip(f"Ascend{name}", cores, 2 * cores) for name, cores in _910B.items()},
+    **{f"Ascend910_{name}": Chip(f"Ascend910_{name}", cores, 2 * cores) for name, cores in _A3.items()},
 }

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from .capacity import Needs, PrefillShape, double_buffered, single_buffered
 from .chips import Chip
 
+_QUERIES = (256, 128, 64, 32, 16)
 _SIZES = (1024, 512, 256, 128, 64, 32, 16)
 #: Keys of an edge block: few, as the part of it that is hidden is computed in vain.
 EDGE = 128
@@ -48,13 +49,26 @@ def fits(shape: PrefillShape, chip: Chip) -> tuple[bool, Needs]:
     return not needs.overflows(chip) or not double_buffered(shape).overflows(chip), needs
 
 
+def edge_tiles(
+    *, band: bool = False, mask_bytes: int = 0, alibi: bool = False, softcap: bool = False
+) -> float:
+    """Score matrices alive at once in an edge block: the scores, what is added to them, and its conversions.
+
+    ``mask_bytes`` is the size of an element of the user's mask, 0 without one. As the vendor plans them.
+    """
+    if not (band or mask_bytes or alibi):
+        return 1.5 + softcap * 0.5
+    conversion = {0: 0.0, 1: 2.0, 2: 0.5, 4: 0.0}[mask_bytes]
+    return 2.0 + max(conversion, 0.25 * alibi) + softcap
+
+
 def prefill_tiles(
     chip: Chip,
     head_dim: int,
     v_head_dim: int,
     page: int = 0,
     *,
-    band: bool = True,
+    edge: float = 2.0,
     biased: bool = False,
     softcap: bool = False,
 ) -> PrefillTiles:
@@ -62,22 +76,18 @@ def prefill_tiles(
 
     Args:
         page: tokens of a page, 0 without pages; a block lies within one.
-        band: causal or windowed. biased: with ALiBi or a mask. softcap: with capped scores.
+        edge: of `edge_tiles`. biased: with ALiBi or a mask, so that every block is an edge block.
     """
-
-    def shape(tiles: PrefillTiles) -> PrefillShape:
-        return PrefillShape(*tiles, padded(head_dim), padded(v_head_dim), band, biased, softcap)
-
     whole = _divisor(page) if page else max(_SIZES)
-    candidates = (
-        PrefillTiles(block_q, block_k, min(EDGE, block_k) if not biased else block_k)
-        for block_q, block_k in product(_SIZES, _SIZES if whole >= min(_SIZES) else (whole,))
-        if block_k <= whole and (not page or block_k <= EDGE or biased)
-    )
-    able = [t for t in candidates if not double_buffered(shape(t)).overflows(chip)]
-    # A call of one key a block, or of heads that are too wide, still has its smallest tile.
-    best = max(able, key=lambda t: (t.block_q * t.block_k, t.block_q))
-    return best
+    able = []
+    for block_q, block_k in product(_QUERIES, (*_SIZES, *(n for n in (8, 4, 2, 1) if page))):
+        if block_k > whole or (page and not biased and block_k > EDGE):
+            continue
+        tiles = PrefillTiles(block_q, block_k, block_k if biased else min(EDGE, block_k))
+        shape = PrefillShape(*tiles, padded(head_dim), padded(v_head_dim), edge, softcap)
+        if not double_buffered(shape).overflows(chip):
+            able.append(tiles)
+    return max(able, key=lambda tiles: (tiles.block_q * tiles.block_k, tiles.block_q))
 
 
 def decode_tiles(

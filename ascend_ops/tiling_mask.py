@@ -1,8 +1,9 @@
 """The tiling-mask: one small matrix from which every causal or banded block's mask is a shifted window.
 
 FastAttention (arXiv 2410.16663, section 4.1) replaces the S x S mask by an M-mask of twice the block's sides.
-Ours has BLOCK_Q rows, and as many columns as the band's edge can pass a block in ways: a few dozen KiB, whatever
-the length of the sequences. A window's element (i, j) is
+Ours has BLOCK_Q rows, and as many columns as the band's edge can pass a block in ways: a few hundred KiB, whatever
+the length of the sequences. It is float32, although one bit would do, because a narrower one needs a widened copy
+beside it in the Unified Buffer, the scarcest memory (docs/ascend.md has the figures). A window's element (i, j) is
 
     0 where 0 <= reach + i - j <= width, else -inf,
 
@@ -25,7 +26,7 @@ UNBOUNDED = 1 << 29
 class TilingMask(NamedTuple):
     """``matrix[i, origin - reach + j]`` is the mask of key j for row i; `kernels.prefill` reads it so."""
 
-    matrix: Tensor  # float16 (block_q, columns)
+    matrix: Tensor  # float32 (block_q, columns)
     origin: int
     skip: int  # width of the band that is left out: a block inside it sees everything
     left: int  # the bounds, UNBOUNDED for None
@@ -46,7 +47,7 @@ def tiling_mask(
     # No block of a wide band has both edges: between them all wide bands look alike. Without a left edge
     # reach stops where the block is seen whole.
     kept = min(width, block_q + block_k - 2)
-    origin = block_k - 1 if left is None else max(kept, -1) + block_k
+    origin = block_k - 1 if left is None else kept + block_k
     matrix = _matrix(block_q, block_k, kept, origin, device)
     return TilingMask(matrix, origin, width - kept, lo, hi)
 
@@ -57,4 +58,4 @@ def _matrix(block_q: int, block_k: int, width: int, origin: int, device: torch.d
     i = torch.arange(block_q)[:, None]
     x = torch.arange(origin + block_q + block_k)[None, :]
     seen = (origin - x + i >= 0) & (origin - x + i <= width)
-    return torch.where(seen, 0.0, -torch.inf).to(torch.float16).to(device)
+    return torch.where(seen, 0.0, -torch.inf).to(device)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 KERNELS = Path(__file__).parent / "kernels"
 
@@ -39,6 +43,19 @@ class Kernel(Protocol):
 
     variant: Variant
 
-    def launch(self, grid: tuple[int, int, int], params: ctypes.Structure, stream: int = 0) -> None:
-        """Launches ``grid`` blocks. ``params`` holds raw pointers: the caller keeps their tensors alive."""
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        params: ctypes.Structure,
+        *,
+        reads: Sequence[torch.Tensor] = (),
+        writes: Sequence[torch.Tensor] = (),
+        stream: int | None = None,
+    ) -> None:
+        """Launches ``grid`` blocks. ``params`` holds raw pointers into ``reads`` and ``writes``.
+
+        The caller keeps the tensors alive until the kernel has run. The emulator turns every access outside
+        them into an error, and so every store outside ``writes`` (which may be read as well); the driver
+        does not look at them. ``stream`` is a raw handle; None: torch's current stream of the device.
+        """
         ...

@@ -1,4 +1,4 @@
-"""The command line: ``fastattn generate``, ``plan``, ``quantize`` and ``info``."""
+"""The command line: ``fastattn generate``, ``plan``, ``quantize``, ``tune`` and ``info``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from . import __version__, cli_plan, cli_quantize, info
+from . import __version__, cli_plan, cli_quantize, cli_tune, info
 from .cli_types import shares
 from .parallel import group as ranks
 from .spec import CacheFull, SyncError, TPGroup
@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     info.add_arguments(report)
     cli_quantize.add_arguments(commands.add_parser("quantize", help="make a GPTQ checkpoint of a model"))
     cli_plan.add_arguments(commands.add_parser("plan", help="measure the ranks and plan their sums"))
-    run = {"generate": _generate, "plan": cli_plan.main, "quantize": cli_quantize.main, "info": info.main}
+    cli_tune.add_arguments(commands.add_parser("tune", help="measure tiles of GPU kernels and remember them"))
+    run = {
+        "generate": _generate, "plan": cli_plan.main, "quantize": cli_quantize.main, "tune": cli_tune.main,
+        "info": info.main,
+    }  # fmt: skip
     args = parser.parse_args(argv)
     try:
         status = run[args.command](args)
@@ -69,6 +73,7 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--act", default="", help="int8: let quantized layers quantize their input, faster; default: never"
     )
+    p.add_argument("--device", default="cpu", help="that computes: cpu (default), cuda, cuda:1...")
     p.add_argument("--backend", help="use this backend for every op, or refuse (see fastattn info)")
     p.add_argument("--threads", type=int, help="per rank; default: this machine's cores over its ranks")
     p.add_argument("--split", type=shares, help="shares of the work of the ranks, such as 2,1")
@@ -86,7 +91,7 @@ def _generate(args: argparse.Namespace) -> int:
     try:
         if not args.prompt and os.environ.get("RANK", "0") == "0":
             args.prompt = [_read_stdin()]  # before other ranks begin to wait for us
-        group = ranks.init(args.timeout, args.split)
+        group = ranks.init(args.timeout, args.split, args.device)
         _run(args, group)
         if not ranks.shutdown(group):
             raise SyncError(group.rank, "shutdown", "an exchange still hangs")
@@ -122,7 +127,10 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
     progress = first and not args.json and sys.stderr.isatty()
     with use_backend(args.backend) if args.backend else nullcontext():
         begin = time.perf_counter()
-        model = load(args.model, dtype=args.dtype, act=args.act, tp=group, sync=args.sync, progress=progress)
+        model = load(
+            args.model, dtype=args.dtype, device=args.device, act=args.act, tp=group, sync=args.sync,
+            progress=progress,
+        )  # fmt: skip
         load_s = time.perf_counter() - begin
         prompts = _prompts(args, model.tokenizer) if first else []
         stream = first and not args.json and len(prompts) == 1

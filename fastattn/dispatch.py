@@ -65,8 +65,9 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def by_op() -> bool:
-    """Whether every op has to pass through `run`: another backend than the CPU is named, or one observes."""
-    return named() not in ("", "cpu") or _observer.get() is not None
+    """Whether every op has to pass through `run`: one observes, or CPU tensors are not the CPU backend's."""
+    # An emulated backend comes before `cpu` for tensors on the CPU.
+    return (named() or ("emulated" if settings.emulate else "cpu")) != "cpu" or _observer.get() is not None
 
 
 @cache

@@ -82,7 +82,8 @@ def load_tile(pointer, stride, rows, columns, row_limit, WIDTH: tl.constexpr, PA
 def softcapped(s, SOFTCAP: tl.constexpr):
     """``c tanh(s / c)`` through the exponential, the one transcendental that every vector unit has."""
     if SOFTCAP > 0:
-        s = SOFTCAP - 2 * SOFTCAP / (tl.exp(s * (2 / SOFTCAP)) + 1)
+        # From 40 on the quotient is less than float32 can take off the cap.
+        s = SOFTCAP - 2 * SOFTCAP / (tl.exp(tl.minimum(s * (2 / SOFTCAP), 40.0)) + 1)
     return s
 
 

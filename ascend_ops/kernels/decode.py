@@ -146,7 +146,8 @@ def decode_kernel(
             )
             acc += tl.dot(p.to(v_tile.dtype), v_tile)
         unseen = l == 0.0
-        factor = 1.0 / tl.where(unseen, 1.0, l)
+        l = tl.where(unseen, 1.0, l)
+        factor = 1.0 / l
         if v_scale is not None:
             factor *= tl.load(v_scale + kh)
         acc *= factor[:, None]
@@ -191,7 +192,7 @@ def combine_kernel(
             m = tl.load(sinks + heads, mask=rows < count, other=0.0).to(tl.float32)
             l += 1.0
         acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
-        for split in range(0, splits):
+        for split in range(splits):
             base = (tl.cast(pair, tl.int64) * splits + split) * count
             weight = tl.load(part_lse + base + rows, mask=rows < count, other=HIDDEN)
             tile = tl.load(
@@ -204,7 +205,8 @@ def combine_kernel(
             acc = acc * alpha[:, None] + tile * weight[:, None]
             m = m_new
         unseen = l == 0.0
-        acc *= (1.0 / tl.where(unseen, 1.0, l))[:, None]
+        l = tl.where(unseen, 1.0, l)
+        acc *= (1.0 / l)[:, None]
         base = tl.cast(pair, tl.int64) * count
         tl.store(
             out + (base + rows[:, None]) * V_HEAD_DIM + dv[None, :], acc.to(out.dtype.element_ty), mask=stored

@@ -103,7 +103,7 @@ def prefill_kernel(
     edge_columns = tl.arange(0, EDGE_K)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
-    for turn in range(0, rounds):
+    for turn in range(rounds):
         item = turn * cores + tl.where(turn % 2 == 0, core, cores - 1 - core)
         h = item % heads
         b = item // heads % batch
@@ -166,7 +166,7 @@ def prefill_kernel(
         acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
 
         if (attn_mask is None) and (alibi_slopes is None):
-            for n in range(0, full):
+            for n in range(full):
                 slot = full_lo + n * BLOCK_K
                 k_offset = block_offset(
                     b, slot, block_table, stride_table, rows_k, page_size, stride_kb, stride_ks
@@ -184,7 +184,7 @@ def prefill_kernel(
                 )
                 acc += tl.dot(p.to(v_tile.dtype), v_tile)
 
-        for n in range(0, edges):
+        for n in range(edges):
             block = origin + n * EDGE_K + tl.where(n >= before, skipped, 0)
             slot = tl.maximum(block, lo)
             present = tl.minimum(stop, block + EDGE_K) - slot
@@ -207,10 +207,7 @@ def prefill_kernel(
                 reach = own + right - slot
                 reach = tl.maximum(tl.minimum(reach, EDGE_K - 1), reach - band_skip)
                 reach = tl.minimum(tl.maximum(reach, -BLOCK_Q), band_origin)
-                window = tl.load(
-                    band + (band_origin - reach) + rows[:, None] * band_stride + edge_columns[None, :]
-                )
-                s += window.to(tl.float32)
+                s += tl.load(band + (band_origin - reach) + rows[:, None] * band_stride + edge_columns[None, :])
             if attn_mask is not None:
                 visible = (rows < q_rows)[:, None] & (edge_columns < present)[None, :]
                 mask_rows = attn_mask + tl.cast(b, tl.int64) * stride_mb + h * stride_mh
@@ -237,7 +234,8 @@ def prefill_kernel(
             acc *= rescale[:, None]
             m = m_new
         unseen = l == 0.0
-        factor = 1.0 / tl.where(unseen, 1.0, l)
+        l = tl.where(unseen, 1.0, l)
+        factor = 1.0 / l
         if v_scale is not None:
             factor *= tl.load(v_scale + kh)
         acc *= factor[:, None]

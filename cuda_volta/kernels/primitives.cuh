@@ -97,6 +97,14 @@ VOLTA_DEVICE u32 shuffle_xor(u32 v, u32 mask) { return __shfl_xor_sync(0xfffffff
 VOLTA_DEVICE float shuffle_xor(float v, u32 mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 VOLTA_DEVICE u32 shuffle(u32 v, u32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
 VOLTA_DEVICE float shuffle(float v, u32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
+// The same value, but one that the assembler cannot compute again: it stays in a register.
+VOLTA_DEVICE u32 pin(u32 v) { return __shfl_sync(0xffffffffu, v, threadIdx.x & 31); }
+template <typename T>
+VOLTA_DEVICE const T* pin(const T* p) {
+    u64 v = reinterpret_cast<u64>(p);
+    u64 high = pin(static_cast<u32>(v >> 32));
+    return reinterpret_cast<const T*>(high << 32 | pin(static_cast<u32>(v)));
+}
 VOLTA_DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
 
 // ---------------------------------------------------------------------------------------------- tensor cores
@@ -167,9 +175,30 @@ VOLTA_DEVICE u32 half2_mul(u32 a, u32 b) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
+VOLTA_DEVICE u32 half2_add(u32 a, u32 b) {
+    u32 d;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
 VOLTA_DEVICE u32 half2_sub(u32 a, u32 b) {
     u32 d;
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+VOLTA_DEVICE u64 multiply_add_wide(u32 a, u32 b, u64 c) {
+    u64 d;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
+    return d;
+}
+// Zero from 32 places on.
+VOLTA_DEVICE u32 shift_left(u32 v, u32 places) {
+    u32 d;
+    asm("shl.b32 %0, %1, %2;" : "=r"(d) : "r"(v), "r"(places));
+    return d;
+}
+VOLTA_DEVICE u32 shift_right(u32 v, u32 places) {
+    u32 d;
+    asm("shr.u32 %0, %1, %2;" : "=r"(d) : "r"(v), "r"(places));
     return d;
 }
 VOLTA_DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }

@@ -73,7 +73,9 @@ def _attention_reasons(s: AttentionSignature) -> list[str]:
 
 def _ops() -> Mapping[str, Op]:
     features = frozenset(AttentionArgs._field_defaults) - {"kv_layout"}
-    return {"attention": Op(_run_attention, features, _attention_reasons)}
+    from .triton_ops import OPS
+
+    return {"attention": Op(_run_attention, features, _attention_reasons), **OPS}
 
 
 def _describe() -> Mapping[str, str]:

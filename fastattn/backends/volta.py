@@ -1,19 +1,86 @@
-"""CUDA kernels for Volta (sm_70, sm_72)."""
+"""CUDA kernels for Volta (sm_70, sm_72), adapted from `cuda_volta`. The small ops are in `volta_ops`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
-from ..spec import Backend
+from ..indices import check_indices
+from ..settings import settings
+from ..spec import AttentionArgs, AttentionSignature, Backend, Op
+
+_EMULATED = "volta" in settings.emulate
+_WIDEST = 256
+_MASKS = (None, torch.bool, torch.float16, torch.float32)
 
 
-def _available() -> list[str]:
-    reasons = ["this version of fastattn has no Volta kernels yet"]
-    if not torch.cuda.is_available():
-        reasons.append("torch sees no NVIDIA GPU")
-    elif torch.cuda.get_device_capability() not in ((7, 0), (7, 2)):
-        reasons.append(f"compute capability {torch.cuda.get_device_capability()}, it needs 7.0 or 7.2")
+def device_reasons(device: torch.device) -> list[str]:
+    """Why the kernels do not run on this one of several devices."""
+    from cuda_volta import runtime
+
+    return runtime.against(device) if isinstance(device, torch.device) else []
+
+
+def dtype_reasons(dtype: torch.dtype, what: str = "dtype") -> list[str]:
+    """Why the kernels do not compute in this data type."""
+    if dtype == torch.float16:
+        return []
+    if dtype == torch.bfloat16:
+        return [f"{what} torch.bfloat16: Volta has no bfloat16; convert with .half(), or --dtype float16"]
+    return [f"{what} {dtype}, it takes torch.float16"]
+
+
+def _attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """(out, lse), lse empty unless asked for. Indices on a GPU are clamped to the memory that exists.
+
+    Raises ValueError for a length or page out of range that the host can see.
+    """
+    from cuda_volta.attention import attention
+    from cuda_volta.attention_params import AttentionCall
+
+    if a.q.device.type == "cpu":
+        check_indices(a)
+    return attention(AttentionCall(**{name: getattr(a, name) for name in AttentionCall._fields}))
+
+
+def _attention_reasons(s: AttentionSignature) -> list[str]:
+    reasons = device_reasons(s.device) + dtype_reasons(s.dtype)
+    if s.kv_dtype != s.dtype:
+        reasons += dtype_reasons(s.kv_dtype, "k and v are")
+    for name, size in (("head_dim", s.head_dim), ("head_dim of v", s.v_head_dim)):
+        if size > _WIDEST:
+            reasons.append(f"{name} {size}, it takes at most {_WIDEST}")
+    if s.mask_dtype not in _MASKS:
+        reasons.append(f"attn_mask is {s.mask_dtype}, it takes bool, float16 and float32")
     return reasons
 
 
-BACKEND = Backend("volta", ("cuda",), _available, ops=dict, describe=dict)
+def _available() -> list[str]:
+    from cuda_volta import runtime
+
+    runtime.use_ptx(settings.volta_ptx)
+    if _EMULATED:
+        return runtime.against(torch.device("cpu"))
+    if not torch.cuda.is_available():
+        return ["torch sees no NVIDIA GPU (FASTATTN_EMULATE=volta runs the kernels on the CPU)"]
+    reasons = {i: runtime.against(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
+    return [] if not all(reasons.values()) else [f"cuda:{i}: {'; '.join(why)}" for i, why in reasons.items()]
+
+
+def _ops() -> Mapping[str, Op]:
+    from . import volta_ops
+
+    features = frozenset(AttentionArgs._field_defaults) - {"kv_layout"}
+    return {"attention": Op(_attention, features, _attention_reasons), **volta_ops.OPS}
+
+
+def _describe() -> Mapping[str, str]:
+    from cuda_volta import runtime
+
+    kind = "cpu" if _EMULATED else "cuda"
+    return runtime.describe(kind)
+
+
+BACKEND = Backend("volta", ("cuda", "cpu") if _EMULATED else ("cuda",), _available, _ops, _describe)

@@ -51,6 +51,11 @@ class Model:
     group: TPGroup
     dtype: torch.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """That this rank computes on."""
+        return self.decoder.norm.weight.device
+
     @torch.inference_mode()
     def generate(
         self,
@@ -87,11 +92,11 @@ class Model:
             if not active:
                 return writer.completions()
             step = cache.reserve(active, [1] * len(active))
-            hidden = self.decoder.forward(torch.tensor(tokens), step, cache)
+            hidden = self.decoder.forward(torch.tensor(tokens, device=self.device), step, cache)
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[Sequence[int]], step: int | None = None) -> list[Tensor]:
-        """Logits (len, vocab), float32, of every position of every sequence; rank 0 has them, others none.
+        """Logits (len, vocab), float32 on the CPU, of every position of every sequence; only rank 0 has them.
 
         ``step``: tokens a forward, by default a whole sequence; a few run the kernels that generation runs.
         Every rank calls it; rank 0's sequences count. Raises as `generate` does.
@@ -103,11 +108,11 @@ class Model:
         results = []
         for seq, prompt in enumerate(ids):
             parts = []
-            for piece in torch.tensor(prompt).split(step or len(prompt)):
+            for piece in torch.tensor(prompt, device=self.device).split(step or len(prompt)):
                 hidden = self.decoder.forward(piece, cache.reserve([seq], [len(piece)]), cache)
                 rows = self.decoder.head(hidden)
                 if rows is not None:
-                    parts.append(rows.float())
+                    parts.append(rows.float().cpu())
             if parts:
                 results.append(torch.cat(parts))
             cache.free(seq)
@@ -147,7 +152,7 @@ class Model:
         attention = self.decoder.blocks[0][0]
         return PagedKvCache(
             self.config.num_layers, pages, PAGE_SIZE, attention.kv_heads, self.config.head_dim,
-            dtype=self.dtype,
+            dtype=self.dtype, device=self.device,
         )  # fmt: skip
 
     def _prefill(self, ids: list[list[int]], cache: PagedKvCache, progress: bool) -> Tensor:
@@ -159,7 +164,7 @@ class Model:
             for chunk in chunks([len(p) for p in ids], PREFILL_TOKENS):
                 step = cache.reserve([seq for seq, _, _ in chunk], [hi - lo for _, lo, hi in chunk])
                 packed = [token for seq, lo, hi in chunk for token in ids[seq][lo:hi]]
-                hidden = self.decoder.forward(torch.tensor(packed), step, cache)
+                hidden = self.decoder.forward(torch.tensor(packed, device=self.device), step, cache)
                 ends = step.cu_seqlens[1:].tolist()
                 for (seq, _, hi), end in zip(chunk, ends, strict=True):
                     if hi == len(ids[seq]):

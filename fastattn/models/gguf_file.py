@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,9 @@ class GgufCheckpoint(Checkpoint[GgufTensor]):
 
     def _table(self) -> Any:
         return ["gguf", [list(t) for t in self._header.tensors.values()], self._header.size]
+
+    def _files(self) -> Sequence[Path]:
+        return [self._path]
 
     def _map(self, entry: GgufTensor) -> np.ndarray:
         """The tensor's bytes (rows, bytes of a row) as a map of the file, one tensor at a time.

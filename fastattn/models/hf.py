@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,9 @@ class HfCheckpoint(Checkpoint[Entry | PackedEntry]):
             kind = repr(e.format) if isinstance(e, PackedEntry) else "dense"
             tensors += [[name, kind, n, p.file.name, p.dtype, p.shape] for n, p in sorted(parts.items())]
         return ["safetensors", tensors, self._sizes]
+
+    def _files(self) -> Sequence[Path]:
+        return [self._directory / name for name in sorted(self._sizes)]
 
     @contextmanager
     def _parts(self, name: str, entry: PackedEntry) -> Iterator[Mapping[str, Tensor]]:

@@ -171,7 +171,7 @@ class Decoder:
     ) -> None:
         self.config, self.embedding, self.blocks = config, embedding, tuple(blocks)
         self.norm, self.head, self.group, self.policy = norm, head, group, policy
-        self.rope = RopeTables(config.rope, config.max_position)
+        self.rope = RopeTables(config.rope, config.max_position, norm.weight.device)
         self.schedule = schedule
         #: Whether half-blocks may run as single native calls; the result is the same.
         self.fused = True

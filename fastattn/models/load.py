@@ -25,6 +25,7 @@ from ..parallel.shard import (
     vocab_rows,
 )
 from ..parallel.vocab import VocabParallelEmbedding, VocabParallelHead
+from ..quant import packed
 from ..spec import PackedWeight, Shard, SyncPlan, TPGroup
 from .checkpoint import Checkpoint, open_checkpoint
 from .generate import Model
@@ -39,6 +40,7 @@ def load(
     path: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
     act: str = "",
     tp: str | TPGroup | None = None,
     sync: str | Path | SyncPlan = "exact",
@@ -51,6 +53,7 @@ def load(
         path: of the model.
         dtype: of activations, KV cache and dense weights: "float32", "bfloat16", "float16" (or "fp32",
             "bf16", "fp16"), or "auto": what the checkpoint names. Quantized weights stay quantized.
+        device: that weights and KV cache live on, and that computes; "cuda" is the current one.
         act: "int8" lets linear layers on quantized weights quantize their input to 8-bit integers, which is
             faster and changes results a little (docs/models.md). By default activations are never quantized.
         tp: the ranks that share the model: "auto" joins those that the launcher's environment describes and
@@ -69,14 +72,14 @@ def load(
     check_layout(layout)
     g = ranks_of(tp)
     checkpoint = open_checkpoint(path)
-    chosen = parse_dtype(dtype, checkpoint)
+    chosen, where = parse_dtype(dtype, checkpoint), parse_device(device)
     agree(g, "the model", checkpoint.fingerprint().encode())
     agree(g, "the dtype", str(chosen).encode())
     agree(g, "act", act.encode())
     agree(g, "the layout", layout.encode())
     plan = _sync_plan(sync, checkpoint, g, chosen)
     tokenizer = checkpoint.tokenizer()
-    loader = _Loader(checkpoint, g, _Choices(chosen, act, layout, plan))
+    loader = _Loader(checkpoint, g, _Choices(chosen, where, act, layout, plan))
     with tqdm(total=2 * checkpoint.config.num_layers, desc="load", unit="half", disable=not progress) as bar:
         decoder = loader.decoder(bar)
     return Model(checkpoint.config, tokenizer, decoder, g, chosen)
@@ -94,6 +97,17 @@ def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint[Any]) -> torch.
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype: {dtype}, expected {', '.join(map(str, DTYPES.values()))}")
     return dtype
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """The device asked for. Raises ValueError when torch does not know it or sees none of its kind."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: {str(device)!r}, expected one that torch sees: {reason}") from None
+    return found
 
 
 def _sync_plan(
@@ -115,6 +129,7 @@ class _Choices(NamedTuple):
     """What the caller of `load` decides."""
 
     dtype: torch.dtype
+    device: torch.device
     act: str
     layout: str
     sync: SyncPlan
@@ -125,7 +140,7 @@ class _Loader:
 
     def __init__(self, checkpoint: Checkpoint[Any], group: TPGroup, choices: _Choices) -> None:
         self.checkpoint, self.config, self.group = checkpoint, checkpoint.config, group
-        self.dtype, self.act, self.layout, self.sync = choices
+        self.dtype, self.device, self.act, self.layout, self.sync = choices
         # Groups of quantized weights stay whole; a model too small for that is cut anywhere.
         align = _GROUP if self.config.intermediate_size >= _GROUP * group.world else 1
         self.shards = plan(self.config, group.world, group.weights, align=align)
@@ -200,10 +215,10 @@ class _Loader:
         return RmsNorm(self.vector(name + ".weight"), self.config.rms_norm_eps)
 
     def vector(self, name: str) -> Tensor:
-        return self.checkpoint.tensor(name, self.dtype)
+        return self.checkpoint.tensor(name, self.dtype).to(self.device)
 
     def matrix(self, name: str, shard: Shard, biased: bool = False) -> PackedWeight:
-        weight = self.checkpoint.load(name + ".weight", shard)
+        weight = packed.to_device(self.checkpoint.load(name + ".weight", shard), self.device)
         if weight.format == "dense":
             dense = weight.tensors["weight"].to(self.dtype)
             weight = weight._replace(tensors={"weight": dense})

@@ -159,6 +159,13 @@ def _unpack_nibbles(codes: Tensor) -> Tensor:
     return torch.stack((half & 15, half >> 4), dim=2).flatten(1).view(torch.int8)
 
 
+def to_device(w: PackedWeight, device: torch.device) -> PackedWeight:
+    """The weight with all its tensors on ``device``; shares those that are there already."""
+    tensors = {name: t.to(device) for name, t in w.tensors.items()}
+    g_idx, x_perm, bias = (None if t is None else t.to(device) for t in (w.g_idx, w.x_perm, w.bias))
+    return w._replace(tensors=tensors, g_idx=g_idx, x_perm=x_perm, bias=bias)
+
+
 # ------------------------------------------------------------------------------- joining and cutting
 def concat_out(parts: Sequence[PackedWeight]) -> PackedWeight:
     """Stacks weights along ``out`` (q, k, v or gate, up as one matrix).

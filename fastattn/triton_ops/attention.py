@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,28 +11,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..spec import AttentionArgs
 from . import launch
-from .device import Chip, chip
+from .device import chip
 from .kernels.attention import attention_kernel, combine_kernel
 from .launch import Launch
-from .tiles import Need, Tile, tile
+from .plan import Plan, batch, has_absent_keys, plan
 
-#: Rows of queries up to which a call is bound by reading keys: they fit one program.
-DECODE_ROWS = 64
-#: Pieces of a sequence's keys at most: `combine_kernel` holds one row of each.
-MAX_SPLITS = 64
-#: Keys that a piece has at least: below, its fixed costs outweigh what it reads.
-SPLIT_KEYS = 128
 _FAR = 1 << 30  # `kernels.attention.FAR`
-
-
-class Plan(NamedTuple):
-    """How a call is spread over programs."""
-
-    tile: Tile
-    pack: bool = False  # the query heads of a KV head share a program
-    splits: int = 1  # pieces of a sequence's keys
-    tma: bool = False  # keys and values come through tensor descriptors
-    specialize: bool = False  # warps that load and warps that compute (Triton's warp specialization)
 
 
 def attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
@@ -50,57 +34,6 @@ def run(a: AttentionArgs, p: Plan) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-# ------------------------------------------------------------------------------------------------ planning
-def plan(a: AttentionArgs, c: Chip) -> Plan:
-    """The plan for a call on a chip: of shapes and bounds that the host knows, never of values."""
-    heads, group = a.q.shape[-2], a.q.shape[-2] // a.k.shape[-2]
-    pack = group > 1 and a.max_seqlen_q * group <= DECODE_ROWS
-    rows = a.max_seqlen_q * (group if pack else 1)
-    width = next_power_of_2(max(a.q.shape[-1], a.v.shape[-1], 16))
-    t = tile(c, Need(rows <= DECODE_ROWS, width, a.q.element_size()))
-    t = t._replace(block_m=min(t.block_m, max(16, next_power_of_2(rows))))
-    programs = _batch(a) * heads // (group if pack else 1) * -(-rows // t.block_m)
-    splits = _splits(programs, _keys(a, rows), t.block_n, c.processors)
-    tma = c.tma and not _against_descriptors(a, t)
-    return Plan(t, pack, splits, tma)
-
-
-def _batch(a: AttentionArgs) -> int:
-    return a.q.shape[0] if a.cu_seqlens_q is None else a.cu_seqlens_q.shape[0] - 1
-
-
-def _keys(a: AttentionArgs, rows: int) -> int:
-    """Upper bound of the keys that a program walks."""
-    left, right = a.bounds()
-    return a.max_seqlen_k if left is None or right is None else min(a.max_seqlen_k, left + right + rows)
-
-
-def _splits(programs: int, keys: int, block_n: int, processors: int) -> int:
-    """Pieces that fill the processors, two programs on each: the fewest within 85 % of the fullest waves.
-
-    The rule of flash-attention's ``num_splits_heuristic``.
-    """
-    slots = 2 * processors
-    if not programs or programs >= 0.8 * slots:
-        return 1
-    most = max(1, min(MAX_SPLITS, keys // max(SPLIT_KEYS, block_n)))
-    filled = [(n * programs / slots) / -(-n * programs // slots) for n in range(1, most + 1)]
-    return next(n for n, f in enumerate(filled, 1) if f >= 0.85 * max(filled))
-
-
-def _against_descriptors(a: AttentionArgs, t: Tile) -> bool:
-    """Whether keys and values cannot come through tensor descriptors."""
-    if a.block_table is not None and (a.k.shape[1] % t.block_n or a.cache_leftpad is not None):
-        return True  # a block of keys would cross pages
-    return any(
-        x.data_ptr() % 16
-        or not x.numel()
-        or any(s <= 0 or s * x.element_size() % 16 for s in x.stride()[:-1])
-        for x in (a.k, a.v)
-    )
-
-
-# ---------------------------------------------------------------------------------------------- launching
 def _results(a: AttentionArgs) -> tuple[Tensor, Tensor]:
     packed = a.cu_seqlens_q is not None
     shape = (*a.q.shape[:-1], a.v.shape[-1])
@@ -141,20 +74,21 @@ def _attend(a: AttentionArgs, p: Plan, out: Tensor, lse: Tensor | None) -> Launc
         mask = mask.view(torch.uint8)
     mask_strides = (0, 0, 0, 0) if mask is None else mask.expand(*_mask_shape(a, kv_len)).stride()
     alibi_batch = a.alibi_slopes.stride(0) if a.alibi_slopes is not None and a.alibi_slopes.ndim == 2 else 0
+    q: Any = a.q
     k: Any = a.k
     v: Any = a.v
+    if p.specialize:
+        rows = a.q.view(-1, heads * head_dim)
+        q = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [p.tile.block_m, block_d])
     if p.tma:
         k, v = _descriptor(a.k, p.tile.block_n, block_d), _descriptor(a.v, p.tile.block_n, block_dv)
-    lse_strides = (0, 0, 0) if lse is None else (lse.stride(0), *_strides(lse, 3)[:2])
     split = p.splits > 1
     out_split = out.stride(0) if split else 0
-    if split:
-        assert lse is not None
-        lse_strides = (lse.stride(0), lse.stride(1), lse.stride(2))
-    elif lse is not None:
-        lse_strides = (0, *_strides(lse, 3)[:2])
+    lse_strides: tuple[int, ...] = (0, 0, 0)
+    if lse is not None:
+        lse_strides = lse.stride()[:3] if split else (0, *_strides(lse, 3)[:2])
     args = (
-        a.q, k, v, out, lse,
+        q, k, v, out, lse,
         a.alibi_slopes, None if split else a.sinks, mask, a.cu_seqlens_q, a.cu_seqlens_k, a.block_table,
         a.seqused_k, a.cache_batch_idx, a.cache_leftpad, a.q_pos0, a.k_pos0, a.k_scale, a.v_scale,
         a.scale, a.softcap, _bounded(left), _bounded(right),
@@ -164,11 +98,13 @@ def _attend(a: AttentionArgs, p: Plan, out: Tensor, lse: Tensor | None) -> Launc
     )  # fmt: skip
     constants = (
         heads, group, head_dim, v_head_dim, block_d, block_dv, page, left is not None, right is not None,
-        a.softcap > 0, a.scale <= 0, _precision(a), p.tma, p.specialize, p.splits, pack,
+        a.softcap > 0, a.scale <= 0, _precision(a), p.tma, p.specialize, has_absent_keys(a), p.splits, pack,
         p.tile.block_m, p.tile.block_n,
     )  # fmt: skip
-    programs = -(-a.max_seqlen_q * pack // p.tile.block_m) * p.splits * (heads // pack) * _batch(a)
-    return Launch(attention_kernel, programs, args, constants, p.tile.num_warps, p.tile.num_stages)
+    programs = -(-a.max_seqlen_q * pack // p.tile.block_m) * p.splits * (heads // pack) * batch(a)
+    # Triton divides its stages among loads that wait for loads: pages, then the keys in them.
+    stages = 2 * p.tile.num_stages - 1 if paged else p.tile.num_stages
+    return Launch(attention_kernel, programs, args, constants, p.tile.num_warps, stages)
 
 
 def _combine(
@@ -182,7 +118,7 @@ def _combine(
     )  # fmt: skip
     block_dv, block_splits = max(16, next_power_of_2(v_head_dim)), next_power_of_2(p.splits)
     constants = (heads, v_head_dim, block_dv, p.splits, block_splits)
-    return Launch(combine_kernel, a.max_seqlen_q * heads * _batch(a), args, constants, 4, 1)
+    return Launch(combine_kernel, a.max_seqlen_q * heads * batch(a), args, constants, 4, 1)
 
 
 def _strides(t: Tensor, ndim: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ class Launch(NamedTuple):
     constants: tuple[Hashable, ...]  # its tl.constexpr parameters, which follow
     num_warps: int
     num_stages: int
+    fuse: bool = True  # multiplications and additions; False where each must round by itself
 
 
 _compiled: dict[Hashable, Any] = {}
@@ -42,16 +44,19 @@ def run(launches: list[Launch], device: torch.device) -> None:
 
 
 def _run(launch: Launch, device: int | None) -> None:
-    kernel, programs, args, constants, num_warps, num_stages = launch
+    kernel, programs, args, constants, num_warps, num_stages, fuse = launch
     if not programs:
         return
     if _INTERPRETED:
-        kernel[programs,](*args, *constants)
+        with np.errstate(all="ignore"):  # hardware does not warn either
+            kernel[programs,](*args, *constants)
         return
     key = (kernel, device, constants, num_warps, num_stages, *map(specialization, args))
     found = _compiled.get(key)
     if found is None:
-        _compiled[key] = kernel[programs,](*args, *constants, num_warps=num_warps, num_stages=num_stages)
+        _compiled[key] = kernel[programs,](
+            *args, *constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse
+        )
     else:
         found[programs, 1, 1](*args, *constants)
 
@@ -66,4 +71,6 @@ def specialization(arg: Any) -> Hashable:
         return (arg.dtype, arg.data_ptr() & 15 == 0)
     if isinstance(arg, float):
         return float
+    if isinstance(arg, tuple):
+        return tuple(map(specialization, arg))
     return (arg.base.dtype, *arg.block_shape)

@@ -35,7 +35,9 @@ class Report(NamedTuple):
 def compile_for(launch: Launch, chip: Chip) -> Report:
     """Compiles one launch. Raises what Triton's compiler raises."""
     source = _source(launch)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {
+        "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": launch.fuse
+    }  # fmt: skip
     made = triton.compile(source, target=GPUTarget("cuda", chip.capability, 32), options=options)
     registers, spills = _usage(made.asm["cubin"], made.metadata.name)
     return Report(registers, spills, made.metadata.shared, made.asm["ptx"])
@@ -46,15 +48,21 @@ def _source(launch: Launch) -> ASTSource:
     values: dict[str, Any] = dict(zip(names, (*launch.args, *launch.constants), strict=True))
     fixed = set(names[len(launch.args) :])
     unspecialized = {p.name for p in launch.kernel.params if p.do_not_specialize}
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for index, (name, value) in enumerate(values.items()):
         one = isinstance(value, int) and value == 1 and name not in unspecialized
         if name in fixed or value is None or one:
             signature[name], constants[(index,)] = "constexpr", value
             continue
-        signature[name] = mangle_type(value)
-        if name not in unspecialized and _divisible(value):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        if isinstance(value, tuple):
+            signature[name] = tuple(map(mangle_type, value))
+            places: dict[tuple[int, ...], Any] = {(index, i): v for i, v in enumerate(value)}
+        else:
+            signature[name], places = mangle_type(value), {(index,): value}
+        if name not in unspecialized:
+            attributes |= {at: [["tt.divisibility", 16]] for at, v in places.items() if _divisible(v)}
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 

@@ -130,6 +130,20 @@ def test_fingerprint(copied: Path, saved: Path) -> None:
     assert open_checkpoint(copied).fingerprint() != first
 
 
+def test_fingerprint_knows_a_fine_tune(copied: Path) -> None:
+    """Same tables and sizes, other weights."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    checkpoint = open_checkpoint(copied)
+    values = checkpoint.load(name, whole(checkpoint, name)).tensors["weight"]
+    tables, fingerprints = [], []
+    for scale in (1.0, 1.01):
+        rewrite(copied, **{name: values * scale})
+        tables.append(open_checkpoint(copied)._table())  # noqa: SLF001
+        fingerprints.append(open_checkpoint(copied).fingerprint())
+    assert tables[0] == tables[1]
+    assert fingerprints[0] != fingerprints[1]
+
+
 def test_a_safetensors_file_stands_for_its_directory(saved: Path) -> None:
     assert open_checkpoint(saved / "model.safetensors").path == str(saved)
 

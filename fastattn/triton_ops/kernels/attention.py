@@ -8,6 +8,8 @@ rows (row r is query ``r // PACK`` of head ``r % PACK``), so decode reads each k
 
 The keys of a block of rows are walked in three phases: blocks at the window's left edge, blocks that every
 row sees whole, and blocks at the right edge or the end of the keys. Only the outer two compute visibility.
+With ``SPECIALIZE`` (Hopper: one warpgroup loads, two multiply, as FlashAttention-3 has it) all are one phase
+that does: Triton 3.6 specializes the warps of a single loop only, and of nothing that loads by pointers.
 
 Lengths, page tables and row indices live on the device. Each is clamped to what its tensor holds: a wrong
 one gives wrong numbers, never an access out of bounds.
@@ -78,7 +80,8 @@ def diagonal(q_pos0, k_pos0, b, q_len, k_len):
     ]
 )
 def attention_kernel(
-    q, k, v,  # k and v: tensor descriptors (row, key, head, dimension) with TMA, else pointers
+    q,  # with SPECIALIZE a tensor descriptor (row, head and dimension)
+    k, v,  # with TMA tensor descriptors (sequence or page, key, head, dimension)
     out, lse,  # with SPLITS: float32, a piece each
     alibi_slopes, sinks, mask, cu_q, cu_k, block_table, used, kv_row, leftpad, q_pos0, k_pos0,
     k_scale, v_scale,
@@ -97,6 +100,7 @@ def attention_kernel(
     SIGNED: tl.constexpr,  # the scale may be negative or zero
     PRECISION: tl.constexpr,  # of float32 products: "ieee", "tf32x3", "tf32"
     TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
+    ABSENT: tl.constexpr,  # k and v may hold rows past a sequence's last key: of others, or never written
     SPLITS: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     BIASED: tl.constexpr = SOFTCAP or SIGNED or alibi_slopes is not None or mask is not None
@@ -113,7 +117,7 @@ def attention_kernel(
     b = pid // (HEADS // PACK)
 
     q_first, q_len = query_span(cu_q, b, max_q, total_q)
-    if block * BLOCK_M >= q_len * PACK:
+    if cu_q is not None and block * BLOCK_M >= q_len * PACK:
         return
     key_first, k_len, storage_first = key_span(cu_k, used, leftpad, b, kv_len)
     offset = diagonal(q_pos0, k_pos0, b, q_len, k_len)
@@ -129,8 +133,12 @@ def attention_kernel(
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
     batch = b.to(tl.int64)
-    q_at = q + batch * q_batch + (q_first + i).to(tl.int64) * q_row + head * q_head
-    q_tile = tl.load(q_at[:, None] + d[None, :], mask=live[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    if SPECIALIZE:
+        q_tile = q.load([b * max_q + block * BLOCK_M, first_head * HEAD_DIM])
+    else:
+        q_at = q + batch * q_batch + (q_first + i).to(tl.int64) * q_row + head * q_head
+        q_there = live[:, None] & (d < HEAD_DIM)[None, :]
+        q_tile = tl.load(q_at[:, None] + d[None, :], mask=q_there, other=0.0)
 
     if kv_row is not None:
         row = clamp(tl.load(kv_row + b), 0, kv_rows - 1)
@@ -174,15 +182,16 @@ def attention_kernel(
     peak = tl.full([BLOCK_M], NEGATIVE_INFINITY, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for phase in tl.static_range(0, 3):
-        EDGE: tl.constexpr = phase != 1
+    for phase in tl.static_range(2 if SPECIALIZE else 0 if LEFT else 1, 3):
         if phase == 0:
             start, stop = begin, whole_begin
         elif phase == 1:
             start, stop = whole_begin, whole_end
+        elif SPECIALIZE:
+            start, stop = begin, end
         else:
             start, stop = whole_end, end
-        for j0 in tl.range(start, stop, BLOCK_N, warp_specialize=SPECIALIZE and phase == 1):
+        for j0 in tl.range(start, stop, BLOCK_N, warp_specialize=SPECIALIZE):
             j = j0 + tl.arange(0, BLOCK_N)
             # ------------------------------------------------------------------ keys and scores
             if TMA:
@@ -197,7 +206,7 @@ def attention_kernel(
                     tile = [row, key_first + j0, kv_head, 0]
                 k_tile = k.load(tile).reshape(BLOCK_N, BLOCK_D)
             else:
-                there = j < k_len if EDGE else j >= 0
+                there = j < k_len if phase != 1 else j >= 0
                 if PAGE > 0:
                     at = storage_first + j
                     page = tl.load(block_table + batch * max_pages + at // PAGE, mask=there, other=0)
@@ -207,7 +216,7 @@ def attention_kernel(
                 else:
                     k_rows = (key_first + j).to(tl.int64) * k_row
                     v_rows = (key_first + j).to(tl.int64) * v_row
-                if EDGE:
+                if phase != 1:
                     k_there = there[:, None] & (d < HEAD_DIM)[None, :]
                     k_tile = tl.load(k_at + k_rows[:, None] + d[None, :], mask=k_there, other=0.0)
                 elif BLOCK_D != HEAD_DIM:
@@ -236,7 +245,7 @@ def attention_kernel(
                 unit = 1.0
             else:
                 unit = factor
-            if EDGE:
+            if phase != 1:
                 visible = (j < k_len)[None, :]
                 if LEFT:
                     visible = visible & (j[None, :] - i[:, None] >= lowest)
@@ -245,7 +254,9 @@ def attention_kernel(
                 s = tl.where(visible, s, NEGATIVE_INFINITY)
             # ------------------------------------------------------------------ online softmax
             new_peak = tl.maximum(peak, tl.max(s, 1) * unit)
-            shift = tl.where(new_peak == NEGATIVE_INFINITY, 0.0, new_peak) if EDGE or BIASED else new_peak
+            shift = (
+                tl.where(new_peak == NEGATIVE_INFINITY, 0.0, new_peak) if phase != 1 or BIASED else new_peak
+            )
             p = tl.exp2(s * unit - shift[:, None])
             decay = tl.exp2(peak - shift)
             total = total * decay + tl.sum(p, 1)
@@ -253,9 +264,9 @@ def attention_kernel(
             # ------------------------------------------------------------------ values
             if TMA:
                 v_tile = v.load(tile).reshape(BLOCK_N, BLOCK_DV)
-                if EDGE:  # 0 * NaN: rows that nobody wrote must not count
+                if ABSENT and phase != 1:  # a weight of 0 would not silence NaN
                     v_tile = tl.where((j < k_len)[:, None], v_tile, 0.0)
-            elif EDGE:
+            elif phase != 1:
                 v_there = there[:, None] & (dv < V_HEAD_DIM)[None, :]
                 v_tile = tl.load(v_at + v_rows[:, None] + dv[None, :], mask=v_there, other=0.0)
             elif BLOCK_DV != V_HEAD_DIM:

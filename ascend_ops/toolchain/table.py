@@ -1,0 +1,137 @@
+"""The tile table: every kind of attention call, the tiles it gets, and the vendor's plan of its kernels.
+
+``python -m ascend_ops.toolchain.table --python .venv-ascend/bin/python`` prints it as docs/ascend.md has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..attention import attention
+from .client import call_all
+from .instances import Instance, recording
+
+#: One of each generation: all 910B plan alike, and so do all A3.
+TARGETS = ("Ascend910B3", "Ascend910_9391")
+HEADER = (
+    "| call | kernel | tiles | UB | L1 | L0C | workspace | syncs a block |",
+    "|---|---|---|---:|---:|---:|---:|---|",
+)
+
+
+class Call(NamedTuple):
+    """A kind of call; sizes that no kernel is compiled for are as small as can be."""
+
+    name: str
+    head_dim: int = 128
+    v_head_dim: int = 128
+    queries: int = 64
+    group: int = 4
+    dtype: torch.dtype = torch.float16
+    page: int = 0
+    options: Mapping[str, Any] = {}
+
+    def instances(self) -> list[Instance]:
+        """The kernels that the call launches, with their constants."""
+        heads = 2 * self.group
+        q = torch.empty(2, self.queries, heads, self.head_dim, dtype=self.dtype)
+        rows = (4, self.page) if self.page else (2, 64)
+        k, v = (torch.empty(*rows, 2, d, dtype=self.dtype) for d in (self.head_dim, self.v_head_dim))
+        options = dict(self.options)
+        if self.page:
+            options["block_table"] = torch.zeros(2, 2, dtype=torch.int32)
+            options["seqused_k"] = torch.zeros(2, dtype=torch.int32)
+        with recording() as seen:
+            attention(q, k, v, scale=1.0, **options)
+        return seen
+
+
+def calls() -> Iterator[Call]:
+    """Every kind of call: each head_dim, then each field that changes the code of a kernel."""
+    causal: dict[str, Any] = {"causal": True, "return_lse": True}
+    for head_dim, v_head_dim in ((16, 16), (32, 32), (64, 64), (128, 128), (192, 128), (256, 256)):
+        dims = f"D={head_dim}" if head_dim == v_head_dim else f"D={head_dim}/{v_head_dim}"
+        yield Call(f"causal, {dims}", head_dim, v_head_dim, options=causal)
+        yield Call(f"decode, {dims}", head_dim, v_head_dim, 1)
+    yield Call("full", options={"return_lse": True})
+    yield Call("causal, D=80 (padded to 128)", 80, 80, options=causal)
+    yield Call("causal, bfloat16", dtype=torch.bfloat16, options=causal)
+    yield Call("causal, softcap", options={**causal, "softcap": 30.0})
+    yield Call("causal, D=256, softcap", 256, 256, options={**causal, "softcap": 30.0})
+    yield Call("causal, sinks, k and v scales", options={**causal, "sinks": torch.zeros(8), **_scales()})
+    yield Call("causal, every index", options={**causal, **_indices()})
+    yield Call("causal, packed", options={**causal, **_indices()})
+    for page in (16, 128):
+        yield Call(f"causal, pages of {page}", page=page, options=causal)
+        yield Call(f"decode, pages of {page}", queries=1, page=page)
+    for head_dim in (64, 128, 256):
+        for name, biases in _biases().items():
+            yield Call(f"causal, {name}, D={head_dim}", head_dim, head_dim, options={**causal, **biases})
+    yield Call("decode, ALiBi, sinks, scales", queries=1, options={"alibi_slopes": torch.zeros(8), "sinks": torch.zeros(8), **_scales()})  # fmt: skip
+    yield Call("decode, bool mask", queries=1, options={"attn_mask": torch.zeros(2, 8, 1, 64, dtype=torch.bool)})
+    yield Call("decode, 4 queries, causal", queries=4, options=causal)
+    yield Call("decode, 8 queries of 8 heads, causal", queries=8, group=8, options=causal)
+
+
+def _scales() -> dict[str, torch.Tensor]:
+    return {"k_scale": torch.ones(2), "v_scale": torch.ones(2)}
+
+
+def _indices() -> dict[str, torch.Tensor]:
+    names = ("seqused_k", "cache_leftpad", "cache_batch_idx", "q_pos0", "k_pos0")
+    return {name: torch.zeros(2, dtype=torch.int32) for name in names}
+
+
+def _biases() -> dict[str, dict[str, torch.Tensor]]:
+    shape = (2, 8, 64, 64)
+    return {
+        "ALiBi": {"alibi_slopes": torch.zeros(8)},
+        "bool mask": {"attn_mask": torch.zeros(shape, dtype=torch.bool)},
+        "float16 mask": {"attn_mask": torch.zeros(shape, dtype=torch.float16)},
+        "float32 mask": {"attn_mask": torch.zeros(shape)},
+    }
+
+
+def plans(python: Path, root: Path) -> list[tuple[Call, Instance, dict[str, Any]]]:
+    """(call, kernel, target -> fields of its `plan.Plan`) of the whole table."""
+    found = [(call, kernel) for call in calls() for kernel in call.instances()]
+    distinct = list(dict.fromkeys(kernel for _, kernel in found))
+    requests = [
+        {"kernel": i.kernel, "signature": dict(i.signature), "constants": dict(i.constants), "chips": TARGETS}
+        for i in distinct
+    ]
+    answers = call_all(python, [root], "ascend_ops.toolchain.worker:plan_kernel", requests)
+    planned = dict(zip(distinct, answers, strict=True))
+    return [(call, kernel, planned[kernel]) for call, kernel in found]
+
+
+def row(call: Call, kernel: Instance, plan: Mapping[str, Any]) -> str:
+    """A line of the table: what one kernel of a call occupies of each memory."""
+    constants = dict(kernel.constants)
+    sizes = [str(constants[n]) for n in ("BLOCK_Q", "BLOCK_R", "BLOCK_K", "EDGE_K") if n in constants]
+    used = [f"{plan['occupancy'].get(memory, 0) / 1024:.1f} K" for memory in ("UB", "L1", "L0C")]
+    name = kernel.kernel.split(":")[1].removesuffix("_kernel")
+    syncs = ", ".join(map(str, plan["syncs"].get("aic", ()))) or "0"
+    return f"| {call.name} | {name} | {' x '.join(sizes)} | {' | '.join(used)} | {plan['workspace'] // 1024} K | {syncs} |"
+
+
+def main() -> None:
+    """Prints the table of the first target."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--python", type=Path, required=True, help="of the environment with triton-ascend")
+    options = parser.parse_args()
+    print(*HEADER, sep="\n")
+    for call, kernel, planned in plans(options.python, Path(__file__).parents[2]):
+        plan = planned[TARGETS[0]]
+        if not plan["accepted"]:
+            raise SystemExit(f"{call.name}: {kernel.kernel} refused: {plan['overflow'] or plan['error']}")
+        print(row(call, kernel, plan) + ("  retried" if plan["retried"] else ""), flush=True)
+
+
+if __name__ == "__main__":
+    main()

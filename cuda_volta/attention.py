@@ -1,0 +1,19 @@
+"""Attention: prefill or decode, by the number of query rows that share keys and values."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .attention_params import AttentionCall
+from .decode import ROWS, decode
+from .prefill import prefill
+
+
+def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """(out, lse), as `decode` and `prefill` return them.
+
+    Decode, which packs the query heads of a KV group into the rows of one tile, takes calls whose rows fit
+    one: it then reads each key and value once. Raises ValueError for what the kernels cannot take.
+    """
+    rows = call.longest_q * (call.q.shape[-2] // call.k.shape[-2])
+    return decode(call) if rows <= ROWS else prefill(call)

@@ -1,0 +1,197 @@
+"""The parameters that the attention kernels share (`kernels/attention.cuh`), filled from tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_POINTERS = (
+    "q", "k", "v", "out", "lse", "alibi_slopes", "sinks", "attn_mask", "cu_seqlens_q", "cu_seqlens_k",
+    "block_table", "seqused_k", "cache_batch_idx", "cache_leftpad", "q_pos0", "k_pos0", "k_scale", "v_scale",
+    "partial_out", "partial_lse",
+)  # fmt: skip
+_STRIDES = (
+    "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head",
+    "out_batch", "out_row", "out_head", "lse_batch", "lse_head",
+    "mask_batch", "mask_head", "mask_row", "mask_key",
+)  # fmt: skip
+_INTS = (
+    "batch", "heads", "kv_heads", "head_dim", "v_head_dim", "q_rows", "max_seqlen_q", "k_rows", "k_batches",
+    "max_pages", "page_rows", "page_magic", "page_shift", "alibi_batch", "mask_kind", "left", "right", "splits", "partial_width",
+)  # fmt: skip
+_FAR = 1 << 29  # FAR of attention.cuh
+_MASK_KINDS = {torch.bool: 1, torch.float16: 2, torch.float32: 3}
+_ROW_LIMIT = 1 << 29  # rows are 32-bit integers on the device
+
+
+class AttentionParams(ctypes.Structure):
+    """``struct AttentionParams``; pointers are addresses, 0 for None."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _STRIDES),
+        *((name, ctypes.c_int32) for name in _INTS),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+class AttentionCall(NamedTuple):
+    """One attention call: the fields of the kernels' library, in the meaning of FlashAttention's interface.
+
+    float16 tensors with unit stride in the last dimension; index tensors are int32 and contiguous, ``scale``
+    tensors, slopes and sinks float32 and contiguous, all on one device.
+    """
+
+    q: Tensor  # (B, Sq, H, D) | packed (total_q, H, D)
+    k: Tensor  # (B, Sk, Hkv, D) | packed (total_k, Hkv, D) | pages (P, page, Hkv, D)
+    v: Tensor  # as k, with Dv for D
+    scale: float
+    causal: bool = False
+    window: tuple[int | None, int | None] = (None, None)  # (left, right), None: unbounded
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None  # (H,) | (B, H)
+    sinks: Tensor | None = None  # (H,)
+    attn_mask: Tensor | None = None  # (B, H, Sq, keys), bool, float16 or float32; strides may be 0
+    cu_seqlens_q: Tensor | None = None  # (B + 1,)
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0  # upper bounds of packed lengths
+    max_seqlen_k: int = 0
+    block_table: Tensor | None = None  # (B, max_pages)
+    seqused_k: Tensor | None = None  # (B,)
+    cache_batch_idx: Tensor | None = None  # (B,)
+    cache_leftpad: Tensor | None = None  # (B,)
+    q_pos0: Tensor | None = None  # (B,)
+    k_pos0: Tensor | None = None  # (B,)
+    k_scale: Tensor | None = None  # (Hkv,)
+    v_scale: Tensor | None = None  # (Hkv,)
+    return_lse: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def longest_q(self) -> int:
+        """Upper bound of the queries of a sequence."""
+        return self.q.shape[1] if self.cu_seqlens_q is None else min(self.max_seqlen_q, self.q.shape[0])
+
+    @property
+    def longest_k(self) -> int:
+        """Upper bound of the keys of a sequence, from shapes alone."""
+        if self.block_table is not None:
+            return self.block_table.shape[1] * self.k.shape[1]
+        if self.cu_seqlens_k is not None:
+            return min(self.max_seqlen_k, self.k.shape[0])
+        return self.k.shape[1]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor that a kernel may read."""
+        return tuple(t for t in self if isinstance(t, Tensor))
+
+
+def new_results(c: AttentionCall) -> tuple[Tensor, Tensor]:
+    """(out, lse): (.., H, Dv) float16 and float32 (B, H, Sq) | (H, total_q), empty unless asked for.
+
+    Rows of packed queries that belong to no sequence see no key: they are 0 and -inf already.
+    """
+    shape = (*c.q.shape[:-1], c.v.shape[-1])
+    lse_shape = (*c.q.shape[:-3], c.q.shape[-2], c.q.shape[-3]) if c.return_lse else (0,)
+    if c.cu_seqlens_q is None:
+        return c.q.new_empty(shape), c.q.new_empty(lse_shape, dtype=torch.float32)
+    return c.q.new_zeros(shape), c.q.new_full(lse_shape, -torch.inf, dtype=torch.float32)
+
+
+def attention_params(c: AttentionCall, out: Tensor, lse: Tensor) -> AttentionParams:
+    """The kernels' view of a call. Raises ValueError that names what they cannot take."""
+    check(c)
+    p = AttentionParams()
+    for name in _POINTERS:
+        t = getattr(c, name, None)
+        if t is not None:
+            setattr(p, name, t.data_ptr())
+    p.out, p.lse = out.data_ptr(), lse.data_ptr() if c.return_lse else 0
+    packed_q, packed_k = c.q.ndim == 3, c.k.ndim == 3
+    for name, t, packed in (
+        ("q", c.q, packed_q),
+        ("k", c.k, packed_k),
+        ("v", c.v, packed_k),
+        ("out", out, packed_q),
+    ):
+        batch, row, head = (0, *t.stride()[:2]) if packed else t.stride()[:3]
+        setattr(p, f"{name}_batch", batch)
+        setattr(p, f"{name}_row", row)
+        setattr(p, f"{name}_head", head)
+    if c.return_lse:
+        p.lse_batch, p.lse_head = (0, lse.stride(0)) if packed_q else lse.stride()[:2]
+    if c.attn_mask is not None:
+        p.mask_batch, p.mask_head, p.mask_row, p.mask_key = c.attn_mask.stride()
+        p.mask_kind = _MASK_KINDS[c.attn_mask.dtype]
+    p.batch, p.heads, p.kv_heads = c.batch, c.q.shape[-2], c.k.shape[-2]
+    p.head_dim, p.v_head_dim = c.q.shape[-1], c.v.shape[-1]
+    p.q_rows, p.max_seqlen_q = c.q.shape[-3], c.longest_q
+    p.k_rows, p.k_batches = c.k.shape[-3], 1 if packed_k else c.k.shape[0]
+    if c.block_table is not None:
+        p.max_pages = c.block_table.shape[1]
+        p.page_rows = _page_rows(c)
+        p.page_shift = (p.k_rows - 1).bit_length()
+        p.page_magic = -(-(1 << (31 + p.page_shift)) // p.k_rows)
+    if c.alibi_slopes is not None and c.alibi_slopes.ndim == 2:
+        p.alibi_batch = c.alibi_slopes.stride(0)
+    left, right = c.window[0], 0 if c.causal else c.window[1]
+    p.left = -1 if left is None else min(left, _FAR)
+    p.right = -1 if right is None else min(right, _FAR)
+    p.scale, p.softcap = c.scale, c.softcap
+    return p
+
+
+def _page_rows(c: AttentionCall) -> int:
+    """Rows from the start of a page to the next, 0 if k and v differ or the pages lie off their grid of rows."""
+    (k_page, k_row), (v_page, v_row) = c.k.stride()[:2], c.v.stride()[:2]
+    if not k_row or not v_row or k_page % k_row or k_page * v_row != v_page * k_row:
+        return 0
+    rows = k_page // k_row
+    return rows if rows * c.k.shape[0] < 1 << 31 else 0
+
+
+def check(c: AttentionCall) -> None:
+    """Raises ValueError naming the first argument that the kernels cannot take."""
+    for name, t in c._asdict().items():
+        if isinstance(t, Tensor) and t.device != c.q.device:
+            raise ValueError(f"{name}: on {t.device}, q is on {c.q.device}")
+    for name, t in (("q", c.q), ("k", c.k), ("v", c.v)):
+        if t.dtype != torch.float16:
+            hint = "; Volta has no bfloat16: convert with .half()" if t.dtype == torch.bfloat16 else ""
+            raise ValueError(f"{name}: {t.dtype}, expected torch.float16{hint}")
+        if t.stride(-1) != 1 and t.shape[-1] != 1:
+            raise ValueError(f"{name}: stride {t.stride(-1)} in the last dimension, expected 1")
+        if not 1 <= t.shape[-1] <= 256:
+            raise ValueError(f"{name}: head_dim {t.shape[-1]}, expected 1..256")
+    if c.attn_mask is not None and c.attn_mask.dtype not in _MASK_KINDS:
+        raise ValueError(f"attn_mask: {c.attn_mask.dtype}, expected bool, float16 or float32")
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table", "seqused_k", "cache_batch_idx",
+                 "cache_leftpad", "q_pos0", "k_pos0"):  # fmt: skip
+        _expect(name, getattr(c, name), torch.int32)
+    for name in ("alibi_slopes", "sinks", "k_scale", "v_scale"):
+        _expect(name, getattr(c, name), torch.float32)
+    if max(c.q.shape[-3], c.longest_k) > _ROW_LIMIT:
+        raise ValueError(f"q, k: {c.q.shape[-3]} and {c.longest_k} rows, expected at most {_ROW_LIMIT}")
+
+
+def _expect(name: str, t: Tensor | None, dtype: torch.dtype) -> None:
+    if t is not None and (t.dtype != dtype or not t.is_contiguous()):
+        raise ValueError(f"{name}: {t.dtype}, strides {t.stride()}, expected contiguous {dtype}")
+
+
+def aligned(c: AttentionCall) -> bool:
+    """Whether every row of q, k and v can be read 16 bytes at a time."""
+    return all(
+        t.shape[-1] % 8 == 0
+        and t.data_ptr() % 16 == 0
+        and all(s % 8 == 0 for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1)
+        for t in (c.q, c.k, c.v)
+    )

@@ -1,0 +1,231 @@
+// x W^T for up to 16 rows of x at a time and a grouped low-bit W: one pass over W, bound by its bytes.
+//
+// A warp has 8 rows of W, the column operand of m8n8k4; x is the row operand. Quadpair q takes every fourth
+// 16 bytes of codes, so that a load covers 64 contiguous bytes of each row, and its own sums over them; the
+// quadpairs' sums meet at the end. Integers become halves by the exponent trick (Kim et al., "Who Says
+// Elephants Can't Run", 2022): OR-ing q into the mantissa of 1024 gives 1024 + q. The nibbles that share a
+// word of the result are columns 0, 2 and 1, 3 of four, so x waits in shared memory in that order.
+//
+// A block has 64 rows of W. It walks over panels of PANEL steps of columns: x's operands and the panel's
+// scales go to shared memory, while every warp keeps a panel of its codes in flight.
+#include "bias.cuh"
+#include "quadpair.cuh"
+#include "weight.cuh"
+
+namespace volta {
+
+struct LinearParams {
+    WeightParams w;
+    const u16* x;
+    const i32* x_perm;   // column c of W meets column x_perm[c * perm_stride] of x; null: c
+    const void* bias;    // halves, or floats; null: none
+    u16* out;            // (rows, out), dense
+    float* partial;      // (splits, rows, out) where splits > 1
+    i64 x_row;
+    i32 rows, perm_stride, wide;  // wide: rows of x begin at multiples of 16 bytes and are not permuted
+    i32 bias_is_float, splits;
+};
+
+constexpr i32 QUAD_COLUMNS = 128 / BITS;      // of the 16 bytes that a lane loads
+constexpr i32 STEP = 4 * QUAD_COLUMNS;
+constexpr i32 PANEL = 4;                      // steps
+constexpr i32 COLUMNS = PANEL * STEP;
+constexpr i32 OPERANDS = QUAD_COLUMNS / 8;    // 128-bit words of x a lane needs for a step: two operands each
+// Entries of a group lie 8 banks behind those of the one before: four quadpairs that read four groups of the
+// same rows meet no bank twice.
+constexpr u32 GROUP_PITCH = (64 + 4) * 8;
+constexpr u32 X_BYTES = PANEL * 2 * OPERANDS * 512;
+
+// Columns c..c+7 of a row of x, those behind the last 0. Loads of a permuted row do not wait for one another.
+VOLTA_DEVICE Word4 load_x(const LinearParams& p, i32 row, i32 c) {
+    if (row >= p.rows || c >= p.w.in) return {0, 0, 0, 0};
+    const u16* const x = p.x + row * p.x_row;
+    if (p.wide) return ldg(reinterpret_cast<const Word4*>(x + c));
+    i32 from[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) from[i] = c + i < p.w.in ? c + i : p.w.in - 1;
+    if (p.x_perm) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) from[i] = ldg(p.x_perm + static_cast<i64>(from[i]) * p.perm_stride);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) from[i] = from[i] < 0 ? 0 : from[i] < p.w.in ? from[i] : p.w.in - 1;
+    }
+    u32 h[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) h[i] = ldg(x + from[i]);
+    return {h[0] | h[1] << 16, h[2] | h[3] << 16, h[4] | h[5] << 16, h[6] | h[7] << 16};
+}
+
+// x of a panel as row operands, 8 rows each, in the order in which lanes read them: free of conflicts.
+VOLTA_DEVICE void store_x(const LinearParams& p, u32 base, i32 first_row, i32 operands, i32 panel) {
+    const u32 lane = lane_index();
+    for (u32 unit = warp_index(); unit < static_cast<u32>(PANEL * 2 * operands); unit += 8) {
+        const u32 part = unit % 2;
+        const u32 m = unit / 2 % operands;
+        const u32 step = unit / 2 / operands;
+        const i32 row = first_row + static_cast<i32>(m * 8 + operand_row(lane));
+        const i32 quad = panel * COLUMNS + static_cast<i32>(step) * STEP + static_cast<i32>(quadpair(lane)) * QUAD_COLUMNS;
+        const u32 to = base + (step * 2 + m) * OPERANDS * 512 + lane * 16;
+        const Word4 low = load_x(p, row, quad + static_cast<i32>(part) * 8);
+#if BITS == 4
+        const Word4 high = load_x(p, row, quad + 16 + static_cast<i32>(part) * 8);
+        sts128(to + part * 1024, {byte_permute(low.x, low.y, 0x5410), byte_permute(low.x, low.y, 0x7632),
+                                  byte_permute(high.x, high.y, 0x5410), byte_permute(high.x, high.y, 0x7632)});
+        sts128(to + part * 1024 + 512, {byte_permute(low.z, low.w, 0x5410), byte_permute(low.z, low.w, 0x7632),
+                                        byte_permute(high.z, high.w, 0x5410), byte_permute(high.z, high.w, 0x7632)});
+#else
+        sts128(to + part * 512, low);
+#endif
+    }
+}
+
+// Scales and minima of a panel, as two halves and what those leave of a float.
+VOLTA_DEVICE void store_grids(const WeightParams& w, u32 base, i32 first_row, i32 first_group, i32 groups) {
+    for (i32 i = static_cast<i32>(thread_index()); i < groups * 64; i += 256) {
+        const i32 row = first_row + i % 64;
+        const Grid grid = group_grid(w, row < w.out ? row : w.out - 1, first_group + i / 64);
+        const u32 rough = pack_half2(grid.scale, grid.min);
+        const u32 rest = pack_half2(grid.scale - low_half(rough), grid.min - high_half(rough));
+        sts64(base + i / 64 * GROUP_PITCH + i % 64 * 8, {rough, rest});
+    }
+}
+
+// 16 bytes of a row's codes.
+VOLTA_DEVICE Word4 load_codes(const WeightParams& w, const u8* row, i32 c) {
+    Word4 codes{0, 0, 0, 0};
+    if (c < w.in) codes = ldg128_stream(row + c * BITS / 8);
+    return codes;
+}
+
+// x / group_size for x < 2^22.
+VOLTA_DEVICE i32 groups_before(i32 x, float inverse_group_size) {
+    return static_cast<i32>((static_cast<float>(x) + 0.5f) * inverse_group_size);
+}
+
+// w = scale q + min of two values, rounded once; with floats, once more for what the halves left.
+struct Dequantizer {
+    u32 scale, min, scale_rest, min_rest;
+    bool has_rest;
+};
+VOLTA_DEVICE Dequantizer dequantizer(Word2 grid, bool has_rest) {
+    return {byte_permute(grid.x, grid.x, 0x1010), byte_permute(grid.x, grid.x, 0x3232),
+            byte_permute(grid.y, grid.y, 0x1010), byte_permute(grid.y, grid.y, 0x3232), has_rest};
+}
+VOLTA_DEVICE u32 dequantize(const Dequantizer& d, u32 q) {
+    const u32 rough = half2_fma(q, d.scale, d.min);
+    return d.has_rest ? half2_add(rough, half2_fma(q, d.scale_rest, d.min_rest)) : rough;
+}
+
+// A word of codes as two column operands.
+VOLTA_DEVICE void column_operands(Word2 (&b)[2], u32 codes, const Dequantizer& d) {
+#if BITS == 4
+    constexpr u32 MASKED_OR = 0xea;  // a & b | c
+    const u32 odd = codes >> 8;
+    const u32 low_even = half2_sub(lop3<MASKED_OR>(codes, 0x000f000f, 0x64006400), 0x64006400);
+    const u32 low_odd = half2_sub(lop3<MASKED_OR>(odd, 0x000f000f, 0x64006400), 0x64006400);
+    // (1024 + 16 q) / 16 - 64
+    const u32 high_even = half2_fma(lop3<MASKED_OR>(codes, 0x00f000f0, 0x64006400), 0x2c002c00, 0xd400d400);
+    const u32 high_odd = half2_fma(lop3<MASKED_OR>(odd, 0x00f000f0, 0x64006400), 0x2c002c00, 0xd400d400);
+    b[0] = {dequantize(d, low_even), dequantize(d, low_odd)};
+    b[1] = {dequantize(d, high_even), dequantize(d, high_odd)};
+#else
+    const u32 shifted = codes ^ 0x80808080;  // q + 128; 1024 + that minus 1152
+    b[0] = {dequantize(d, half2_sub(byte_permute(shifted, 0x64646464, 0x4140), 0x64806480)),
+            dequantize(d, half2_sub(byte_permute(shifted, 0x64646464, 0x4342), 0x64806480))};
+    b[1] = b[0];
+#endif
+}
+
+}  // namespace volta
+
+using namespace volta;
+
+// Grid: (row tiles * ceil(out / 64), splits); the row tiles of the same weights are neighbours.
+VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
+    const u32 lane = lane_index();
+    const i32 row_tiles = (p.rows + 15) / 16;
+    const i32 first_row = static_cast<i32>(block_x()) % row_tiles * 16;
+    const i32 first_n = static_cast<i32>(block_x()) / row_tiles * 64;
+    const i32 operands = p.rows - first_row > 8 ? 2 : 1;
+    const i32 my_n = static_cast<i32>(warp_index() * 8 + operand_row(lane));
+    const i32 codes_n = first_n + my_n < p.w.out ? first_n + my_n : p.w.out - 1;
+    const u8* const codes_row = p.w.codes + codes_n * p.w.codes_row;
+    const u32 grids = shared_base() + X_BYTES;
+
+    const i32 panels = (p.w.in + COLUMNS - 1) / COLUMNS;
+    const i32 share = (panels + p.splits - 1) / p.splits;
+    const i32 begin = static_cast<i32>(block_y()) * share;
+    const i32 end = begin + share < panels ? begin + share : panels;
+    const i32 my_quad = static_cast<i32>(quadpair(lane)) * QUAD_COLUMNS;
+
+    const float inverse = 1.0f / static_cast<float>(p.w.group_size);
+
+    float sums[2][8] = {};
+    Word4 codes[PANEL];
+#pragma unroll
+    for (int t = 0; t < PANEL; ++t) codes[t] = load_codes(p.w, codes_row, begin * COLUMNS + t * STEP + my_quad);
+#pragma unroll 1
+    for (i32 panel = begin; panel < end; ++panel) {
+        const i32 first = panel * COLUMNS;
+        const i32 last = first + COLUMNS < p.w.in ? first + COLUMNS - 1 : p.w.in - 1;
+        const i32 first_group = (first + p.w.group_offset) / p.w.group_size;
+        const i32 inside = first + p.w.group_offset - first_group * p.w.group_size;  // of the first group
+        store_x(p, shared_base(), first_row, operands, panel);
+        store_grids(p.w, grids, first_n, first_group, groups_before(last - first + inside, inverse) + 1);
+        barrier();
+#pragma unroll
+        for (int t = 0; t < PANEL; ++t) {
+            const i32 c = first + t * STEP + my_quad;
+            const i32 group = groups_before((c < p.w.in ? c : last) - first + inside, inverse);
+            const Dequantizer d = dequantizer(lds64(grids + group * GROUP_PITCH + my_n * 8), p.w.scale_is_float);
+            const u32 words[4] = {codes[t].x, codes[t].y, codes[t].z, codes[t].w};
+            codes[t] = load_codes(p.w, codes_row, panel + 1 < end ? c + COLUMNS : p.w.in);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                Word2 b[2];
+                column_operands(b, words[j], d);
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    if (m == operands) continue;
+                    const u32 at = shared_base() + (t * 2 + m) * OPERANDS * 512 + lane * 16;
+#if BITS == 4
+                    const Word4 x = lds128(at + j * 512);
+                    mma_rc(sums[m], {x.x, x.y}, b[0]);
+                    mma_rc(sums[m], {x.z, x.w}, b[1]);
+#else
+                    const Word4 x = lds128(at + j / 2 * 512);
+                    mma_rc(sums[m], j % 2 ? Word2{x.z, x.w} : Word2{x.x, x.y}, b[0]);
+#endif
+                }
+            }
+        }
+        barrier();
+    }
+
+    // Each quadpair writes one pair of columns.
+    const u32 mine = quadpair(lane);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+        if (m == operands) continue;
+        float pair[2] = {};
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) {
+            sums[m][i] += shuffle_xor(sums[m][i], 4);
+            sums[m][i] += shuffle_xor(sums[m][i], 8);
+            if (i / 2 == mine) pair[i % 2] = sums[m][i];
+        }
+        const i32 row = first_row + m * 8 + static_cast<i32>(accumulator_row(lane, mine & 1));
+        if (row >= p.rows) continue;
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+            const i32 n = first_n + static_cast<i32>(warp_index() * 8 + accumulator_column(lane, mine * 2 + i));
+            if (n >= p.w.out) continue;
+            const i64 to = static_cast<i64>(row) * p.w.out + n;
+            if (p.splits > 1) {
+                stg(p.partial + block_y() * static_cast<i64>(p.rows) * p.w.out + to, pair[i]);
+            } else {
+                stg(p.out + to, to_half(pair[i] + bias(p.bias, p.bias_is_float, n)));
+            }
+        }
+    }
+}

@@ -1,0 +1,203 @@
+"""The adapter: when the backend is usable, which calls it takes, what it refuses before any launch."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from cuda_volta import driver, nvrtc, runtime
+from fastattn import UnsupportedError, dispatch
+from fastattn.attention import build_args
+from fastattn.backends import volta
+from fastattn.spec import AttentionArgs
+from tests.api.cases import HEAD_DIMS, LAYOUTS, int32, random_case
+from tests.api.test_attention import check
+
+PAGED = {"block_table": int32([[0, 1], [2, 3]]), "cache_seqlens": int32([20, 32])}
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).half()
+
+
+def reasons(dtype: torch.dtype = torch.float16, k: int = 64, v: int = 64, **options: Any) -> list[str]:
+    """Why the backend would refuse a call with these head dims."""
+    q, key, value = (torch.zeros(1, 2, 2, d, dtype=dtype) for d in (k, k, v))
+    signature = build_args(q, key, value, **options).signature()
+    return dispatch.reasons_against("volta", "attention", signature)
+
+
+# ------------------------------------------------------------------------------------------ availability
+def test_without_a_gpu_it_says_what_would_emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(volta, "_EMULATED", False)
+    expected = "torch sees no NVIDIA GPU (FASTATTN_EMULATE=volta runs the kernels on the CPU)"
+    assert volta.BACKEND.available() == [expected]
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Compute capabilities of the GPUs that torch sees; their driver is CUDA 12.2."""
+    found: list[tuple[int, int]] = []
+    monkeypatch.setattr(volta, "_EMULATED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(found))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found[device.index])
+    monkeypatch.setattr(driver, "driver", lambda: SimpleNamespace(version_text="12.2"))
+    monkeypatch.setattr(runtime, "nvrtc", lambda: SimpleNamespace(version=(12, 9), path="libnvrtc.so.12"))
+    return found
+
+
+def test_the_gpus_that_it_runs_on(gpus: list[tuple[int, int]]) -> None:
+    for capability in ((7, 0), (7, 2)):
+        gpus[:] = [capability]
+        assert volta.BACKEND.available() == []
+    gpus[:] = [(6, 1)]
+    old = "compute capability 6.1, the Volta kernels are for 7.0 and 7.2"
+    assert volta.BACKEND.available() == [f"cuda:0: {old}"]
+    gpus[:] = [(6, 1), (9, 0)]
+    newer = "compute capability 9.0, the Volta kernels are for 7.0 and 7.2 (newer GPUs can run their PTX, for"
+    assert volta.BACKEND.available() == [f"cuda:0: {old}", f"cuda:1: {newer} testing)"]
+    gpus.append((7, 0))
+    assert volta.BACKEND.available() == []
+    assert volta.device_reasons(torch.device("cuda", 0)) == [old]
+    assert volta.device_reasons(torch.device("cuda", 2)) == []
+
+
+def test_a_setting_allows_newer_gpus(gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volta, "settings", SimpleNamespace(volta_ptx=True))
+    gpus[:] = [(9, 0), (6, 1)]
+    assert volta.BACKEND.available() == []
+    assert volta.device_reasons(torch.device("cuda", 1)) != []
+    monkeypatch.setattr(volta, "settings", SimpleNamespace(volta_ptx=False))
+    assert len(volta.BACKEND.available()) == 2
+
+
+def test_neither_kernels_nor_compiler(gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise nvrtc.NvrtcMissing("only NVRTC 13.1 was found")
+
+    monkeypatch.setattr(runtime, "nvrtc", missing)
+    gpus[:] = [(7, 0)]
+    assert volta.BACKEND.available() == ["cuda:0: only NVRTC 13.1 was found"]
+    monkeypatch.setattr(runtime, "has_shipped", lambda arch: arch == "sm_70")
+    assert volta.BACKEND.available() == []
+    facts = volta.BACKEND.describe()
+    assert facts["kernels"] == "shipped for sm_70"
+    assert "NVRTC" not in facts
+
+
+def test_info_says_where_kernels_come_from(gpus: list[tuple[int, int]]) -> None:
+    gpus[:] = [(7, 0)]
+    expected = {"kernels": "compiled at first use", "NVRTC": "12.9 (libnvrtc.so.12)", "driver": "CUDA 12.2"}
+    assert volta.BACKEND.describe() == expected | {"PTX on newer GPUs": "no"}
+
+
+def test_info_of_an_emulated_backend() -> None:
+    environment = {**os.environ, "FASTATTN_EMULATE": "volta"}
+    command = [sys.executable, "-m", "fastattn", "info"]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    (line,) = (line.split() for line in out.splitlines() if line.startswith("  volta "))
+    assert " ".join(line).startswith("volta yes kernels: emulated on the CPU, built by ")
+
+
+# ------------------------------------------------------------------------------------------ what it takes
+@pytest.mark.usefixtures("emulated")
+def test_every_field_but_the_layout_is_taken() -> None:
+    features = dispatch.op_table("volta")["attention"].features
+    assert features == set(AttentionArgs._field_defaults) - {"kv_layout"}
+    assert reasons() == []
+    assert reasons(k=256, v=8) == []
+    assert reasons(kv_layout="npu_nz") == ["kv_layout is not supported"]
+
+
+@pytest.mark.usefixtures("emulated")
+def test_what_it_refuses_says_why() -> None:
+    (bfloat16,) = reasons(torch.bfloat16)
+    assert "Volta has no bfloat16" in bfloat16
+    assert ".half()" in bfloat16
+    assert reasons(torch.float32) == ["dtype torch.float32, it takes torch.float16"]
+    assert reasons(k=257) == ["head_dim 257, it takes at most 256"]
+    assert reasons(v=264) == ["head_dim of v 264, it takes at most 256"]
+    narrow = torch.zeros(1, 2, 2, 64, dtype=torch.int8)
+    scaled = build_args(half(1, 2, 2, 64), narrow, narrow, k_scale=torch.ones(2), v_scale=torch.ones(2))
+    expected = ["k and v are torch.int8, it takes torch.float16"]
+    assert dispatch.reasons_against("volta", "attention", scaled.signature()) == expected
+
+
+@pytest.mark.usefixtures("emulated")
+def test_bfloat16_is_refused_to_the_caller_with_the_way_out() -> None:
+    q = torch.zeros(1, 2, 2, 64, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedError, match=r"Volta has no bfloat16; convert with \.half\(\)"):
+        fastattn.attention(q, q, q, backend="volta")
+
+
+@pytest.mark.toolchain
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_random_calls_through_the_package(layout: str) -> None:
+    """A few of each layout: what the wrappers' own tests have in full, through `fastattn.attention`."""
+    dims = random.Random(layout)  # noqa: S311
+    for seed in range(3):
+        check(random_case(seed, layout, torch.float16, dims.choice(HEAD_DIMS)), "volta")
+
+
+# ------------------------------------------------------------------------------------------ bad input
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({**PAGED, "block_table": int32([[0, 4], [2, 3]])}, r"block_table\[0\]: values 0..4, expected 0..3"),
+        ({**PAGED, "block_table": int32([[0, 1], [-1, 3]])}, r"block_table\[1\]: values -1..3"),
+        ({**PAGED, "cache_seqlens": int32([20, 33])}, r"cache_seqlens: values 20..33, expected 0..32"),
+        ({**PAGED, "cache_seqlens": int32([-1, 3])}, r"cache_seqlens: values -1..3"),
+        ({**PAGED, "cache_leftpad": int32([0, -3])}, r"cache_leftpad: values -3..0"),
+        ({"cache_seqlens": int32([17, 2])}, r"cache_seqlens: values 2..17, expected 0..16"),
+        ({"cache_batch_idx": int32([0, 4])}, r"cache_batch_idx: values 0..4, expected 0..3"),
+    ],
+    ids=lambda value: value[:14] if isinstance(value, str) else "",
+)
+def test_indices_outside_are_refused_before_a_launch(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any) -> None:
+        raise AssertionError("a kernel was loaded")
+
+    monkeypatch.setattr("cuda_volta.decode.load", never)
+    monkeypatch.setattr("cuda_volta.prefill.load", never)
+    k = half(4, 16, 1, 8) if "cache_seqlens" not in options or "block_table" in options else half(2, 16, 1, 8)
+    with pytest.raises(ValueError, match=message):
+        fastattn.attention(half(2, 3, 2, 8), k, k, backend="volta", **options)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_tensors_on_several_devices_are_refused() -> None:
+    q, elsewhere = half(1, 3, 2, 8), torch.zeros(1, 3, 2, 8, dtype=torch.float16, device="meta")
+    with pytest.raises(ValueError, match="k: on meta, q is on cpu"):
+        fastattn.attention(q, elsewhere, q, backend="volta")
+
+
+@pytest.mark.toolchain
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("shift", [1, 3, 4])
+def test_misaligned_tensors_are_read_right(rows: int, shift: int) -> None:
+    """Rows that begin between 16-byte boundaries: another kernel reads them, none faults."""
+
+    def misaligned(*shape: int) -> torch.Tensor:
+        n = torch.Size(shape).numel()
+        return half(n + shift)[shift:].view(shape)
+
+    q, k, v = misaligned(1, rows, 2, 64), misaligned(1, 50, 1, 64), misaligned(1, 50, 1, 64)
+    assert q.data_ptr() % 16
+    expected = fastattn.attention(q, k, v, causal=True, backend="reference")
+    out = fastattn.attention(q, k, v, causal=True, backend="volta")
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-3)
