@@ -29,12 +29,13 @@ def dequantized(
     g_idx,
     group_size,
     group_offset,
+    first,  # of the columns; read when ONE_GROUP
     ONE_GROUP: tl.constexpr,  # all columns of the tile are in one
 ):
     """float32 (R, C); 0 outside of the matrix."""
     inside = (rows < out_rows)[:, None] & (columns < inn)[None, :]
     if ONE_GROUP:
-        group = (tl.min(columns, 0) + group_offset) // group_size
+        group = (first + group_offset) // group_size
         at = rows * stride_scales + group
         scale = tl.load(scales + at, mask=rows < out_rows, other=0.0).to(tl.float32)[:, None]
         if mins is not None:

@@ -33,7 +33,8 @@ VOLTA_KERNEL(combine, 256, 4)(AttentionParams p) {
     float out[2][4] = {};
     for (i32 first = 0; first < p.splits; first += 32) {
         const i32 mine = first + static_cast<i32>(lane);
-        const float weight = mine < p.splits && !empty ? exp2_approx(ldg(p.partial_lse + place + mine) - top) : 0.0f;
+        const float weight =
+            mine < p.splits && !empty ? exp2_approx(ldg(p.partial_lse + place + mine) - top) : 0.0f;
         for (i32 i = first; i < p.splits && i < first + 32; ++i) {
             const float w = shuffle(weight, static_cast<u32>(i - first));
             sum += w;

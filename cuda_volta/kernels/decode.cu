@@ -3,8 +3,8 @@
 // The query heads of a KV head times the queries are packed into 16 rows (two 8-row operands). A warp takes
 // tiles of BLOCK_K keys on its own: no barrier, and no shared memory but Q's, until the 8 warps merge. A
 // quadpair (lanes 4q..4q+3 and 16+4q..19+4q) owns
-//   of K  the same 8 keys as the others and 8 of every 32 elements: 64 contiguous bytes of a key per load, and
-//         the four partial scores are added across quadpairs;
+//   of K  the same 8 keys as the others and 8 of every 32 elements: 64 contiguous bytes of a key per load,
+//         and the four partial scores are added across quadpairs;
 //   of V  16 of every 64 columns: 128 contiguous bytes of a row per load, and the output needs no addition.
 // Both operands are 16 bytes a lane as they come from memory (PTX ISA, fragments of mma.m8n8k4): K is the
 // column operand, two steps of 4 elements; V the row operand, two tiles of 8 columns, which are
@@ -15,8 +15,8 @@
 
 namespace volta {
 
-constexpr int GROUPS = BLOCK_K / 8;            // of keys, one 8x8 tile of scores each
-constexpr int K_CHUNKS = HEAD_DIM / 32;        // elements of a key that one load covers
+constexpr int GROUPS = BLOCK_K / 8;             // of keys, one 8x8 tile of scores each
+constexpr int K_CHUNKS = HEAD_DIM / 32;         // elements of a key that one load covers
 constexpr int V_CHUNKS = (HEAD_DIM + 63) / 64;  // columns of a value that one load covers
 constexpr u32 CHUNK_BYTES = 512;
 // The next tile's keys are on their way during the softmax, unless the output leaves no registers for them.
@@ -231,7 +231,7 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
         const i64 place = packed_place(p, k.seq, k.batch, at) * p.splits + block_y();
         if (mine && column == 0) stg(p.partial_lse + place, lse);
         float* const out = p.partial_out + place * p.partial_width;
-        merge_outputs(o, rows, merging, second, mine, [&](int c, const float(&x)[4]) {
+        merge_outputs(o, rows, merging, second, mine, [&](int c, const float (&x)[4]) {
             const Word4 bits{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])};
             if (c * 64 + column < p.v_head_dim) stg(reinterpret_cast<Word4*>(out + c * 64 + column), bits);
         });
@@ -240,7 +240,7 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
         const float factor = p.v_scale ? sunk.factor * ldg(p.v_scale + k.kv_head) : sunk.factor;
         u16* const out = out_row(p, k.seq, k.batch, at);
         if (mine && column == 0) write_lse(p, k.seq, k.batch, at, sunk.lse);
-        merge_outputs(o, rows, merging, second, mine, [&](int c, float(&x)[4]) {
+        merge_outputs(o, rows, merging, second, mine, [&](int c, float (&x)[4]) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) x[i] *= factor;
             write_halves(p, out, c * 64 + column, x);

@@ -114,8 +114,8 @@ VOLTA_DEVICE void scale_scores(float (&s)[GROUPS][8], const ScoreScale& scale) {
 // Scores of rows 8 m.. and keys tile.. become probabilities relative to each row's maximum so far; `rescale`
 // brings what was summed before to that maximum.
 template <int GROUPS>
-VOLTA_DEVICE void online_softmax(float (&s)[GROUPS][8], LaneRow (&rows)[2], float (&rescale)[2], u32 bands, int m,
-                                 i32 tile) {
+VOLTA_DEVICE void online_softmax(float (&s)[GROUPS][8], LaneRow (&rows)[2], float (&rescale)[2], u32 bands,
+                                 int m, i32 tile) {
     const u32 lane = lane_index();
     float top[2] = {rows[0].max, rows[1].max};
 #pragma unroll

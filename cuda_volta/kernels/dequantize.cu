@@ -6,9 +6,9 @@ namespace volta {
 
 struct DequantizeParams {
     WeightParams w;
-    const i64* ids;      // row of W for each row of out, clamped; null: first_row + the row
-    const i32* x_perm;   // column c of W goes to column x_perm[c * perm_stride]; null: to c
-    u16* out;            // (rows, in), dense
+    const i64* ids;     // row of W for each row of out, clamped; null: first_row + the row
+    const i32* x_perm;  // column c of W goes to column x_perm[c * perm_stride]; null: to c
+    u16* out;           // (rows, in), dense
     i64 rows, first_row;
     i32 perm_stride, wide;
 };

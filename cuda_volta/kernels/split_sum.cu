@@ -6,8 +6,8 @@ namespace volta {
 struct SplitSumParams {
     const float* partial;  // (splits, rows, out)
     const void* bias;
-    u16* out;              // (rows, out)
-    i64 size;              // rows * out
+    u16* out;  // (rows, out)
+    i64 size;  // rows * out
     i32 width, splits, bias_is_float;
 };
 
