@@ -11,6 +11,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 PEERS := .venv-peers
+ASCEND := .venv-ascend
 # Tests start more ranks and threads than there are cores: threads that wait must not spin meanwhile.
 PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest
 
@@ -23,7 +24,7 @@ GPU_STAMP := $(VENV)/.stamp-gpu
 NATIVE := $(shell find fastattn/native -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test test-all bench-peers lint wheel clean cross-tools
+.PHONY: help setup bench test test-all bench-peers lint wheel clean cross-tools ascend-tools
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -69,7 +70,24 @@ test: setup ## everything that needs only the CPU (under 10 minutes)
 	$(PYTEST) $(PYTEST_FLAGS)
 
 test-all: setup cross-tools $(GPU_STAMP) ## also slow tests, network namespaces, cross builds, GPU and NPU kernels emulated
+	@$(MAKE) --no-print-directory ascend-tools || { \
+	    echo "WARNING: $(ASCEND) could not be made (see above)."; \
+	    echo "WARNING: Ascend's kernels will NOT be checked against the vendor's compiler and operators."; }
 	$(PYTEST) -m '' $(PYTEST_FLAGS)
+
+# triton-ascend installs as `triton`, hence the venv of its own. torch_npu cannot be imported without CANN's libraries
+# and so lies beside it, for the tests that bring stubs of those.
+ascend-tools: $(ASCEND)/.stamp ## .venv-ascend: Ascend's compiler and operators, without an NPU
+
+$(ASCEND)/.stamp: Makefile
+	@echo "installing triton-ascend, the planner of its compiler, and torch_npu into $(ASCEND)"
+	@$(PYTHON) -m venv $(ASCEND)
+	@$(ASCEND)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 'numpy<2' pybind11 einops
+	@$(ASCEND)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+	    triton-ascend==3.2.0 ascendnpu-ir==1.2.0
+	@$(ASCEND)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade \
+	    --target $(ASCEND)/torch-npu torch-npu==2.13.0
+	@touch $@
 
 # Tests that need one of these say so when they skip.
 cross-tools:
@@ -104,6 +122,6 @@ wheel: $(VENV_STAMP) ## build a wheel for this machine into dist/
 	@ls -l dist/*.whl
 
 clean: ## remove .venv, build products and caches
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(ASCEND) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f fastattn/native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

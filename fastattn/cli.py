@@ -1,4 +1,4 @@
-"""The command line: ``fastattn generate``, ``plan``, ``quantize`` and ``info``."""
+"""The command line: ``fastattn generate``, ``plan``, ``quantize``, ``tune`` and ``info``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from . import __version__, cli_plan, cli_quantize, info
+from . import __version__, cli_plan, cli_quantize, cli_tune, info
 from .cli_types import shares
 from .parallel import group as ranks
 from .spec import CacheFull, SyncError, TPGroup
@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     info.add_arguments(report)
     cli_quantize.add_arguments(commands.add_parser("quantize", help="make a GPTQ checkpoint of a model"))
     cli_plan.add_arguments(commands.add_parser("plan", help="measure the ranks and plan their sums"))
-    run = {"generate": _generate, "plan": cli_plan.main, "quantize": cli_quantize.main, "info": info.main}
+    cli_tune.add_arguments(commands.add_parser("tune", help="measure tiles of GPU kernels and remember them"))
+    run = {
+        "generate": _generate, "plan": cli_plan.main, "quantize": cli_quantize.main, "tune": cli_tune.main,
+        "info": info.main,
+    }  # fmt: skip
     args = parser.parse_args(argv)
     try:
         status = run[args.command](args)

@@ -192,7 +192,7 @@ def combine_kernel(
             m = tl.load(sinks + heads, mask=rows < count, other=0.0).to(tl.float32)
             l += 1.0
         acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
-        for split in range(0, splits):
+        for split in range(splits):
             base = (tl.cast(pair, tl.int64) * splits + split) * count
             weight = tl.load(part_lse + base + rows, mask=rows < count, other=HIDDEN)
             tile = tl.load(

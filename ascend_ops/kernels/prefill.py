@@ -103,7 +103,7 @@ def prefill_kernel(
     edge_columns = tl.arange(0, EDGE_K)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
-    for turn in range(0, rounds):
+    for turn in range(rounds):
         item = turn * cores + tl.where(turn % 2 == 0, core, cores - 1 - core)
         h = item % heads
         b = item // heads % batch
@@ -166,7 +166,7 @@ def prefill_kernel(
         acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
 
         if (attn_mask is None) and (alibi_slopes is None):
-            for n in range(0, full):
+            for n in range(full):
                 slot = full_lo + n * BLOCK_K
                 k_offset = block_offset(
                     b, slot, block_table, stride_table, rows_k, page_size, stride_kb, stride_ks
@@ -184,7 +184,7 @@ def prefill_kernel(
                 )
                 acc += tl.dot(p.to(v_tile.dtype), v_tile)
 
-        for n in range(0, edges):
+        for n in range(edges):
             block = origin + n * EDGE_K + tl.where(n >= before, skipped, 0)
             slot = tl.maximum(block, lo)
             present = tl.minimum(stop, block + EDGE_K) - slot

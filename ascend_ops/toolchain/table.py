@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ..attention import attention
-from ..chips import CHIPS
 from .client import call_all
 from .instances import Instance, recording
 
@@ -35,7 +34,7 @@ class Call(NamedTuple):
     group: int = 4
     dtype: torch.dtype = torch.float16
     page: int = 0
-    options: Mapping[str, Any] = {}  # noqa: RUF012 - empty and never written
+    options: Mapping[str, Any] = {}
 
     def instances(self) -> list[Instance]:
         """The kernels that the call launches, with their constants."""

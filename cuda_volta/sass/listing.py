@@ -72,7 +72,7 @@ class Function(NamedTuple):
 
 
 def read(cubin: Path | str) -> dict[str, Function]:
-    """The functions of a cubin by mangled name. Raises ToolMissing, or ValueError where nvdisasm refuses it."""
+    """The functions of a cubin by mangled name. Raises ToolMissing; ValueError where nvdisasm refuses."""
     done = subprocess.run(
         [tools.find("nvdisasm"), "-hex", str(cubin)], capture_output=True, text=True, check=False
     )

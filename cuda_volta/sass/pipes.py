@@ -1,11 +1,11 @@
 """The pipe bound: how busy a main loop keeps each pipe of an SM sub-core, from its machine code alone.
 
-The busiest pipe bounds a kernel: tensor / busiest is the highest share of the tensor cores' peak that its code
-can reach. Dependencies, barriers, bank conflicts and the instruction cache come on top (`simulate`).
+The busiest pipe bounds a kernel: tensor / busiest is the highest share of the tensor cores' peak that its
+code can reach. Dependencies, barriers, bank conflicts and the instruction cache come on top (`simulate`).
 
 Sources of the rates: NVIDIA's "Tesla V100 GPU Architecture" whitepaper (units of a sub-core), the CUDA C++
-Programming Guide (arithmetic throughput of compute capability 7.0), and Jia et al., "Dissecting the NVIDIA Volta
-GPU Architecture via Microbenchmarking" (2018).
+Programming Guide (arithmetic throughput of compute capability 7.0), and Jia et al., "Dissecting the NVIDIA
+Volta GPU Architecture via Microbenchmarking" (2018).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _MEMORY = ("LDS", "STS", "LDG", "STG", "LDL", "STL", "LD", "ST", "LDC")
 _ROUTED = ("SHFL", "RED", "ATOM", "ATOMG", "ATOMS")
 _FMA = ("FFMA", "FADD", "FMUL", "IMAD")
 _NONE = (
-    "BAR", "DEPBAR", "MEMBAR", "NOP", "BRA", "EXIT", "BSSY", "BSYNC", "WARPSYNC", "RET", "CALL", "BMOV", "BREAK",
-    "YIELD", "ERRBAR", "CCTL", "BRX", "KILL",
+    "BAR", "DEPBAR", "MEMBAR", "NOP", "BRA", "EXIT", "BSSY", "BSYNC", "WARPSYNC", "RET", "CALL", "BMOV",
+    "BREAK", "YIELD", "ERRBAR", "CCTL", "BRX", "KILL",
 )  # fmt: skip
 
 
 def pipe(item: Instruction) -> tuple[str, int]:
-    """The pipe an instruction keeps busy and for how many of a sub-core's cycles; ("", 0): only the issue slot.
+    """The pipe an instruction keeps busy and for how many of a sub-core's cycles; ("", 0): none.
 
     tensor: one HMMA.884 step; fma: FP32, FP16 and IMAD on 16 lanes; alu: the other integers, logic, moves and
-    compares on 16 lanes; xu: MUFU and conversions on 4 lanes; mio: 128 bytes a cycle, one port for `SUB_CORES`;
-    fp64: 8 lanes.
+    compares on 16 lanes; xu: MUFU and conversions on 4 lanes; mio: 128 bytes a cycle, one port for
+    `SUB_CORES`; fp64: 8 lanes.
     """
     base = item.base
     if base == "HMMA":
@@ -128,9 +128,9 @@ def static_tally(function: Function, macs_per_warp: float) -> Tally | None:
     """The tally of one K/V tile, of which a warp does ``macs_per_warp`` multiply-adds.
 
     Straight-line code counts once, branches included (so a bound in the kernel's disfavour where it skips
-    code). Each innermost loop with HMMA gets an equal share of the multiply-adds the straight-line code leaves;
-    a loop without HMMA counts once. A main loop without inner ones may handle several tiles a trip. None: no loop
-    holds HMMA.
+    code). Each innermost loop with HMMA gets an equal share of the multiply-adds the straight-line code
+    leaves; a loop without HMMA counts once. A main loop without inner ones may handle several tiles a trip.
+    None: no loop holds HMMA.
     """
     found = main_loop(function)
     if found is None:

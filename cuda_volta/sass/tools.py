@@ -18,7 +18,7 @@ class ToolMissing(RuntimeError):
 
 @functools.cache
 def find(tool: str) -> str:
-    """The path of ``nvdisasm`` or ``cuobjdump``: $NVDISASM or $CUOBJDUMP, a Triton wheel's, or a CUDA 12 toolkit's.
+    """The path of ``nvdisasm`` or ``cuobjdump``: of $NVDISASM or $CUOBJDUMP, Triton, or a CUDA 12 toolkit.
 
     Raises ToolMissing that lists what was found and how to get one.
     """

@@ -33,16 +33,18 @@ def reasons_against_emulating(name: str) -> list[str]:
     if not interpreting():
         why = "Triton was imported before, and compiles: set TRITON_INTERPRET=1 before Python starts"
         return [f"FASTATTN_EMULATE names {name}, but {why}"]
-    _repair()
     return []
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels defined in this process are interpreted; imports Triton."""
+    """Whether Triton kernels of this process are interpreted; imports Triton, and repairs its interpreter."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
 
-    return isinstance(tl.max, InterpretedFunction)
+    if not isinstance(tl.max, InterpretedFunction):
+        return False
+    _repair()
+    return True
 
 
 @cache

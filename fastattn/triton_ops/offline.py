@@ -48,7 +48,9 @@ def _source(launch: Launch) -> ASTSource:
     values: dict[str, Any] = dict(zip(names, (*launch.args, *launch.constants), strict=True))
     fixed = set(names[len(launch.args) :])
     unspecialized = {p.name for p in launch.kernel.params if p.do_not_specialize}
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for index, (name, value) in enumerate(values.items()):
         one = isinstance(value, int) and value == 1 and name not in unspecialized
         if name in fixed or value is None or one:
@@ -56,7 +58,7 @@ def _source(launch: Launch) -> ASTSource:
             continue
         if isinstance(value, tuple):
             signature[name] = tuple(map(mangle_type, value))
-            places = {(index, i): v for i, v in enumerate(value)}
+            places: dict[tuple[int, ...], Any] = {(index, i): v for i, v in enumerate(value)}
         else:
             signature[name], places = mangle_type(value), {(index,): value}
         if name not in unspecialized:

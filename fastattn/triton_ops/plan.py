@@ -8,6 +8,7 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ..spec import AttentionArgs
+from . import tuned
 from .device import Chip
 from .tiles import Need, Tile, tile
 
@@ -34,11 +35,12 @@ def plan(a: AttentionArgs, c: Chip) -> Plan:
     group = a.q.shape[-2] // a.k.shape[-2]
     pack = group > 1 and a.max_seqlen_q * group <= DECODE_ROWS
     rows = a.max_seqlen_q * (group if pack else 1)
-    t = tile(c, need(a, rows))
+    wanted = need(a, rows)
+    t = tuned.load(c).get(wanted) or tile(c, wanted)
     t = t._replace(block_m=min(t.block_m, max(16, next_power_of_2(rows))))
     programs = batch(a) * a.q.shape[-2] // (group if pack else 1) * -(-rows // t.block_m)
-    splits = _splits(programs, _keys(a, rows), t.block_n, c.processors)
-    p = Plan(t, pack, splits, c.tma and _takes_descriptors(a, t))
+    splits = _splits(programs, _keys(a, rows), t.block_n, c.processors * _resident(a, t, c))
+    p = Plan(t, pack, splits, c.tma and takes_descriptors(a, t))
     return p._replace(specialize=t.specialize and can_specialize(a, p, c))
 
 
@@ -79,12 +81,17 @@ def _keys(a: AttentionArgs, rows: int) -> int:
     return a.max_seqlen_k if left is None or right is None else min(a.max_seqlen_k, left + right + rows)
 
 
-def _splits(programs: int, keys: int, block_n: int, processors: int) -> int:
-    """Pieces that fill the processors, two programs on each: the fewest within 85 % of the fullest waves.
+def _resident(a: AttentionArgs, t: Tile, c: Chip) -> int:
+    """Programs that a processor's shared memory holds, of two at most: two hide each other's waits."""
+    row = (a.k.shape[-1] + a.v.shape[-1]) * a.k.element_size()
+    return min(2, max(1, c.shared_bytes // (t.block_n * row * max(1, t.num_stages - 1))))
+
+
+def _splits(programs: int, keys: int, block_n: int, slots: int) -> int:
+    """Pieces that fill ``slots`` with programs: the fewest within 85 % of the fullest waves.
 
     The rule of flash-attention's ``num_splits_heuristic``.
     """
-    slots = 2 * processors
     if not programs or programs >= 0.8 * slots:
         return 1
     most = max(1, min(MAX_SPLITS, keys // max(SPLIT_KEYS, block_n)))
@@ -92,7 +99,7 @@ def _splits(programs: int, keys: int, block_n: int, processors: int) -> int:
     return next(n for n, f in enumerate(filled, 1) if f >= 0.85 * max(filled))
 
 
-def _takes_descriptors(a: AttentionArgs, t: Tile) -> bool:
+def takes_descriptors(a: AttentionArgs, t: Tile) -> bool:
     """Whether keys and values can come through tensor descriptors: no block of keys may cross pages."""
     if a.block_table is not None and (a.k.shape[1] % t.block_n or a.cache_leftpad is not None):
         return False

@@ -33,22 +33,23 @@ class Need(NamedTuple):
 
 #: By class: its lowest compute capability and its tiles, (decode, width, itemsize) to tile.
 TILES: dict[int, dict[tuple[bool, int, int], Tile]] = {
+    # Triton 3.3 dropped Turing's tensor cores: products are float32 FMAs, of halves too.
     75: {
-        (False, 64, 2): Tile(64, 64, 4, 2),
-        (False, 128, 2): Tile(64, 32, 4, 2),
-        (False, 256, 2): Tile(32, 16, 4, 2),
+        (False, 64, 2): Tile(32, 32, 4, 1),
+        (False, 128, 2): Tile(32, 16, 4, 1),
+        (False, 256, 2): Tile(16, 16, 4, 1),
         (False, 64, 4): Tile(32, 32, 4, 1),
         (False, 128, 4): Tile(32, 16, 4, 1),
         (False, 256, 4): Tile(16, 16, 4, 1),
-        (True, 64, 2): Tile(64, 64, 4, 2),
-        (True, 128, 2): Tile(64, 32, 4, 2),
-        (True, 256, 2): Tile(32, 16, 4, 2),
+        (True, 64, 2): Tile(32, 32, 4, 1),
+        (True, 128, 2): Tile(32, 16, 4, 1),
+        (True, 256, 2): Tile(16, 16, 4, 1),
         (True, 64, 4): Tile(32, 32, 4, 1),
         (True, 128, 4): Tile(32, 16, 4, 1),
         (True, 256, 4): Tile(16, 16, 4, 1),
     },
     80: {
-        (False, 64, 2): Tile(128, 64, 4, 3),
+        (False, 64, 2): Tile(128, 64, 8, 3),
         (False, 128, 2): Tile(128, 64, 8, 3),
         (False, 256, 2): Tile(64, 32, 8, 2),
         (False, 64, 4): Tile(64, 32, 8, 2),
@@ -82,9 +83,9 @@ TILES: dict[int, dict[tuple[bool, int, int], Tile]] = {
         (False, 64, 4): Tile(64, 32, 8, 2),
         (False, 128, 4): Tile(32, 32, 8, 2),
         (False, 256, 4): Tile(32, 16, 8, 2),
-        (True, 64, 2): Tile(64, 128, 4, 4),
-        (True, 128, 2): Tile(64, 64, 4, 4),
-        (True, 256, 2): Tile(64, 32, 4, 4),
+        (True, 64, 2): Tile(64, 128, 4, 3),
+        (True, 128, 2): Tile(64, 64, 4, 3),
+        (True, 256, 2): Tile(64, 32, 4, 3),
         (True, 64, 4): Tile(32, 64, 4, 3),
         (True, 128, 4): Tile(32, 32, 4, 3),
         (True, 256, 4): Tile(16, 16, 4, 3),

@@ -68,7 +68,8 @@ def test_benchmark_runs_on_it(directory, tmp_path):
     """bench/llm.py, unchanged, with FASTATTN_BACKEND=ascend."""
     records = tmp_path / "records.json"
     arguments = {"--model": directory, "--batch_size": 1, "--input_len": 8, "--output_len": 2, "--warmup": 1,
-                 "--tensor_para_size": 1, "--iterations": 1, "--chat": "", "--json": records, "--inference_data_type": "fp16"}  # fmt: skip
+                 "--tensor_para_size": 1, "--iterations": 1, "--chat": "", "--json": records,
+                 "--inference_data_type": "fp16"}  # fmt: skip
     words = [str(w) for pair in arguments.items() for w in pair]
     environ = os.environ | {
         "FASTATTN_EMULATE": "ascend",

@@ -6,5 +6,6 @@ floating point are skipped. What depends on data in memory is unknown, unless th
 """
 
 from cuda_volta.sass.paths.launch import SKIPPED, Launch, Path, Program, follow
+from cuda_volta.sass.paths.warp import PARAMETERS
 
-__all__ = ["SKIPPED", "Launch", "Path", "Program", "follow"]
+__all__ = ["PARAMETERS", "SKIPPED", "Launch", "Path", "Program", "follow"]

@@ -56,7 +56,8 @@ class Program:
         self.end = {b.first: b.last for b in blocks}
         keep = slices.needed(code, blocks)
         self.computed = {
-            i: (semantics.step(item), _guard(item) if item.guard else None) for i, item in enumerate(code) if keep[i]
+            i: (semantics.step(item), _guard(item) if item.guard else None)
+            for i, item in enumerate(code) if keep[i]
         }  # fmt: skip
         self.memory = {
             i: (ops.address(item), _guard(item), item) for i, item in enumerate(code)
@@ -68,7 +69,11 @@ class Program:
         }  # fmt: skip
         # Within a block, only these need a look; the rest is issued as it stands.
         self.busy = {
-            b.first: [i for i in range(b.first, b.last + 1) if i in self.computed or i in self.memory or i in self.guarded]
+            b.first: [
+                i
+                for i in range(b.first, b.last + 1)
+                if i in self.computed or i in self.memory or i in self.guarded
+            ]
             for b in blocks
         }
 
@@ -140,8 +145,8 @@ class _Follower:
                 if lanes is not UNKNOWN and not lanes.any():
                     costs[index - first] = SKIPPED
             if index in program.computed:
-                step, guard = program.computed[index]
-                step(warp, mask if guard is None else mask & guard(warp))
+                step, condition = program.computed[index]
+                step(warp, mask if condition is None else mask & condition(warp))
         self.indices.append(np.arange(first, last + 1, dtype=np.int32))
         self.costs.append(costs)
         self.length += last + 1 - first
@@ -150,7 +155,7 @@ class _Follower:
         return last
 
     def _access(self, item: Instruction, address: Value, guard: Value, mask: Value) -> int:
-        """SKIPPED, or the wavefronts or sectors of an access; of an unknown address, those of a perfect one."""
+        """SKIPPED, or the wavefronts or sectors of an access; of an unknown address, the fewest."""
         lanes = mask if guard is UNKNOWN else mask & guard
         if not lanes.any():
             return SKIPPED
@@ -214,4 +219,6 @@ class _Follower:
 
 def _bytes(item: Instruction) -> int:
     """That a lane moves."""
-    return next((int(m.lstrip("US")) // 8 for m in item.modifiers if m.lstrip("US") in ("8", "16", "64", "128")), 4)
+    return next(
+        (int(m.lstrip("US")) // 8 for m in item.modifiers if m.lstrip("US") in ("8", "16", "64", "128")), 4
+    )

@@ -16,14 +16,16 @@ Fetch = Callable[["Warp"], Value]
 
 REGISTER = re.compile(r"(?<![\w.])R(\d+)")
 _PREDICATE = re.compile(r"(?<![\w.])P(\d)")
-_SOURCE = re.compile(r"(-|~)?(\|)?(?:R(\d+|Z)|c\[(0x\w+)\]\[(?:R(\d+|Z)\+?)?(-?0x\w+|)\]|(0x\w+))\|?((?:\.\w+)*)")
+_SOURCE = re.compile(
+    r"(-|~)?(\|)?(?:R(\d+|Z)|c\[(0x\w+)\]\[(?:R(\d+|Z)\+?)?(-?0x\w+|)\]|(0x\w+))\|?((?:\.\w+)*)"
+)
 _CONSTANT_ADDRESS = re.compile(r"c\[(0x\w+)\]\[(?:R(\d+|Z))?\+?(-?0x\w+)?\]")
 _ADDRESS = re.compile(r"\[(?:R(\d+|Z)((?:\.\w+)*))?\+?(-?0x\w+)?\]")
 _WIDTH = {"64": 2, "128": 4}
 _PAIRS = ("DADD", "DMUL", "DFMA", "CS2R", "HMMA")
 _NO_RESULT = (
-    "ST", "STG", "STS", "STL", "RED", "BRA", "BRX", "EXIT", "BAR", "BSSY", "BSYNC", "NOP", "RET", "CALL", "WARPSYNC",
-    "MEMBAR", "DEPBAR", "CCTL", "KILL", "ERRBAR", "BMOV", "R2P", "YIELD", "BREAK",
+    "ST", "STG", "STS", "STL", "RED", "BRA", "BRX", "EXIT", "BAR", "BSSY", "BSYNC", "NOP", "RET", "CALL",
+    "WARPSYNC", "MEMBAR", "DEPBAR", "CCTL", "KILL", "ERRBAR", "BMOV", "R2P", "YIELD", "BREAK",
 )  # fmt: skip
 
 
@@ -49,8 +51,10 @@ def destinations(item: Instruction) -> tuple[tuple[int, int] | None, tuple[int, 
             if plain != "PT":
                 predicates.append(int(plain[1:]))
             count += 1
-        elif register is None and item.base not in ("ISETP", "FSETP", "DSETP", "HSETP2", "PLOP3") and re.fullmatch(
-            r"R(\d+|Z)", plain
+        elif (
+            register is None
+            and item.base not in ("ISETP", "FSETP", "DSETP", "HSETP2", "PLOP3")
+            and re.fullmatch(r"R(\d+|Z)", plain)
         ):
             register = (-1 if plain == "RZ" else int(plain[1:]), _results(item))
             count += 1
@@ -75,7 +79,11 @@ def _results(item: Instruction) -> int:
     modifiers = item.modifiers
     if item.base == "CS2R" and "32" in modifiers:
         return 1
-    if item.base in _PAIRS or (item.base == "IMAD" and "WIDE" in modifiers) or (item.base == "F2F" and modifiers[:1] == ("F64",)):
+    if (
+        item.base in _PAIRS
+        or (item.base == "IMAD" and "WIDE" in modifiers)
+        or (item.base == "F2F" and modifiers[:1] == ("F64",))
+    ):
         return 2
     return next((_WIDTH[m] for m in modifiers if m in _WIDTH), 1) if item.base.startswith("LD") else 1
 
@@ -98,8 +106,10 @@ def sources(item: Instruction) -> tuple[set[int], set[int]]:
             # The addend of a wide multiply-add, a 64-bit address and a return address take two registers.
             if pair or (wide and position == 2) or item.base == "RET":
                 registers.add(number + 1)
-            if item.base in ("STL",) and not text.startswith("["):
-                registers |= set(range(number, number + next((_WIDTH[m] for m in item.modifiers if m in _WIDTH), 1)))
+            if item.base == "STL" and not text.startswith("["):
+                registers |= set(
+                    range(number, number + next((_WIDTH[m] for m in item.modifiers if m in _WIDTH), 1))
+                )
     if item.base == "P2R":
         predicates |= set(range(7))
     return registers, predicates
@@ -110,27 +120,34 @@ def source(text: str) -> Fetch:
     found = _SOURCE.fullmatch(text)
     if not found or any(m not in ("", "reuse") for m in found[8].split(".")) or found[2]:
         return lambda _: UNKNOWN
-    sign = found[1]
     if found[7]:
-        value = int(found[7], 16)
-        literal = uniform(-value if sign == "-" else ~value if sign == "~" else value)
-        return lambda _: literal
-    if found[4]:
-        bank, offset = int(found[4], 16), int(found[6] or "0", 16)
-        if found[5]:
-            return lambda _: UNKNOWN
-        base: Fetch = lambda warp: warp.constant(bank, offset)
-    elif found[3] == "Z":
-        base = lambda _: ZERO
-    else:
-        number = int(found[3])
-        base = lambda warp: warp.registers[number]
-    if sign == "-":
+        return _literal(int(found[7], 16), found[1])
+    if found[4] and found[5]:
+        return lambda _: UNKNOWN
+    plain = _constant(int(found[4], 16), int(found[6] or "0", 16)) if found[4] else _register(found[3])
+    if found[1] == "-":
         # Not reduced to 32 bits: the carry of a + (2^32 - b) is that of the subtraction.
-        return lambda warp: (MASK + 1) - base(warp)
-    if sign == "~":
-        return lambda warp: MASK - base(warp)
-    return base
+        return lambda warp: (MASK + 1) - plain(warp)
+    if found[1] == "~":
+        return lambda warp: MASK - plain(warp)
+    return plain
+
+
+def _literal(value: int, sign: str | None) -> Fetch:
+    fixed = uniform(-value if sign == "-" else ~value if sign == "~" else value)
+    return lambda _: fixed
+
+
+def _constant(bank: int, offset: int) -> Fetch:
+    return lambda warp: warp.constant(bank, offset)
+
+
+def _register(name: str) -> Fetch:
+    """By its number, or "Z"."""
+    if name == "Z":
+        return lambda _: ZERO
+    number = int(name)
+    return lambda warp: warp.registers[number]
 
 
 def high(text: str) -> Fetch:

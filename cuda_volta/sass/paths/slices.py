@@ -59,8 +59,12 @@ def _before(item: Instruction, live: int) -> tuple[int, bool]:
         live |= guard
         if item.base in SHARED + GLOBAL:
             addresses = [t for t in item.operands if t.startswith("[")]
-            live |= _registers(int(n) + up for t in addresses for n in ops.REGISTER.findall(t)
-                               for up in range(1 + ("E" in item.modifiers)))
+            live |= _registers(
+                int(n) + up
+                for t in addresses
+                for n in ops.REGISTER.findall(t)
+                for up in range(1 + ("E" in item.modifiers))
+            )
     return live, used
 
 

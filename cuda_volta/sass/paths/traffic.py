@@ -15,13 +15,16 @@ SECTOR = 32  # bytes
 def wavefronts(addresses: npt.NDArray[np.int64], size: int, lanes: npt.NDArray[np.bool_]) -> int:
     """Cycles of shared memory for the ``size`` bytes at the addresses of ``lanes``.
 
-    4 bytes or fewer: all lanes at once; 8: half warps; 16: quarters. In each of these a bank delivers one word.
+    4 bytes or fewer: all lanes at once; 8: half warps; 16: quarters. In each of these a bank delivers one
+    word.
     """
     start = int(addresses[0]) // _ROW * _ROW
     return _wavefronts((addresses - start).tobytes(), size, lanes.tobytes())
 
 
-def sectors(addresses: npt.NDArray[np.int64], size: int, lanes: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+def sectors(
+    addresses: npt.NDArray[np.int64], size: int, lanes: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
     """The distinct sectors of 32 bytes of global memory that ``lanes`` touch."""
     start = int(addresses[0]) // SECTOR
     return start + _sectors((addresses - start * SECTOR).tobytes(), size, lanes.tobytes())

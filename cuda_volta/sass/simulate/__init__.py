@@ -1,4 +1,4 @@
-"""The issue simulator: the paths of a launch's warps through one SM, cycle by cycle, as the control codes say."""
+"""The issue simulator: a launch's warps through one SM, cycle by cycle, as the control codes say."""
 
 from cuda_volta.sass.simulate.machine import Machine
 from cuda_volta.sass.simulate.sm import Outcome, Residency, run

@@ -61,8 +61,8 @@ class Sm {
 public:
     Sm(const Machine& machine, const Instruction* code, int instructions, const Paths& paths, int resident,
        const std::int32_t* kinds, int blocks, std::int64_t* finished, Result& result)
-        : m(machine), code(code), paths(paths), kinds(kinds), blocks(blocks), finished(finished), result(result),
-          slots(resident), warps(resident * paths.warps) {
+        : m(machine), code(code), paths(paths), kinds(kinds), blocks(blocks), finished(finished),
+          result(result), slots(resident), warps(resident * paths.warps) {
         for (int w = 0; w < static_cast<int>(warps.size()); ++w) {
             warps[w].slot = w / paths.warps;
             cores[w % sub_cores].warps.push_back(w);
@@ -141,7 +141,8 @@ private:
     // result comes with the latency.
     void execute(const Access& access, std::int64_t start, std::int64_t end) {
         release_at(start + m.operand_latency, access.warp, access.age, access.instruction->read_barrier);
-        release_at(end + access.instruction->latency, access.warp, access.age, access.instruction->write_barrier);
+        const std::int64_t done = end + access.instruction->latency;
+        release_at(done, access.warp, access.age, access.instruction->write_barrier);
     }
 
     void serve_queues() {
@@ -161,7 +162,8 @@ private:
             const int turn = (next_turn + n) % (2 * sub_cores);
             SubCore& core = cores[turn % sub_cores];
             std::deque<Access>& queue = turn < sub_cores ? core.mio : core.global;
-            if (queue.empty() || queue.front().arrives > now || queue.front().instruction->pipe == Pipe::xu) continue;
+            if (queue.empty() || queue.front().arrives > now) continue;
+            if (queue.front().instruction->pipe == Pipe::xu) continue;
             const Access head = queue.front();
             queue.pop_front();
             next_turn = turn + 1;
@@ -178,8 +180,8 @@ private:
         }
     }
 
-    // When the last of some sectors arrives, on top of the latency: they follow one another on the way from L2,
-    // and those that L2 lacks on this SM's share of the memory's bandwidth.
+    // When the last of some sectors arrives, on top of the latency: they follow one another on the way from
+    // L2, and those that L2 lacks on this SM's share of the memory's bandwidth.
     std::int64_t transfer(std::int32_t sectors) {
         way_free = std::max(way_free, now * 1000) + static_cast<std::int64_t>(sectors) * m.l2_sector;
         missed += static_cast<std::int64_t>(sectors) * m.miss_permille;
@@ -206,7 +208,7 @@ private:
                 if (!warps[w].active) continue;
                 const Reason reason = can_issue(core, w);
                 if (reason != issued) {
-                    if (chosen < 0 && (why == idle || warps[w].age < oldest)) why = reason, oldest = warps[w].age;
+                    if (why == idle || warps[w].age < oldest) why = reason, oldest = warps[w].age;
                     continue;
                 }
                 if (m.policy == 2) {
@@ -262,7 +264,8 @@ private:
             } else if (i.pipe == Pipe::global) {
                 core.global.push_back({w, warp.age, &i, cost, now + m.queue_latency});
             } else {
-                if (i.pipe != Pipe::none) core.free[static_cast<int>(i.pipe)] = now + i.busy + i.bank_conflict;
+                const int pipe = static_cast<int>(i.pipe);
+                if (i.pipe != Pipe::none) core.free[pipe] = now + i.busy + i.bank_conflict;
                 if (i.pipe == Pipe::tensor) result.tensor_busy += i.busy;
                 release_at(now + i.latency, w, warp.age, i.write_barrier);
                 release_at(now + m.operand_latency, w, warp.age, i.read_barrier);
@@ -371,8 +374,8 @@ private:
 
 extern "C" __attribute__((visibility("default"))) int volta_sass_simulate(
     const volta::sass::Machine* machine, const volta::sass::Instruction* code, int instructions,
-    const volta::sass::Paths* paths, int resident, const std::int32_t* kinds, int blocks, std::int64_t* finished,
-    volta::sass::Result* result) {
+    const volta::sass::Paths* paths, int resident, const std::int32_t* kinds, int blocks,
+    std::int64_t* finished, volta::sass::Result* result) {
     volta::sass::Sm sm(*machine, code, instructions, *paths, resident, kinds, blocks, finished, *result);
     return sm.run() ? 0 : 1;
 }

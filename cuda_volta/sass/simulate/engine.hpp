@@ -26,7 +26,7 @@ struct Instruction {
 
 // The parameters of an SM; machine.py says where each comes from.
 struct Machine {
-    std::int32_t policy;  // of the issue among ready warps: 0 greedy then oldest, 1 then youngest, 2 round robin
+    std::int32_t policy;           // among ready warps: 0 greedy then oldest, 1 then youngest, 2 in turns
     std::int32_t mio_queue;        // entries of a sub-core's queue before shared memory and the XU
     std::int32_t global_queue;     // entries of a sub-core's queue before the L1 cache
     std::int32_t mio_interval;     // cycles between two accesses that the SM takes from its sub-cores

@@ -55,8 +55,8 @@ class _Paths(ctypes.Structure):
 
 class _Result(ctypes.Structure):
     _fields_ = [
-        ("cycles", ctypes.c_int64), ("by_reason", ctypes.c_int64 * len(REASONS)), ("tensor_busy", ctypes.c_int64),
-        ("fetched_lines", ctypes.c_int64),
+        ("cycles", ctypes.c_int64), ("by_reason", ctypes.c_int64 * len(REASONS)),
+        ("tensor_busy", ctypes.c_int64), ("fetched_lines", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -84,7 +84,10 @@ def simulate(
     table = np.asarray(code, np.int32)
     settings = np.asarray(machine, np.int32)
     given = _Paths(
-        indices.ctypes.data_as(_INTS), costs.ctypes.data_as(_SHORTS), offsets.ctypes.data_as(_LONGS), len(paths[0])
+        indices.ctypes.data_as(_INTS),
+        costs.ctypes.data_as(_SHORTS),
+        offsets.ctypes.data_as(_LONGS),
+        len(paths[0]),
     )
     result = _Result()
     failed = _library().volta_sass_simulate(

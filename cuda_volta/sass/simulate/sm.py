@@ -19,10 +19,9 @@ class Residency(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """How many fit; registers are given out to warps in units of 256, shared memory in units of 256 bytes."""
+        """How many fit; registers of a warp come in units of 256, shared memory in units of 256 bytes."""
         of_warp = -(-self.registers * 32 // 256) * 256
         by_registers = machine.REGISTERS // of_warp // self.warps
-        # A warp's registers come from its sub-core's quarter of the file.
         by_warps = machine.WARPS // self.warps
         shared = -(-self.shared_bytes // 256) * 256
         by_shared = machine.SHARED_BYTES // shared if shared else machine.BLOCKS
@@ -58,5 +57,8 @@ def run(
     cycles = (ends[-1] - ends[resident - 1]) / (len(ends) - resident)
     total = 4 * counted.cycles
     return Outcome(
-        cycles, counted.tensor_busy / total, {k: v / total for k, v in counted.reasons.items()}, counted.fetched_lines
+        cycles,
+        counted.tensor_busy / total,
+        {k: v / total for k, v in counted.reasons.items()},
+        counted.fetched_lines,
     )

@@ -1,0 +1,150 @@
+"""What one SM makes of a launch, by both models (docs/volta.md)."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path as File
+from typing import NamedTuple
+
+import numpy as np
+
+from cuda_volta import prefill
+from cuda_volta.binary import binary
+from cuda_volta.sass import graph, listing, pipes
+from cuda_volta.sass.paths import Launch, Path, Program, follow
+from cuda_volta.sass.simulate import Outcome, Residency, machine, run
+from cuda_volta.sass.simulate.cache import traffic
+from cuda_volta.sass.simulate.calibration import CALIBRATED, EVERY_FETCH_HITS, Calibrated
+from cuda_volta.variant import Variant
+
+from .volta_cases import FOLLOWED, SEQLEN, Case
+from .volta_launch import record
+
+_WAVES = 3  # of blocks through an SM; the first warms it up
+
+
+class Kernel(NamedTuple):
+    """Machine code, and what limits how many of its blocks an SM holds."""
+
+    name: str
+    function: listing.Function
+    program: Program
+    residency: Residency
+    spill_bytes: int
+
+
+class Work(NamedTuple):
+    """One block of a launch, followed."""
+
+    paths: list[Path]  # of its warps
+    hmma: int  # steps of the whole block
+    miss_permille: int  # of its global traffic
+
+
+class Static(NamedTuple):
+    """What the main loop's code says, for one K/V tile."""
+
+    tally: pipes.Tally
+    warps: int  # resident on an SM
+    spill_bytes: int
+
+
+@functools.cache
+def shipped(variant: Variant) -> Kernel:
+    """A variant compiled for sm_70."""
+    built = binary(variant, "sm_70")
+    function = functions(built.cubin)[variant.entry]
+    residency = Residency(variant.threads // 32, built.registers, variant.shared_bytes)
+    return Kernel(variant.name, function, Program(function), residency, built.spill_bytes)
+
+
+def functions(cubin: bytes) -> dict[str, listing.Function]:
+    """The functions of a cubin in memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        File(file.name).write_bytes(cubin)
+        return listing.read(file.name)
+
+
+def work(kernel: Kernel, launch: Launch, block: tuple[int, int, int], sharers: int) -> Work:
+    """Follows one block; ``sharers`` consecutive blocks of the launch read the same keys and values."""
+    warps = range(kernel.residency.warps)
+    paths = [follow(kernel.program, launch, block, warp) for warp in warps]
+    step = 1 if block[0] + 1 < launch.grid[0] else -1
+    beside = [follow(kernel.program, launch, (block[0] + step, *block[1:]), warp) for warp in warps]
+    code = kernel.function.instructions
+    hmma = np.array([item.base == "HMMA" for item in code])
+    steps = sum(int(hmma[p.indices].sum()) for p in paths)
+    missing = traffic(code, paths, beside).miss_share(machine.SMS * kernel.residency.blocks, sharers)
+    return Work(paths, steps, round(1000 * missing))
+
+
+def static(kernel: Kernel, done: Work, macs_per_tile: int) -> Static | None:
+    """The main loop as the block's first warp ran it: the loop that issued most HMMA. None: it has none."""
+    code = kernel.function.instructions
+    path = done.paths[0]
+    times = np.bincount(path.indices, minlength=len(code))
+    blocks = graph.blocks(code)
+    loops = [loop.instructions(blocks) for loop in graph.loops(blocks)]
+    hmma = [sum(int(times[i]) for i in loop if code[i].base == "HMMA") for loop in loops]
+    if not any(hmma):
+        return None
+    body = loops[hmma.index(max(hmma))]
+    tiles = max(hmma) * pipes.MACS_PER_STEP * kernel.residency.warps / macs_per_tile
+    tally = pipes.tally(code, ((i, times[i] / tiles) for i in body if times[i]), listing.BYTES * len(body))
+    return Static(tally, kernel.residency.warps * kernel.residency.blocks, kernel.spill_bytes)
+
+
+def simulate(kernel: Kernel, done: Work, on: Calibrated) -> Outcome:
+    """The SM full of such blocks, one after another."""
+    resident = kernel.residency.blocks
+    settings = on.machine._replace(miss_permille=done.miss_permille)
+    return run(kernel.function, [done.paths], [0] * (_WAVES * resident), resident, settings, on.latency)
+
+
+def tflops(
+    kernel: Kernel, few: Work, many: Work, steps: Sequence[int], flops: float, on: Calibrated
+) -> float:
+    """Of a launch whose blocks issue ``steps`` HMMA each and do ``flops`` together.
+
+    A block's time is a line through two of them, since a long one takes as many tiles as it likes.
+    """
+    short, long = (simulate(kernel, done, on).cycles_per_block for done in (few, many))
+    slope = (long - short) / (many.hmma - few.hmma) if many.hmma != few.hmma else 0.0
+    cycles = sum(long + slope * (n - many.hmma) for n in steps)
+    return flops / cycles * machine.CLOCK_HZ * machine.SMS / 1e12
+
+
+def spread(kernel: Kernel, few: Work, many: Work, steps: Sequence[int], flops: float) -> list[float]:
+    """TFLOP/s on each calibrated machine, and last with an instruction cache that never misses."""
+    return [tflops(kernel, few, many, steps, flops, on) for on in (*CALIBRATED, EVERY_FETCH_HITS)]
+
+
+class Figures(NamedTuple):
+    """Both models' results for one kind of call."""
+
+    static: Static
+    tflops: list[float]  # on each calibrated machine
+    perfect_fetch: float  # TFLOP/s if every fetch hit
+
+
+def figures(case: Case, head_dim: int) -> Figures:
+    """Of the prefill kernel that takes a case. Raises ValueError where its loop holds no tensor-core work."""
+    followed = []
+    for seqlen, block in zip(FOLLOWED, (-3, 1), strict=True):
+        call = case.call(seqlen, head_dim)
+        (one,) = record(prefill, functools.partial(prefill.prefill, call))
+        kernel = shipped(one.variant)
+        x = block % one.launch.grid[0]
+        followed.append(work(kernel, one.launch, (x, 0, 0), one.launch.grid[0]))
+    v = one.variant
+    found = static(kernel, followed[1], 2 * v.block_q * v.block_k * v.head_dim)
+    if found is None:
+        raise ValueError(f"{v.name}: no loop holds HMMA")
+    per_tile = 2 * v.block_q * v.block_k * v.head_dim / pipes.MACS_PER_STEP
+    starts = range(0, SEQLEN, v.block_q)
+    steps = [round(-(-case.visible(first, v.block_q, SEQLEN) // v.block_k) * per_tile) for first in starts]
+    few, many = followed
+    *calibrated, perfect = spread(kernel, few, many, steps, 4 * case.pairs(SEQLEN) * head_dim)
+    return Figures(found, calibrated, perfect)

@@ -1,0 +1,149 @@
+"""Every kernel but attention's compiles for GPUs that are not here, and spills nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastattn.backends.interpreter import interpreting
+from fastattn.quant.codec import Codec
+from fastattn.spec import (
+    AppendKvArgs,
+    DecodeSumArgs,
+    EmbeddingArgs,
+    EncodeArgs,
+    LinearArgs,
+    PackedWeight,
+    RmsNormArgs,
+    RotaryArgs,
+    SwigluArgs,
+)
+from fastattn.triton_ops.device import CHIPS
+from tests.ops.weights import make
+
+pytestmark = [
+    pytest.mark.toolchain,
+    pytest.mark.skipif(interpreting(), reason="Triton interprets in this process"),
+]
+META = torch.device("meta")
+#: Triton compiles no tensor-core product for sm_75: registers hold what it multiplies (docs/triton.md).
+SPILLS = {"T4": 4096}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def weight(fmt: str, out: int, inn: int, **options: Any) -> PackedWeight:
+    w = make(fmt, out, inn, **options)
+    on_meta = {name: t.to(META) for name, t in w.tensors.items()}
+    moved = {n: getattr(w, n) for n in ("g_idx", "x_perm", "bias")}
+    return w._replace(tensors=on_meta, **{n: None if t is None else t.to(META) for n, t in moved.items()})
+
+
+def angles() -> tuple[torch.Tensor, torch.Tensor]:
+    return empty(4096, 64, dtype=torch.float32), empty(4096, 64, dtype=torch.float32)
+
+
+def long(n: int) -> torch.Tensor:
+    return empty(n, dtype=torch.int64)
+
+
+def _append(**options: Any) -> AppendKvArgs:
+    caches = empty(64, 16, 8, 128), empty(64, 16, 8, 128)
+    return AppendKvArgs(*caches, empty(7, 8, 128), empty(7, 8, 128), long(7), **options)
+
+
+def _encoded(codec: Codec, rows: int, hidden: int) -> EncodeArgs:
+    c = codec
+    return EncodeArgs(empty(rows, hidden), c.element, c.block, c.scale, c.search, c.rotate, c.outliers)
+
+
+def _summed(codec: Codec, rows: int, hidden: int) -> DecodeSumArgs:
+    c = codec
+    messages = (empty(codec.message_bytes(rows, hidden), dtype=torch.uint8),) * 2
+    return DecodeSumArgs(
+        messages, rows, hidden, torch.float16, c.element, c.block, c.scale, c.rotate, c.outliers
+    )
+
+
+FINE = Codec("int4", 32, "e4m3", True, 64, (3, 99))
+CALLS: dict[str, Callable[[], tuple[str, Any]]] = {
+    "norm": lambda: ("rms_norm", RmsNormArgs(empty(64, 8192), empty(8192), 1e-5, empty(64, 8192))),
+    "norm of heads": lambda: ("rms_norm", RmsNormArgs(empty(64, 32, 128), empty(128), 1e-5)),
+    "swiglu": lambda: ("swiglu", SwigluArgs(empty(64, 2 * 11008))),
+    "rotary": lambda: ("rotary", RotaryArgs(empty(64, 32, 128), *angles(), long(64))),
+    "rotary pairs": lambda: ("rotary", RotaryArgs(empty(64, 32, 128), *angles(), long(64), True)),
+    "append": lambda: ("append_kv", _append(cos=angles()[0], sin=angles()[1], positions=long(7))),
+    "append plain": lambda: ("append_kv", _append()),
+    "embedding": lambda: ("embedding", EmbeddingArgs(long(9), weight("int4", 64, 4096), torch.float16)),
+    **{
+        f"linear {fmt} {rows} {name}": lambda f=fmt, r=rows, o=options: (  # type: ignore[misc]
+            "linear", LinearArgs(empty(r, 4096), weight(f, 512, 4096, **o))
+        )
+        for fmt in ("int4", "int8")
+        for rows in (1, 64)
+        for name, options in {
+            "g128": {"group": 128}, "g32": {"group": 32}, "g_idx": {"g_idx": True, "group": 128},
+        }.items()
+    },
+    "encode": lambda: ("encode", _encoded(FINE, 64, 4096)),
+    "encode plain": lambda: ("encode", _encoded(Codec(), 64, 8192)),
+    "decode_sum": lambda: ("decode_sum", _summed(FINE, 64, 4096)),
+    "decode_sum plain": lambda: ("decode_sum", _summed(Codec(), 64, 8192)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chip", ["T4", "A100", "H100"])
+@pytest.mark.parametrize("call", CALLS)
+def test_it_compiles_and_spills_nothing(call: str, chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastattn.backends.triton_ops import OPS
+    from fastattn.triton_ops import launch
+    from fastattn.triton_ops.offline import compile_for
+
+    launches: list[launch.Launch] = []
+    monkeypatch.setattr(launch, "run", lambda made, _: launches.extend(made))
+    name, args = CALLS[call]()
+    monkeypatch.setattr("fastattn.backends.triton_ops.check_indices", lambda *_, **__: None)
+    OPS[name].run(args)
+    assert launches
+    for made in launches:
+        report = compile_for(made, CHIPS[chip])
+        assert report.spills <= (SPILLS.get(chip, 0) if name == "linear" else 0), made.kernel
+        assert report.shared_bytes <= CHIPS[chip].shared_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", [576, 8192])
+def test_sums_over_symmetric_memory(dtype: torch.dtype, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switch's instructions are in the code: multicast needs several GPUs and is only compiled."""
+    from fastattn.triton_ops import launch, reduce_norm
+    from fastattn.triton_ops.offline import compile_for
+
+    launches: list[launch.Launch] = []
+    monkeypatch.setattr(launch, "run", lambda made, _: launches.extend(made))
+    residual, w = empty(16, hidden, dtype=dtype), empty(hidden, dtype=dtype)
+    reduce_norm.reduce_norm(long(8), 8, dtype, residual, 48, w, 1e-5)
+    reduce_norm.multicast_reduce_norm(1 << 40, dtype, residual, 48, w, 1e-5)
+    plain, multicast = (compile_for(made, CHIPS["H100"]) for made in launches)
+    assert plain.spills == multicast.spills == 0
+    kind = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
+    assert f"multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.{kind}" in multicast.ptx
+    assert f"multimem.st.relaxed.sys.global.v4.{kind}" in multicast.ptx
+    assert compile_for(launches[0], CHIPS["A100"]).spills == 0
+
+
+def test_what_the_switch_cannot_sum_is_refused() -> None:
+    from fastattn.triton_ops.reduce_norm import multicast_reduce_norm
+
+    for dtype, hidden, match in (
+        (torch.float32, 64, "dtype: torch.float32"),
+        (torch.float16, 60, "hidden: 60"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            multicast_reduce_norm(
+                0, dtype, empty(2, hidden, dtype=dtype), 0, empty(hidden, dtype=dtype), 1e-5
+            )
