@@ -32,7 +32,7 @@ def reasons(rows: int, dtype: torch.dtype, weight_dtype: torch.dtype, world: int
 
 
 def invocation(x: Tensor, weight: Tensor, bias: Tensor | None, hcom: str) -> Invocation:
-    """The sum over the ranks of ``x @ weight^T``, weight (out, in). All ranks' ``bias`` are added: give one."""
+    """The sum over the ranks of ``x @ weight^T``, weight (out, in); every rank's ``bias`` is added."""
     kwargs = {"reduce_op": "sum", "comm_turn": 0} | ({} if bias is None else {"bias": bias})
     args = (x.contiguous(), weight.t(), hcom)
     return Invocation("npu", "npu_mm_all_reduce_base", args, kwargs, lambda found: found)

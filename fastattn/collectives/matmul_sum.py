@@ -1,7 +1,7 @@
 """The policy `matmul_sum`: on Ascend, the row-parallel product and its all-reduce as one operator of CANN's.
 
 npu_mm_all_reduce_base overlaps the two by itself (MC2). It is used for the sums that are large enough for
-that, by CANN's own rule (`ascend_ops.router.all_reduce`): with `tiled` around it, tile by tile. All other sums
+that, by CANN's own rule (`ascend_ops.router.all_reduce`), with `tiled` around it tile by tile. All other sums
 are the policy `exact`'s.
 """
 
