@@ -20,7 +20,7 @@ class Tiling(NamedTuple):
 
     held: int  # steps of Q K^T whose Q stays in registers
     trip: int  # steps that are unrolled, of the others
-    roll: int  # O += P V in trips of 16 keys, or of 8
+    roll: int  # O += P V at once, in trips of 16 keys, or of 8
 
 
 #: Chosen by both models of the machine code (bench/volta.py): no spills, and a main loop that the instruction
@@ -43,6 +43,8 @@ FEATURES = PLAIN, SOFTCAP, ALIBI, ANYTHING = tuple(range(4))
 def _variant(head_dim: int, features: int) -> Variant:
     wide = head_dim > 128 or features == ANYTHING
     tiling = Tiling(0, 1, 1) if features == ANYTHING else TILINGS[head_dim]
+    if head_dim == 64 and features in (SOFTCAP, ALIBI):
+        tiling = Tiling(8, 1, 0)  # there instructions are scarcer than the cache that holds them
     kv_bytes = BLOCK_K * -(-2 * head_dim // 128) * 128
     q_bytes = BLOCK_Q * 2 * (head_dim - tiling.held * (16 if wide else 8))
     macros = (("HELD", tiling.held), ("TRIP", tiling.trip), ("ROLL", tiling.roll))

@@ -69,7 +69,7 @@ struct Prefill {
         if (FEATURES) rules.apply(s, p, sequence, lane, logit_scale, batch, head, query0, key0);
         if (EDGE) apply_band(s, p, sequence, lane, query0, key0);
         update(softmax, out, s, rules.scale);
-        multiply_values<ROLL == 2>(out, s, v_tile, values, lane.odd);
+        multiply_values(out, s, v_tile, values, lane.odd);
         barrier();
         mover.store(v_tile, stage);
         k_source.load(stage, rows, mover);

@@ -25,8 +25,8 @@ constexpr int THREADS = BLOCK_Q / WARP_ROWS * 32;
 constexpr int MIN_BLOCKS = WIDE ? 1 : 2;
 
 // Q K^T takes steps of eight elements of the head dimension a quadpair. HELD of them keep Q in registers, the others
-// go in trips of TRIP steps; O += P V takes trips of 16 keys, or 8 where ROLL is 2. Trips make the main loop's code
-// fit into the instruction cache next to a sub-core, 12 KB.
+// go in trips of TRIP steps; O += P V goes at once (ROLL 0), or in trips of 16 (1) or 8 keys (2). Trips make the main
+// loop's code fit into the instruction cache next to a sub-core, 12 KB.
 constexpr int STEPS = HEAD_DIM / (WIDE ? 16 : 8);
 constexpr int SHARED_STEPS = STEPS - HELD;
 static_assert(SHARED_STEPS % TRIP == 0, "steps are whole trips");

@@ -50,7 +50,8 @@ VOLTA_DEVICE void multiply_keys(Scores& s, const Queries& q, u32 key_base) {
     u32 at = q.at;
 #pragma unroll 1
     for (u32 offset = 0; offset < SHARED_STEPS * STEP_BYTES; offset += TRIP * STEP_BYTES) {
-        const u32 base = (key_base ^ offset % 128) + offset / 128 * 128;
+        const u32 base = SHARED_STEPS * STEP_BYTES <= 128 ? key_base ^ offset
+                                                          : (key_base ^ offset % 128) + offset / 128 * 128;
 #pragma unroll
         for (int u = 0; u < TRIP; ++u) {
             multiply_step(sum, lds128(at + 512 * u), lds128(at + 512 * u + 64), step_address(base, u));
@@ -117,7 +118,6 @@ VOLTA_DEVICE void multiply_values8(Output& out, const Operand8 (&a)[2], u32 tile
     }
 }
 
-template <bool OCTETS>
 VOLTA_DEVICE void multiply_values(Output& out, const Scores& p, u32 tile, ValueOffsets at, bool odd) {
     Operand8 own[SCORE_COLS][SCORE_ROWS];
 #pragma unroll
@@ -125,10 +125,10 @@ VOLTA_DEVICE void multiply_values(Output& out, const Scores& p, u32 tile, ValueO
 #pragma unroll
         for (int m = 0; m < SCORE_ROWS; ++m) own[t][m] = to_operand(p[m][t], odd);
     }
-#pragma unroll 1
+#pragma unroll(ROLL == 0 ? SCORE_COLS : 1)
     for (int t = 0; t < SCORE_COLS; ++t) {
         Operand8 a[2] = {own[0][0], WIDE ? from_lane(own[0][0], 8) : own[0][SCORE_ROWS - 1]};
-#pragma unroll(OCTETS ? 1 : 2)
+#pragma unroll(ROLL == 2 ? 1 : 2)
         for (int crossed = 0; crossed < 2; ++crossed) {
             multiply_values8(out, a, tile, at);
             a[0] = from_lane(a[0], 4);

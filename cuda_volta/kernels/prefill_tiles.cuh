@@ -62,8 +62,9 @@ struct KeyRows {
     VOLTA_DEVICE void locate(const AttentionParams& p, const Sequence& s, const Mover& mover, u32 b, i32 key0) {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
+            const i32 last = s.k_len - 1;
             i32 key = key0 + mover.slot_row(slot);
-            key = key < s.k_len ? key : s.k_len - 1;
+            key = key < last ? key : last;
             row[slot] = static_cast<u32>(PAGED ? key + s.k_begin : key);
             if (ANYTHING) page[slot] = 0;
         }
