@@ -119,17 +119,15 @@ class _Observer:
             for kv in self.draw.some(a.k.shape[-2], self.draw.sample.kv_heads):
                 heads = slice(kv * group, (kv + 1) * group)
                 one = _one_head(a, b, start, slice(lo, lo + count), stop, kv, heads)
-                where = slice(lo, lo + count) if a.q.ndim == 3 else (b, slice(lo, lo + count))
-                out = result[0][where][..., heads, :].cpu()[None]
+                rows = slice(lo, lo + count)
+                out = (result[0][rows] if a.q.ndim == 3 else result[0][b, rows])[:, heads].cpu()[None]
                 exact, lse = reference.attention(one)
                 plain, plain_lse = reference.attention(one, dtype=a.q.dtype)
                 what = f"sequence {b}, KV head {kv}, queries {lo - start} to {lo - start + count}"
                 self._compare("attention", backend, what, out, plain, exact)
                 if a.return_lse:
-                    ours = (
-                        result[1][heads, lo : lo + count] if a.q.ndim == 3 else result[1][b, heads, where[1]]
-                    )
-                    self._compare("attention", backend, f"lse of {what}", ours.cpu()[None], plain_lse, lse)
+                    ours = (result[1] if a.q.ndim == 3 else result[1][b])[heads, rows].cpu()[None]
+                    self._compare("attention", backend, f"lse of {what}", ours, plain_lse, lse)
 
 
 def distance(ours: Tensor, exact: Tensor) -> float:

@@ -99,7 +99,9 @@ def _append_kv(a: AppendKvArgs, result: None, draw: Draw) -> list[Compared]:
         page = cache.shape[1]
         return cache[where.div(page, rounding_mode="floor"), where % page].cpu()
 
-    caches = {n: torch.zeros_like(written(getattr(a, n)))[None] for n in ("k_cache", "v_cache")}
+    caches: dict[str, Any] = {
+        n: torch.zeros_like(written(getattr(a, n)))[None] for n in ("k_cache", "v_cache")
+    }
     positions = None if a.positions is None else a.positions[rows]
     part = a._replace(k=a.k[rows], v=a.v[rows], slots=torch.arange(len(rows)), positions=positions, **caches)
     part = _cpu(part)

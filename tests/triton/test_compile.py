@@ -14,7 +14,7 @@ from .compilation import Job, Outcome, run
 pytestmark = pytest.mark.toolchain
 
 #: Bytes of a thread's registers that ptxas may keep in local memory.
-SPILLS = 64
+SPILLS = 128
 CHIPS = ("T4", "A100", "L40", "H100")
 WIDTHS = (64, 128, 256)
 
@@ -67,6 +67,10 @@ FEATURES = (
     Job("A100", "paged", 128, "float16", ("int8", "sinks", "lse")),
     Job("H100", "prefill", 128, "bfloat16", ("packed", "window", "lse")),
     Job("H100", "prefill", 96, "float16", ("bool mask", "sinks")),
+    Job("H100", "prefill", 128, "float16", ("float bias",)),
+    Job("H100", "prefill", 256, "bfloat16", ("float bias", "full")),
+    Job("A100", "prefill", 256, "bfloat16", ("float bias",)),
+    Job("L40", "prefill", 128, "bfloat16", ("float bias",)),
     Job("H100", "prefill", 128, "float16", ("softcap", "alibi", "rows", "leftpad")),
     Job("H100", "paged", 128, "bfloat16", ("leftpad", "sinks", "window")),
     Job("T4", "prefill", 64, "float16", ("packed", "window", "softcap", "alibi", "sinks", "lse")),
