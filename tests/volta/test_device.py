@@ -60,7 +60,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """The same record, its tensors on ``device``; strides are kept."""
+    """The same record, its tensors on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, PackedWeight):
