@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import fastattn
-from cuda_volta import runtime
 from fastattn import dispatch, ops, reference, reference_ops
 from fastattn.backends import torch_ops, volta
 from fastattn.quant import packed
@@ -158,7 +157,6 @@ def on_newer_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if reasons := volta.BACKEND.available():
         pytest.skip("; ".join(reasons))
     yield
-    runtime.use_ptx(False)
     for cache in caches:
         cache.cache_clear()
 

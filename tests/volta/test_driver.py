@@ -143,13 +143,6 @@ def _gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-@pytest.fixture
-def newer_gpus() -> object:
-    runtime.use_ptx(True)
-    yield
-    runtime.use_ptx(False)
-
-
 def _axpy(kernel: Kernel, variant: Variant, x: torch.Tensor, y: torch.Tensor, a: float) -> None:
     params = AxpyParams(x.data_ptr(), y.data_ptr(), a, x.numel())
     blocks = -(-x.numel() // variant.threads)
@@ -165,9 +158,9 @@ def test_a_kernel_runs_in_the_emulator(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("newer_gpus")
 def test_a_kernel_runs_on_the_gpu_and_in_a_graph(tmp_path: Path) -> None:
     device, variant = _gpu(), axpy(tmp_path)
+    runtime.use_ptx(True)
     x, y = torch.randn(1000, device=device), torch.randn(1000, device=device)
     expected, graph = y + 0.5 * x, torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # loads during the capture, too
