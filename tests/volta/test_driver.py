@@ -36,14 +36,20 @@ class StandIn:
         return lines
 
 
-@pytest.fixture
-def cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    library = tmp_path / "libcuda.so"
+    path = tmp_path_factory.mktemp("driver") / "libcuda.so"
     source = Path(__file__).parent / "stand_in_cuda.cpp"
-    subprocess.run(["g++", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
+    return path
+
+
+@pytest.fixture
+def cuda(library: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     found = StandIn(library)
+    found.lib.start_anew()
     monkeypatch.setattr(driver_module, "driver", lambda: Driver(found.path))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0x50 + index))
@@ -149,6 +155,7 @@ def _axpy(kernel: Kernel, variant: Variant, x: torch.Tensor, y: torch.Tensor, a:
     kernel.launch((blocks, 1, 1), params, reads=(x,), writes=(y,))
 
 
+@pytest.mark.toolchain
 def test_a_kernel_runs_in_the_emulator(tmp_path: Path) -> None:
     variant = axpy(tmp_path)
     x, y = torch.randn(1000), torch.randn(1000)
