@@ -1,4 +1,4 @@
-"""The machine code of prefill: what each variant needs of an SM, and loops that `test_sass_gate` leaves out."""
+"""Machine code of prefill: what each variant needs of an SM, and loops that `test_sass_gate` leaves out."""
 
 from __future__ import annotations
 
