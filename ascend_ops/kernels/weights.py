@@ -21,6 +21,7 @@ def dequantized(
     q,  # numbers (R, C)
     rows,
     columns,
+    first,  # the tile's lowest column
     scales,
     mins,
     stride_scales,
@@ -34,7 +35,7 @@ def dequantized(
     """float32 (R, C); 0 outside of the matrix."""
     inside = (rows < out_rows)[:, None] & (columns < inn)[None, :]
     if ONE_GROUP:
-        group = (tl.min(columns, 0) + group_offset) // group_size
+        group = (first + group_offset) // group_size
         at = rows * stride_scales + group
         scale = tl.load(scales + at, mask=rows < out_rows, other=0.0).to(tl.float32)[:, None]
         if mins is not None:

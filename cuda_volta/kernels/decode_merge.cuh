@@ -46,7 +46,7 @@ VOLTA_DEVICE void merge_outputs(float (&o)[2][V_CHUNKS][2][8], const LaneRow (&r
         for (int r = 0; r < 2; ++r) {
             const RowTotal total = merge_stats(base, m * 8 + accumulator_row(lane, r));
             const bool empty = total.max == -infinity();
-            factor[m][r] = empty ? 0.0f : exp2_approx(rows[m][r].max - total.max) * (1.0f / total.sum);
+            factor[m][r] = empty ? 0.0f : exp2_approx(rows[m][r].max - total.max) * rcp_approx(total.sum);
         }
     }
 #pragma unroll

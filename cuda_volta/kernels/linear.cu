@@ -161,7 +161,7 @@ VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
     const i32 end = begin + share < panels ? begin + share : panels;
     const i32 my_quad = static_cast<i32>(quadpair(lane)) * QUAD_COLUMNS;
 
-    const float inverse = 1.0f / static_cast<float>(p.w.group_size);
+    const float inverse = rcp_approx(static_cast<float>(p.w.group_size));
 
     float sums[2][8] = {};
     Word4 codes[PANEL];

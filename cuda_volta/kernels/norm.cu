@@ -52,7 +52,7 @@ VOLTA_KERNEL(rms_norm, 256, 4)(NormParams p) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) squares += s.x[i] * s.x[i];
     }
-    const float scale = rsqrt_approx(block_sum(squares) / static_cast<float>(p.width) + p.eps);
+    const float scale = rsqrt_approx(block_sum(squares) * rcp_approx(static_cast<float>(p.width)) + p.eps);
 
     for (i32 c = first; c < p.width; c += NORM_THREADS * 8) {
         const i32 present = p.width - c;
