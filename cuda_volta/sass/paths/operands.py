@@ -157,7 +157,7 @@ def _register(name: str) -> Fetch:
 
 
 def single(text: str) -> Fetch:
-    """Fetches a float32 operand, as float64 values: a register, a constant or a literal like "-INF" or "1.5"."""
+    """Fetches a float32 operand as float64 values: a register, a constant or a literal like "-INF"."""
     found = re.fullmatch(r"(-)?(\|)?([^|]+)\|?", text.removesuffix(".reuse"))
     assert found  # every text but an empty one
     sign, absolute = -1.0 if found[1] else 1.0, bool(found[2])
