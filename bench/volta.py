@@ -9,11 +9,11 @@ TFLOP/s count attended query-key pairs: causal kernels are not credited for what
   bench/volta.py --peer                                 and xformers', fetched (213 MB) and simulated as well
   bench/volta.py --cubin FILE --kernel REGEX --macs M --warps W
 
-Decode is judged by the bytes it moves, counted in the emulator, and by the rate at which the simulator's memory
-delivers them. Where a GPU is present, the kernels' PTX is timed on it as well: that is not a V100.
+Decode is judged by the bytes it moves, counted in the emulator, and by the rate at which the simulator's
+memory delivers them. Where a GPU is present, the kernels' PTX is timed on it as well: that is not a V100.
 
-The last command bounds the kernels of any cubin by their busiest pipe: M multiply-adds a block does for one K/V tile
-(2 block_q block_k head_dim), W warps a block has.
+The last command bounds the kernels of any cubin by their busiest pipe: M multiply-adds a block does for one
+K/V tile (2 block_q block_k head_dim), W warps a block has.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ class Decode(NamedTuple):
 def measure(head_dim: int) -> Decode:
     """One query of `GROUP` heads over `KEYS` keys.
 
-    Bytes: cut into as many splits as a V100 with no other work needs. Rate: every SM has such a cache to itself.
+    Bytes: cut into as many splits as a V100 with no other work needs. Rate: every SM has such a cache to
+    itself.
     """
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 1, GROUP, head_dim, generator=generator).half()

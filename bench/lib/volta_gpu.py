@@ -1,4 +1,6 @@
-"""The kernels' PTX on a GPU newer than Volta, timed against torch's attention: a check, not a V100's speed."""
+"""The kernels' PTX on a GPU newer than Volta, timed against torch's attention: a check, not a V100's
+speed.
+"""
 
 from __future__ import annotations
 
