@@ -28,7 +28,8 @@ def query_span(b, cu_seqlens_q, seqlen_q, total_q):
 def key_span(b, cu_seqlens_k, seqused_k, cache_leftpad, cache_batch_idx, capacity, rows_k):
     """(cache row, first row in it, first slot, end slot) of the keys of sequence ``b``.
 
-    ``capacity`` is the number of slots a sequence can have, ``rows_k`` that of cache rows, or of all packed keys.
+    ``capacity`` is the number of slots a sequence can have, ``rows_k`` that of cache rows, or of all packed
+    keys.
     """
     row = b
     first = 0
@@ -88,9 +89,9 @@ def softcapped(s, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def online_softmax(s, m, l, acc):
-    """One step of FlashAttention's recurrence (2205.14135, algorithm 1): weights, and m, l, acc rescaled."""
+def online_softmax(s, m, denominator, acc):
+    """One step of FlashAttention's recurrence (2205.14135, algorithm 1): weights, the rest rescaled."""
     m_new = tl.maximum(m, tl.max(s, 1))
     p = tl.exp(s - m_new[:, None])
     alpha = tl.exp(m - m_new)
-    return p, m_new, l * alpha + tl.sum(p, 1), acc * alpha[:, None]
+    return p, m_new, denominator * alpha + tl.sum(p, 1), acc * alpha[:, None]
