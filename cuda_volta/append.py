@@ -34,9 +34,7 @@ class AppendParams(ctypes.Structure):
         ("v", NewRows),
         ("slots", ctypes.c_void_p),
         ("table", RotaryTable),
-        ("num_slots", ctypes.c_int64),
-        ("page", ctypes.c_int32),
-        ("heads", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("num_slots", "page", "heads")),
     ]
 
 
@@ -61,6 +59,8 @@ def append_kv(
     divide what is stored. Raises ValueError for what the kernel cannot take, before anything is written.
     """
     tensors = [slots]
+    if k_cache.shape[0] * k_cache.shape[1] >= 1 << 31:
+        raise ValueError(f"k_cache: {tuple(k_cache.shape)}, expected fewer than 2^31 slots")
     p = AppendParams(page=k_cache.shape[1], heads=k.shape[1], num_slots=k_cache.shape[0] * k_cache.shape[1])
     for name, cache, new, scale in (("k", k_cache, k, k_scale), ("v", v_cache, v, v_scale)):
         expect_half(name, new)

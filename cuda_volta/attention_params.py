@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .checks import in_octets
 
 _POINTERS = (
     "q", "k", "v", "out", "lse", "alibi_slopes", "sinks", "attn_mask", "cu_seqlens_q", "cu_seqlens_k",
@@ -89,6 +92,10 @@ class AttentionCall(NamedTuple):
             return min(self.max_seqlen_k, self.k.shape[0])
         return self.k.shape[1]
 
+    def signature(self) -> tuple[Hashable, ...]:
+        """All but addresses and values: calls of equal signature differ only in their pointers."""
+        return tuple((t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in self)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor that a kernel may read."""
         return tuple(t for t in self if isinstance(t, Tensor))
@@ -106,15 +113,35 @@ def new_results(c: AttentionCall) -> tuple[Tensor, Tensor]:
     return c.q.new_zeros(shape), c.q.new_full(lse_shape, -torch.inf, dtype=torch.float32)
 
 
+# The checked parameters of signatures seen before, pointers aside: models repeat theirs in every layer.
+_known: dict[tuple[Hashable, ...], bytes] = {}
+_MOST_KNOWN = 4096
+
+
 def attention_params(c: AttentionCall, out: Tensor, lse: Tensor) -> AttentionParams:
-    """The kernels' view of a call. Raises ValueError that names what they cannot take."""
-    check(c)
-    p = AttentionParams()
-    for name in _POINTERS:
-        t = getattr(c, name, None)
-        if t is not None:
+    """The kernels' view of a call, ``out`` and ``lse`` its `new_results`.
+
+    Raises ValueError that names what the kernels cannot take.
+    """
+    signature = c.signature()
+    known = _known.get(signature)
+    if known is None:
+        check(c)
+        if len(_known) == _MOST_KNOWN:
+            _known.clear()
+        known = _known[signature] = bytes(_without_pointers(c, out, lse))
+    p = AttentionParams.from_buffer_copy(known)
+    for name, t in zip(c._fields, c, strict=True):
+        if isinstance(t, Tensor):
             setattr(p, name, t.data_ptr())
-    p.out, p.lse = out.data_ptr(), lse.data_ptr() if c.return_lse else 0
+    p.out = out.data_ptr()
+    if c.return_lse:
+        p.lse = lse.data_ptr()
+    return p
+
+
+def _without_pointers(c: AttentionCall, out: Tensor, lse: Tensor) -> AttentionParams:
+    p = AttentionParams()
     packed_q, packed_k = c.q.ndim == 3, c.k.ndim == 3
     for name, t, packed in (
         ("q", c.q, packed_q),
@@ -171,27 +198,50 @@ def check(c: AttentionCall) -> None:
             raise ValueError(f"{name}: stride {t.stride(-1)} in the last dimension, expected 1")
         if not 1 <= t.shape[-1] <= 256:
             raise ValueError(f"{name}: head_dim {t.shape[-1]}, expected 1..256")
-    if c.attn_mask is not None and c.attn_mask.dtype not in _MASK_KINDS:
-        raise ValueError(f"attn_mask: {c.attn_mask.dtype}, expected bool, float16 or float32")
-    for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table", "seqused_k", "cache_batch_idx",
-                 "cache_leftpad", "q_pos0", "k_pos0"):  # fmt: skip
-        _expect(name, getattr(c, name), torch.int32)
-    for name in ("alibi_slopes", "sinks", "k_scale", "v_scale"):
-        _expect(name, getattr(c, name), torch.float32)
+    batch, heads, kv_heads = c.batch, c.q.shape[-2], c.k.shape[-2]
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"k: {kv_heads} heads, expected a divisor of q's {heads}")
+    if c.k.shape[:-1] != c.v.shape[:-1] or c.k.shape[-1] != c.q.shape[-1]:
+        raise ValueError(
+            f"q, k, v: {tuple(c.q.shape)}, {tuple(c.k.shape)}, {tuple(c.v.shape)} do not fit together"
+        )
+    rows = c.block_table is None and c.cu_seqlens_k is None and c.cache_batch_idx is None
+    if rows and c.k.shape[0] != batch:
+        raise ValueError(f"k: batch {c.k.shape[0]}, q has {batch}")
+    for name in ("seqused_k", "cache_batch_idx", "cache_leftpad", "q_pos0", "k_pos0"):
+        _expect(name, getattr(c, name), torch.int32, (batch,))
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        _expect(name, getattr(c, name), torch.int32, (batch + 1,))
+    _expect("block_table", c.block_table, torch.int32, (batch, -1))
+    _expect("alibi_slopes", c.alibi_slopes, torch.float32, (heads,), (batch, heads))
+    _expect("sinks", c.sinks, torch.float32, (heads,))
+    _expect("k_scale", c.k_scale, torch.float32, (kv_heads,))
+    _expect("v_scale", c.v_scale, torch.float32, (kv_heads,))
     if max(c.q.shape[-3], c.longest_k) > _ROW_LIMIT:
         raise ValueError(f"q, k: {c.q.shape[-3]} and {c.longest_k} rows, expected at most {_ROW_LIMIT}")
+    if c.attn_mask is not None:
+        if c.attn_mask.dtype not in _MASK_KINDS:
+            raise ValueError(f"attn_mask: {c.attn_mask.dtype}, expected bool, float16 or float32")
+        shape = (batch, heads, c.longest_q, c.longest_k)
+        if c.q.ndim == 3 or c.k.ndim == 3 or tuple(c.attn_mask.shape) != shape:
+            raise ValueError(
+                f"attn_mask: {tuple(c.attn_mask.shape)}, expected {shape} of sequences not packed"
+            )
 
 
-def _expect(name: str, t: Tensor | None, dtype: torch.dtype) -> None:
-    if t is not None and (t.dtype != dtype or not t.is_contiguous()):
+def _expect(name: str, t: Tensor | None, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
+    """Raises ValueError unless ``t`` is None or contiguous, of the dtype and one of the shapes (-1: any)."""
+    if t is None:
+        return
+    if t.dtype != dtype or not t.is_contiguous():
         raise ValueError(f"{name}: {t.dtype}, strides {t.stride()}, expected contiguous {dtype}")
+    given = tuple(t.shape)
+    if all(
+        len(s) != len(given) or any(n not in (m, -1) for m, n in zip(given, s, strict=True)) for s in shapes
+    ):
+        raise ValueError(f"{name}: {given}, expected {' or '.join(map(str, shapes))}")
 
 
 def aligned(c: AttentionCall) -> bool:
     """Whether every row of q, k and v can be read 16 bytes at a time."""
-    return all(
-        t.shape[-1] % 8 == 0
-        and t.data_ptr() % 16 == 0
-        and all(s % 8 == 0 for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1)
-        for t in (c.q, c.k, c.v)
-    )
+    return in_octets(c.q, c.k, c.v) and not (c.q.shape[-1] | c.v.shape[-1]) % 8

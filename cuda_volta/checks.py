@@ -23,12 +23,11 @@ def expect_device(like: Tensor, **tensors: Tensor | None) -> None:
 
 def in_octets(*tensors: Tensor) -> bool:
     """Whether every row of every tensor can be read 16 bytes at a time, but for its tail."""
-    return all(
-        t.data_ptr() % 16 == 0
-        and all(
-            s * t.element_size() % 16 == 0
-            for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True)
-            if n > 1
-        )
-        for t in tensors
-    )
+    for t in tensors:
+        if t.data_ptr() % 16:
+            return False
+        size = t.element_size()
+        for n, stride in zip(t.shape[:-1], t.stride(), strict=False):
+            if n > 1 and stride * size % 16:
+                return False
+    return True

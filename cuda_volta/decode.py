@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -75,6 +75,7 @@ def decode(call: AttentionCall, splits: int | None = None) -> tuple[Tensor, Tens
     return out, lse
 
 
+@lru_cache(maxsize=4096)
 def num_splits(units: int, keys: int, rows: int, sms: int) -> int:
     """Into how many ranges of keys each of ``units`` blocks of ``rows`` packed rows is cut.
 

@@ -21,7 +21,6 @@ class GateParams(ctypes.Structure):
         ("x", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("x_row", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
         ("width", ctypes.c_int32),
         ("wide", ctypes.c_int32),
     ]
@@ -37,8 +36,7 @@ def swiglu(x: Tensor) -> Tensor:
     if not out.numel():
         return out
     rows = x if x.ndim == 2 else x.reshape(-1, 2 * width)
-    p = GateParams(rows.data_ptr(), out.data_ptr(), rows.stride(0), rows.shape[0], width)
-    p.wide = in_octets(rows) and width % 8 == 0
-    units = rows.shape[0] * -(-width // 8)
-    load(SWIGLU, x.device).launch((-(-units // SWIGLU.threads), 1, 1), p, reads=(rows,), writes=(out,))
+    p = GateParams(rows.data_ptr(), out.data_ptr(), rows.stride(0), width, in_octets(rows) and width % 8 == 0)
+    grid = (rows.shape[0], -(-width // (8 * SWIGLU.threads)), 1)
+    load(SWIGLU, x.device).launch(grid, p, reads=(rows,), writes=(out,))
     return out

@@ -113,7 +113,8 @@ def _few_rows(x: Tensor, w: GroupedWeight) -> Tensor:
     total = SplitSumParams(p.partial, p.bias, p.out, out.numel(), w.shape[0], p.splits, p.bias_is_float)
     reads = (partial,) if w.bias is None else (partial, w.bias)
     kernel = load(SPLIT_SUM, x.device)
-    kernel.launch((-(-out.numel() // kernel.variant.threads), 1, 1), total, reads=reads, writes=(out,))
+    grid = (-(-w.shape[0] // kernel.variant.threads), x.shape[0], 1)
+    kernel.launch(grid, total, reads=reads, writes=(out,))
     return out
 
 

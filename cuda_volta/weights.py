@@ -69,7 +69,6 @@ class DequantizeParams(ctypes.Structure):
     _fields_ = [
         ("w", WeightParams),
         *((name, ctypes.c_void_p) for name in ("ids", "x_perm", "out")),
-        ("rows", ctypes.c_int64),
         ("first_row", ctypes.c_int64),
         ("perm_stride", ctypes.c_int32),
         ("wide", ctypes.c_int32),
@@ -124,8 +123,9 @@ def dequantize(
         raise ValueError(f"ids: {ids.dtype} {tuple(ids.shape)}, expected int64 (N,)")
     p = DequantizeParams(weight_params(w))
     lo, hi = span or (0, w.shape[0])
-    p.rows, p.first_row = (hi - lo, lo) if ids is None else (ids.shape[0], 0)
-    out = w.codes.new_empty((p.rows, w.shape[1]), dtype=torch.float16)
+    p.first_row = lo
+    rows = hi - lo if ids is None else ids.shape[0]
+    out = w.codes.new_empty((rows, w.shape[1]), dtype=torch.float16)
     reads = list(w._replace(bias=None).tensors())
     if ids is not None:
         expect_device(w.codes, ids=ids)
@@ -139,9 +139,9 @@ def dequantize(
         return out
     if not w.shape[0]:
         raise ValueError("ids: the matrix has no rows")
-    units = p.rows * -(-w.shape[1] // 8)
     kernel = load(DEQUANTIZE[w.bits], out.device)
-    kernel.launch((-(-units // kernel.variant.threads), 1, 1), p, reads=reads, writes=(out,))
+    grid = (rows, -(-w.shape[1] // (8 * kernel.variant.threads)), 1)
+    kernel.launch(grid, p, reads=reads, writes=(out,))
     return out
 
 

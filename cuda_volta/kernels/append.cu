@@ -15,8 +15,7 @@ struct AppendParams {
     NewRows k, v;
     const i64* slots;  // outside the cache: skipped
     RotaryTable table;
-    i64 num_slots;
-    i32 page, heads;
+    i32 num_slots, page, heads;
 };
 
 VOLTA_DEVICE void append_rows(const NewRows& n, i64 row, i64 page, i64 place, i32 heads, const RotaryTable& t,
@@ -39,6 +38,8 @@ VOLTA_KERNEL(append, 256, 4)(AppendParams p) {
     const i64 row = block_x();
     const i64 slot = ldg(p.slots + row);
     if (slot < 0 || slot >= p.num_slots) return;
-    append_rows(p.k, row, slot / p.page, slot % p.page, p.heads, p.table, row_angles(p.table, row));
-    append_rows(p.v, row, slot / p.page, slot % p.page, p.heads, p.table, {nullptr, nullptr});
+    const i32 page = static_cast<i32>(slot) / p.page;
+    const i32 place = static_cast<i32>(slot) % p.page;
+    append_rows(p.k, row, page, place, p.heads, p.table, row_angles(p.table, row));
+    append_rows(p.v, row, page, place, p.heads, p.table, {nullptr, nullptr});
 }

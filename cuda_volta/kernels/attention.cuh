@@ -121,7 +121,7 @@ struct KeyPlace {
 VOLTA_DEVICE KeyPlace key_place(const AttentionParams& p, const Sequence& s, i32 b, i32 j) {
     const i32 row = s.k_begin + j;
     if (!p.block_table) return {p.cu_seqlens_k ? 0 : s.k_batch, row};
-    const u32 page = static_cast<u32>(row) / static_cast<u32>(p.k_rows);
+    const u32 page = static_cast<u32>(static_cast<u64>(2 * row) * p.page_magic >> 32) >> p.page_shift;
     const i32 stored = ldg(p.block_table + static_cast<i64>(b) * p.max_pages + page);
     return {clamp(stored, 0, p.k_batches - 1), row - static_cast<i32>(page) * p.k_rows};
 }

@@ -7,10 +7,10 @@ using namespace volta;
 // Grid: (batch * heads * queries / 8); a warp has one row, a lane 4 of every 128 columns.
 VOLTA_KERNEL(combine, 256, 4)(AttentionParams p) {
     const u32 lane = lane_index();
-    const i64 unit = static_cast<i64>(block_x()) * 8 + warp_index();
-    const i32 head = static_cast<i32>(unit % p.heads);
-    const i32 query = static_cast<i32>(unit / p.heads % p.max_seqlen_q);
-    const i32 b = static_cast<i32>(unit / p.heads / p.max_seqlen_q);
+    const i32 unit = static_cast<i32>(block_x() * 8 + warp_index());
+    const i32 head = unit % p.heads;
+    const i32 query = unit / p.heads % p.max_seqlen_q;
+    const i32 b = unit / p.heads / p.max_seqlen_q;
     if (b >= p.batch) return;
     const Sequence s = find_sequence(p, b);
     if (query >= s.q_len) return;
@@ -33,7 +33,8 @@ VOLTA_KERNEL(combine, 256, 4)(AttentionParams p) {
     float out[2][4] = {};
     for (i32 first = 0; first < p.splits; first += 32) {
         const i32 mine = first + static_cast<i32>(lane);
-        const float weight = mine < p.splits && !empty ? exp2_approx(ldg(p.partial_lse + place + mine) - top) : 0.0f;
+        const float weight =
+            mine < p.splits && !empty ? exp2_approx(ldg(p.partial_lse + place + mine) - top) : 0.0f;
         for (i32 i = first; i < p.splits && i < first + 32; ++i) {
             const float w = shuffle(weight, static_cast<u32>(i - first));
             sum += w;
@@ -52,7 +53,7 @@ VOLTA_KERNEL(combine, 256, 4)(AttentionParams p) {
     }
 
     const Sunk sunk = add_sink(p, head, row_lse({top, sum}));
-    float factor = empty ? 0.0f : sunk.factor / sum;
+    float factor = empty ? 0.0f : sunk.factor * rcp_approx(sum);
     if (p.v_scale) factor *= ldg(p.v_scale + head / (p.heads / p.kv_heads));
     if (lane == 0) write_lse(p, s, b, at, sunk.lse);
 #pragma unroll

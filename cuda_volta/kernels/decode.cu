@@ -3,8 +3,8 @@
 // The query heads of a KV head times the queries are packed into 16 rows (two 8-row operands). A warp takes
 // tiles of BLOCK_K keys on its own: no barrier, and no shared memory but Q's, until the 8 warps merge. A
 // quadpair (lanes 4q..4q+3 and 16+4q..19+4q) owns
-//   of K  the same 8 keys as the others and 8 of every 32 elements: 64 contiguous bytes of a key per load, and
-//         the four partial scores are added across quadpairs;
+//   of K  the same 8 keys as the others and 8 of every 32 elements: 64 contiguous bytes of a key per load,
+//         and the four partial scores are added across quadpairs;
 //   of V  16 of every 64 columns: 128 contiguous bytes of a row per load, and the output needs no addition.
 // Both operands are 16 bytes a lane as they come from memory (PTX ISA, fragments of mma.m8n8k4): K is the
 // column operand, two steps of 4 elements; V the row operand, two tiles of 8 columns, which are
@@ -15,8 +15,8 @@
 
 namespace volta {
 
-constexpr int GROUPS = BLOCK_K / 8;            // of keys, one 8x8 tile of scores each
-constexpr int K_CHUNKS = HEAD_DIM / 32;        // elements of a key that one load covers
+constexpr int GROUPS = BLOCK_K / 8;             // of keys, one 8x8 tile of scores each
+constexpr int K_CHUNKS = HEAD_DIM / 32;         // elements of a key that one load covers
 constexpr int V_CHUNKS = (HEAD_DIM + 63) / 64;  // columns of a value that one load covers
 constexpr u32 CHUNK_BYTES = 512;
 // The next tile's keys are on their way during the softmax, unless the output leaves no registers for them.
@@ -49,27 +49,39 @@ VOLTA_DEVICE void store_queries(const AttentionParams& p, const Block& k, u32 ba
     }
 }
 
-// Where a tile's keys are stored: each lane knows one, and asks another for the one it loads.
-VOLTA_DEVICE KeyPlace find_place(const AttentionParams& p, const Block& k, i32 tile, i32 end) {
-    const i32 j = tile + static_cast<i32>(lane_index() % BLOCK_K);
-    return key_place(p, k.seq, k.batch, j < end ? j : end - 1);
+// Where a tile's keys and values begin, from those of the KV head: each lane knows one key's, and asks another
+// lane for those of the key that it loads. Aligned rows are counted in 16 bytes: 32 bits reach 64 GB.
+#if VECTOR
+using Offset = u32;
+constexpr i64 OFFSET_UNIT = 8;
+VOLTA_DEVICE Offset offset_of(Offset offset, u32 key) { return shuffle(offset, key); }
+#else
+using Offset = u64;
+constexpr i64 OFFSET_UNIT = 1;
+VOLTA_DEVICE Offset offset_of(Offset offset, u32 key) {
+    const u64 high = shuffle(static_cast<u32>(offset >> 32), key);
+    return high << 32 | shuffle(static_cast<u32>(offset), key);
 }
-VOLTA_DEVICE KeyPlace place_of(KeyPlace place, u32 key) {
-    return {static_cast<i32>(shuffle(static_cast<u32>(place.batch), key)),
-            static_cast<i32>(shuffle(static_cast<u32>(place.row), key))};
+#endif
+struct Offsets {
+    Offset k, v;
+};
+VOLTA_DEVICE Offsets find_offsets(const AttentionParams& p, const Block& k, i32 tile, i32 end) {
+    const i32 j = tile + static_cast<i32>(lane_index() % BLOCK_K);
+    const KeyPlace at = key_place(p, k.seq, k.batch, j < end ? j : end - 1);
+    return {static_cast<Offset>((at.batch * p.k_batch + at.row * p.k_row) / OFFSET_UNIT),
+            static_cast<Offset>((at.batch * p.v_batch + at.row * p.v_row) / OFFSET_UNIT)};
 }
 
 struct KeyTile {
     Word4 w[GROUPS][K_CHUNKS];
 };
-VOLTA_DEVICE void load_keys(KeyTile& keys, const AttentionParams& p, const Block& k, KeyPlace place, i32 tile,
-                            i32 end) {
+VOLTA_DEVICE void load_keys(KeyTile& keys, const AttentionParams& p, const u16* head, Offset known, i32 tile, i32 end) {
     const u32 lane = lane_index();
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
         const u32 key = g * 8 + operand_row(lane);
-        const KeyPlace at = place_of(place, key);
-        const u16* row = p.k + at.batch * p.k_batch + at.row * p.k_row + k.kv_head * p.k_head;
+        const u16* row = head + offset_of(known, key) * OFFSET_UNIT;
         const bool exists = tile + static_cast<i32>(key) < end;
 #pragma unroll
         for (int c = 0; c < K_CHUNKS; ++c) {
@@ -82,8 +94,8 @@ VOLTA_DEVICE void load_keys(KeyTile& keys, const AttentionParams& p, const Block
 struct ValueTile {
     Word4 w[GROUPS][2][V_CHUNKS];  // 4 keys each
 };
-VOLTA_DEVICE void load_values(ValueTile& values, const AttentionParams& p, const Block& k, KeyPlace place,
-                              i32 tile, i32 end) {
+VOLTA_DEVICE void load_values(ValueTile& values, const AttentionParams& p, const u16* head, Offset known, i32 tile,
+                              i32 end) {
     const u32 lane = lane_index();
     const i32 first = static_cast<i32>(quadpair(lane) * 16 + (lane >> 4) * 8);
 #pragma unroll
@@ -91,8 +103,7 @@ VOLTA_DEVICE void load_values(ValueTile& values, const AttentionParams& p, const
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const u32 key = g * 8 + j * 4 + lane % 4;
-            const KeyPlace at = place_of(place, key);
-            const u16* row = p.v + at.batch * p.v_batch + at.row * p.v_row + k.kv_head * p.v_head;
+            const u16* row = head + offset_of(known, key) * OFFSET_UNIT;
             const bool exists = tile + static_cast<i32>(key) < end;
 #pragma unroll
             for (int c = 0; c < V_CHUNKS; ++c) {
@@ -125,16 +136,21 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
     const u32 queries = shared_base();
     const u32 bands = queries + 2 * K_CHUNKS * CHUNK_BYTES;
     const u32 merging = bands + 16 * 8;
-    store_queries(p, k, queries);
-    if (thread_index() < 16) store_band(p, k, bands, static_cast<i32>(thread_index()));
-    barrier();
-
     // This split's tiles of the keys that any row sees.
-    const i32 begin = visible_band(p, k.seq, packed_row(k, 0).query).first;
-    const i32 end = visible_band(p, k.seq, packed_row(k, k.rows - 1).query).last + 1;
-    const i32 tiles = end > begin ? (end - begin + BLOCK_K - 1) / BLOCK_K : 0;
+    const Band upper = visible_band(p, k.seq, packed_row(k, 0).query);
+    const Band lower = visible_band(p, k.seq, packed_row(k, k.rows - 1).query);
+    const i32 begin = upper.first;
+    const i32 beyond = lower.last + 1;
+    const i32 tiles = beyond > begin ? (beyond - begin + BLOCK_K - 1) / BLOCK_K : 0;
     const i32 share = (tiles + p.splits - 1) / p.splits;
-    const i32 stop = clamp((static_cast<i32>(block_y()) + 1) * share, 0, tiles);
+    const i32 first = static_cast<i32>(block_y()) * share;
+    const i32 stop = clamp(first + share, 0, tiles);
+    const i32 end = stop < tiles ? begin + stop * BLOCK_K : beyond;
+    const Band common{lower.first, upper.last < end - 1 ? upper.last : end - 1};  // what every row sees
+
+    store_queries(p, k, queries);
+    if (thread_index() < 16) store_band(p, k, bands, static_cast<i32>(thread_index()), end - 1);
+    barrier();
     const ScoreScale scale = score_scale(p, k.kv_head);
     const bool biased = p.alibi_slopes || p.mask_kind != MASK_NONE;
     const u32 biases = merging + warp_index() * 16 * BIAS_PITCH<BLOCK_K> * 4;  // until warps merge
@@ -143,20 +159,25 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) rows[m][0] = rows[m][1] = {-infinity(), 0.0f};
     float o[2][V_CHUNKS][2][8] = {};
+    const u16* const k_head = p.k + k.kv_head * p.k_head;
+    const u16* const v_head = p.v + k.kv_head * p.v_head;
     KeyTile keys;
     ValueTile values;
-    i32 index = static_cast<i32>(block_y()) * share + static_cast<i32>(warp_index());
-    if (index < stop) {
-        const KeyPlace place = find_place(p, k, begin + index * BLOCK_K, end);
-        load_keys(keys, p, k, place, begin + index * BLOCK_K, end);
-        load_values(values, p, k, place, begin + index * BLOCK_K, end);
+    if (first < stop) {
+        const i32 tile = begin + (first + static_cast<i32>(warp_index())) * BLOCK_K;
+        const Offsets known = find_offsets(p, k, tile, end);
+        load_keys(keys, p, k_head, known.k, tile, end);
+        load_values(values, p, v_head, known.v, tile, end);
     }
+    // All warps go round together, so that the compiler sees whole warps; one whose tile lies behind the end
+    // has loaded nothing, and its rows see none of it.
 #pragma unroll 1
-    for (; index < stop; index += MERGE_WARPS) {
-        const i32 tile = begin + index * BLOCK_K;
+    for (i32 round = first; round < stop; round += MERGE_WARPS) {
+        const i32 round_key = begin + round * BLOCK_K;
+        const bool masked = round_key < common.first || round_key + BLOCK_K * 8 - 1 > common.last;
+        const i32 tile = round_key + static_cast<i32>(warp_index()) * BLOCK_K;
         const i32 next = tile + MERGE_WARPS * BLOCK_K;
-        const i32 next_end = index + static_cast<i32>(MERGE_WARPS) < stop ? end : 0;  // 0: nothing is loaded
-        const KeyPlace place = find_place(p, k, next, end);
+        const Offsets known = find_offsets(p, k, next, end);
 
         float s[2][GROUPS][8] = {};
 #pragma unroll
@@ -173,7 +194,7 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
             }
         }
         if (biased) store_biases<BLOCK_K>(p, k, biases, tile);
-        if (EARLY_KEYS) load_keys(keys, p, k, place, next, next_end);
+        if (EARLY_KEYS) load_keys(keys, p, k_head, known.k, next, end);
 
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
@@ -181,13 +202,16 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
             float rescale[2];
             scale_scores(s[m], scale);
             if (biased) add_biases(s[m], biases, m);
-            online_softmax(s[m], rows[m], rescale, bands, m, tile);
+            if (masked) hide_keys(s[m], bands, m, tile);
+            online_softmax(s[m], rows[m], rescale);
+            if (any_lane(rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
-            for (int c = 0; c < V_CHUNKS; ++c) {
+                for (int c = 0; c < V_CHUNKS; ++c) {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    o[m][c][0][i] *= rescale[i >> 1 & 1];
-                    o[m][c][1][i] *= rescale[i >> 1 & 1];
+                    for (int i = 0; i < 8; ++i) {
+                        o[m][c][0][i] *= rescale[i >> 1 & 1];
+                        o[m][c][1][i] *= rescale[i >> 1 & 1];
+                    }
                 }
             }
 #pragma unroll
@@ -205,8 +229,8 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
                 }
             }
         }
-        if (!EARLY_KEYS) load_keys(keys, p, k, place, next, next_end);
-        load_values(values, p, k, place, next, next_end);
+        if (!EARLY_KEYS) load_keys(keys, p, k_head, known.k, next, end);
+        load_values(values, p, v_head, known.v, next, end);
     }
 
     barrier();
@@ -231,7 +255,7 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
         const i64 place = packed_place(p, k.seq, k.batch, at) * p.splits + block_y();
         if (mine && column == 0) stg(p.partial_lse + place, lse);
         float* const out = p.partial_out + place * p.partial_width;
-        merge_outputs(o, rows, merging, second, mine, [&](int c, const float(&x)[4]) {
+        merge_outputs(o, rows, merging, second, mine, [&](int c, const float (&x)[4]) {
             const Word4 bits{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])};
             if (c * 64 + column < p.v_head_dim) stg(reinterpret_cast<Word4*>(out + c * 64 + column), bits);
         });
@@ -240,7 +264,7 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
         const float factor = p.v_scale ? sunk.factor * ldg(p.v_scale + k.kv_head) : sunk.factor;
         u16* const out = out_row(p, k.seq, k.batch, at);
         if (mine && column == 0) write_lse(p, k.seq, k.batch, at, sunk.lse);
-        merge_outputs(o, rows, merging, second, mine, [&](int c, float(&x)[4]) {
+        merge_outputs(o, rows, merging, second, mine, [&](int c, float (&x)[4]) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) x[i] *= factor;
             write_halves(p, out, c * 64 + column, x);

@@ -26,7 +26,8 @@ VOLTA_DEVICE RowTotal merge_stats(u32 base, u32 row) {
 #pragma unroll
     for (u32 w = 0; w < MERGE_WARPS; ++w) {
         const Word2 x = lds64(base + (w * 16 + row) * 8);
-        if (bits_float(x.x) > -infinity()) total.sum += bits_float(x.y) * exp2_approx(bits_float(x.x) - total.max);
+        if (bits_float(x.x) > -infinity())
+            total.sum += bits_float(x.y) * exp2_approx(bits_float(x.x) - total.max);
     }
     return total;
 }
@@ -34,8 +35,8 @@ VOLTA_DEVICE RowTotal merge_stats(u32 base, u32 row) {
 // Adds up the warps' outputs, rows and columns over the block's 256 threads: a thread gets 4 columns of row
 // thread / 16 in each chunk of 64, through `use(chunk, values)`.
 template <int V_CHUNKS, typename Use>
-VOLTA_DEVICE void merge_outputs(float (&o)[2][V_CHUNKS][2][8], const LaneRow (&rows)[2][2], u32 base, bool second, bool mine,
-                                Use use) {
+VOLTA_DEVICE void merge_outputs(float (&o)[2][V_CHUNKS][2][8], const LaneRow (&rows)[2][2], u32 base,
+                                bool second, bool mine, Use use) {
     const u32 lane = lane_index();
     const u32 columns = base + MERGE_STATS;
     float factor[2][2];
@@ -45,7 +46,7 @@ VOLTA_DEVICE void merge_outputs(float (&o)[2][V_CHUNKS][2][8], const LaneRow (&r
         for (int r = 0; r < 2; ++r) {
             const RowTotal total = merge_stats(base, m * 8 + accumulator_row(lane, r));
             const bool empty = total.max == -infinity();
-            factor[m][r] = empty ? 0.0f : exp2_approx(rows[m][r].max - total.max) * (1.0f / total.sum);
+            factor[m][r] = empty ? 0.0f : exp2_approx(rows[m][r].max - total.max) * rcp_approx(total.sum);
         }
     }
 #pragma unroll

@@ -11,7 +11,9 @@ struct RowTotal {
 };
 
 // The log-sum-exp, base 2.
-VOLTA_DEVICE float row_lse(RowTotal t) { return t.max == -infinity() ? -infinity() : t.max + log2_approx(t.sum); }
+VOLTA_DEVICE float row_lse(RowTotal t) {
+    return t.max == -infinity() ? -infinity() : t.max + log2_approx(t.sum);
+}
 
 // What a head's sink makes of a row of this lse: it takes part in the denominator only.
 struct Sunk {
@@ -43,7 +45,8 @@ VOLTA_DEVICE void write_lse(const AttentionParams& p, const Sequence& s, i32 b, 
 VOLTA_DEVICE void write_halves(const AttentionParams& p, u16* row, i32 column, const float (&x)[4]) {
     if (p.v_head_dim % 4 == 0) {
         if (column < p.v_head_dim) {
-            stg(reinterpret_cast<Word2*>(row + column), Word2{pack_half2(x[0], x[1]), pack_half2(x[2], x[3])});
+            stg(reinterpret_cast<Word2*>(row + column),
+                Word2{pack_half2(x[0], x[1]), pack_half2(x[2], x[3])});
         }
         return;
     }

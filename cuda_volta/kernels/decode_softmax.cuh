@@ -26,9 +26,11 @@ struct LaneRow {
     float max, sum;
 };
 
-// The rows' bands wait in shared memory: there are no registers to spare. Empty where a row does not exist.
-VOLTA_DEVICE void store_band(const AttentionParams& p, const Block& k, u32 bands, i32 row) {
-    const Band band = row < k.rows ? visible_band(p, k.seq, packed_row(k, row).query) : Band{0, -1};
+// The rows' bands, up to the block's last key, wait in shared memory: there are no registers to spare. Empty
+// where a row does not exist.
+VOLTA_DEVICE void store_band(const AttentionParams& p, const Block& k, u32 bands, i32 row, i32 last) {
+    Band band = row < k.rows ? visible_band(p, k.seq, packed_row(k, row).query) : Band{0, -1};
+    if (band.last > last) band.last = last;
     sts64(bands + row * 8, {static_cast<u32>(band.first), static_cast<u32>(band.last)});
 }
 VOLTA_DEVICE Band load_band(u32 bands, u32 row) {
@@ -43,7 +45,7 @@ struct ScoreScale {
 VOLTA_DEVICE ScoreScale score_scale(const AttentionParams& p, i32 kv_head) {
     const float scale = p.k_scale ? p.scale * ldg(p.k_scale + kv_head) : p.scale;
     if (p.softcap == 0.0f) return {scale * LOG2_E, 0.0f, 0.0f};
-    return {scale, p.softcap, 1.0f / p.softcap};
+    return {scale, p.softcap, rcp_approx(p.softcap)};
 }
 
 // ALiBi and attn_mask reach a tile's scores through shared memory: a warp computes them key by key, in a loop
@@ -111,13 +113,10 @@ VOLTA_DEVICE void scale_scores(float (&s)[GROUPS][8], const ScoreScale& scale) {
     }
 }
 
-// Scores of rows 8 m.. and keys tile.. become probabilities relative to each row's maximum so far; `rescale`
-// brings what was summed before to that maximum.
+// Scores of rows 8 m.. and keys tile.. that a row does not see become -inf.
 template <int GROUPS>
-VOLTA_DEVICE void online_softmax(float (&s)[GROUPS][8], LaneRow (&rows)[2], float (&rescale)[2], u32 bands, int m,
-                                 i32 tile) {
+VOLTA_DEVICE void hide_keys(float (&s)[GROUPS][8], u32 bands, int m, i32 tile) {
     const u32 lane = lane_index();
-    float top[2] = {rows[0].max, rows[1].max};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const Band band = load_band(bands, m * 8 + accumulator_row(lane, r));
@@ -128,16 +127,29 @@ VOLTA_DEVICE void online_softmax(float (&s)[GROUPS][8], LaneRow (&rows)[2], floa
                 if ((i >> 1 & 1) != r) continue;
                 const i32 j = tile + g * 8 + static_cast<i32>(accumulator_column(lane, i));
                 if (j < band.first || j > band.last) s[g][i] = -infinity();
-                top[r] = s[g][i] > top[r] ? s[g][i] : top[r];
             }
         }
     }
+}
+
+// Scores become probabilities relative to each row's maximum so far; `rescale` brings what was summed before
+// to that maximum.
+template <int GROUPS>
+VOLTA_DEVICE void online_softmax(float (&s)[GROUPS][8], LaneRow (&rows)[2], float (&rescale)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        top[r] = row_max(top[r]);
-        const float base = top[r] == -infinity() ? 0.0f : top[r];
+        float top = rows[r].max;
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                if ((i >> 1 & 1) == r) top = fmaxf(top, s[g][i]);
+            }
+        }
+        top = row_max(top);
+        const float base = top == -infinity() ? 0.0f : top;
         rescale[r] = exp2_approx(rows[r].max - base);
-        rows[r].max = top[r];
+        rows[r].max = top;
         float sum = 0.0f;
 #pragma unroll
         for (int g = 0; g < GROUPS; ++g) {

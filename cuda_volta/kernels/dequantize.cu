@@ -6,10 +6,10 @@ namespace volta {
 
 struct DequantizeParams {
     WeightParams w;
-    const i64* ids;      // row of W for each row of out, clamped; null: first_row + the row
-    const i32* x_perm;   // column c of W goes to column x_perm[c * perm_stride]; null: to c
-    u16* out;            // (rows, in), dense
-    i64 rows, first_row;
+    const i64* ids;     // row of W for each row of out, clamped; null: first_row + the row
+    const i32* x_perm;  // column c of W goes to column x_perm[c * perm_stride]; null: to c
+    u16* out;           // (rows, in), dense
+    i64 first_row;
     i32 perm_stride, wide;
 };
 
@@ -32,13 +32,11 @@ VOLTA_DEVICE Octet load_codes(const WeightParams& w, const u8* row, i32 c) {
 
 using namespace volta;
 
-// Grid: (rows * in / 8 / threads); a thread has 8 columns.
+// Grid: (rows, in / 8 / threads); a thread has 8 columns.
 VOLTA_KERNEL(dequantize, 256, 4)(DequantizeParams p) {
-    const i64 octets = (p.w.in + 7) / 8;
-    const i64 unit = static_cast<i64>(block_x()) * 256 + thread_index();
-    const i64 place = unit / octets;
-    if (place >= p.rows) return;
-    const i32 c = static_cast<i32>(unit % octets) * 8;
+    const i64 place = block_x();
+    const i32 c = static_cast<i32>(block_y() * 256 + thread_index()) * 8;
+    if (c >= p.w.in) return;
     i64 row = p.ids ? ldg(p.ids + place) : p.first_row + place;
     row = row < 0 ? 0 : row < p.w.out ? row : p.w.out - 1;
 

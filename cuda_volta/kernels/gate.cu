@@ -6,7 +6,7 @@ namespace volta {
 struct GateParams {
     const u16* x;
     u16* out;  // (rows, width), dense
-    i64 x_row, rows;
+    i64 x_row;
     i32 width, wide;
 };
 
@@ -14,13 +14,11 @@ struct GateParams {
 
 using namespace volta;
 
-// Grid: (rows * width / 8 / threads); a thread has 8 columns.
+// Grid: (rows, width / 8 / threads); a thread has 8 columns.
 VOLTA_KERNEL(swiglu, 256, 4)(GateParams p) {
-    const i64 octets = (p.width + 7) / 8;
-    const i64 unit = static_cast<i64>(block_x()) * 256 + thread_index();
-    const i64 row = unit / octets;
-    if (row >= p.rows) return;
-    const i64 c = unit % octets * 8;
+    const i64 row = block_x();
+    const i32 c = static_cast<i32>(block_y() * 256 + thread_index()) * 8;
+    if (c >= p.width) return;
     const u16* const x = p.x + row * p.x_row + c;
     Octet gate = load_octet(x, p.width - c, p.wide);
     const Octet up = load_octet(x + p.width, p.width - c, p.wide);

@@ -17,20 +17,20 @@ namespace volta {
 struct LinearParams {
     WeightParams w;
     const u16* x;
-    const i32* x_perm;   // column c of W meets column x_perm[c * perm_stride] of x; null: c
-    const void* bias;    // halves, or floats; null: none
-    u16* out;            // (rows, out), dense
-    float* partial;      // (splits, rows, out) where splits > 1
+    const i32* x_perm;  // column c of W meets column x_perm[c * perm_stride] of x; null: c
+    const void* bias;   // halves, or floats; null: none
+    u16* out;           // (rows, out), dense
+    float* partial;     // (splits, rows, out) where splits > 1
     i64 x_row;
     i32 rows, perm_stride, wide;  // wide: rows of x begin at multiples of 16 bytes and are not permuted
     i32 bias_is_float, splits;
 };
 
-constexpr i32 QUAD_COLUMNS = 128 / BITS;      // of the 16 bytes that a lane loads
+constexpr i32 QUAD_COLUMNS = 128 / BITS;  // of the 16 bytes that a lane loads
 constexpr i32 STEP = 4 * QUAD_COLUMNS;
-constexpr i32 PANEL = 4;                      // steps
+constexpr i32 PANEL = 4;  // steps
 constexpr i32 COLUMNS = PANEL * STEP;
-constexpr i32 OPERANDS = QUAD_COLUMNS / 8;    // 128-bit words of x a lane needs for a step: two operands each
+constexpr i32 OPERANDS = QUAD_COLUMNS / 8;  // 128-bit words of x a lane needs for a step: two operands each
 // Entries of a group lie 8 banks behind those of the one before: four quadpairs that read four groups of the
 // same rows meet no bank twice.
 constexpr u32 GROUP_PITCH = (64 + 4) * 8;
@@ -64,15 +64,18 @@ VOLTA_DEVICE void store_x(const LinearParams& p, u32 base, i32 first_row, i32 op
         const u32 m = unit / 2 % operands;
         const u32 step = unit / 2 / operands;
         const i32 row = first_row + static_cast<i32>(m * 8 + operand_row(lane));
-        const i32 quad = panel * COLUMNS + static_cast<i32>(step) * STEP + static_cast<i32>(quadpair(lane)) * QUAD_COLUMNS;
+        const i32 quad =
+            panel * COLUMNS + static_cast<i32>(step) * STEP + static_cast<i32>(quadpair(lane)) * QUAD_COLUMNS;
         const u32 to = base + (step * 2 + m) * OPERANDS * 512 + lane * 16;
         const Word4 low = load_x(p, row, quad + static_cast<i32>(part) * 8);
 #if BITS == 4
         const Word4 high = load_x(p, row, quad + 16 + static_cast<i32>(part) * 8);
-        sts128(to + part * 1024, {byte_permute(low.x, low.y, 0x5410), byte_permute(low.x, low.y, 0x7632),
-                                  byte_permute(high.x, high.y, 0x5410), byte_permute(high.x, high.y, 0x7632)});
-        sts128(to + part * 1024 + 512, {byte_permute(low.z, low.w, 0x5410), byte_permute(low.z, low.w, 0x7632),
-                                        byte_permute(high.z, high.w, 0x5410), byte_permute(high.z, high.w, 0x7632)});
+        sts128(to + part * 1024,
+               {byte_permute(low.x, low.y, 0x5410), byte_permute(low.x, low.y, 0x7632),
+                byte_permute(high.x, high.y, 0x5410), byte_permute(high.x, high.y, 0x7632)});
+        sts128(to + part * 1024 + 512,
+               {byte_permute(low.z, low.w, 0x5410), byte_permute(low.z, low.w, 0x7632),
+                byte_permute(high.z, high.w, 0x5410), byte_permute(high.z, high.w, 0x7632)});
 #else
         sts128(to + part * 512, low);
 #endif
@@ -158,12 +161,13 @@ VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
     const i32 end = begin + share < panels ? begin + share : panels;
     const i32 my_quad = static_cast<i32>(quadpair(lane)) * QUAD_COLUMNS;
 
-    const float inverse = 1.0f / static_cast<float>(p.w.group_size);
+    const float inverse = rcp_approx(static_cast<float>(p.w.group_size));
 
     float sums[2][8] = {};
     Word4 codes[PANEL];
 #pragma unroll
-    for (int t = 0; t < PANEL; ++t) codes[t] = load_codes(p.w, codes_row, begin * COLUMNS + t * STEP + my_quad);
+    for (int t = 0; t < PANEL; ++t)
+        codes[t] = load_codes(p.w, codes_row, begin * COLUMNS + t * STEP + my_quad);
 #pragma unroll 1
     for (i32 panel = begin; panel < end; ++panel) {
         const i32 first = panel * COLUMNS;
@@ -177,7 +181,8 @@ VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
         for (int t = 0; t < PANEL; ++t) {
             const i32 c = first + t * STEP + my_quad;
             const i32 group = groups_before((c < p.w.in ? c : last) - first + inside, inverse);
-            const Dequantizer d = dequantizer(lds64(grids + group * GROUP_PITCH + my_n * 8), p.w.scale_is_float);
+            const Dequantizer d =
+                dequantizer(lds64(grids + group * GROUP_PITCH + my_n * 8), p.w.scale_is_float);
             const u32 words[4] = {codes[t].x, codes[t].y, codes[t].z, codes[t].w};
             codes[t] = load_codes(p.w, codes_row, panel + 1 < end ? c + COLUMNS : p.w.in);
 #pragma unroll
@@ -218,7 +223,8 @@ VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
         if (row >= p.rows) continue;
 #pragma unroll
         for (u32 i = 0; i < 2; ++i) {
-            const i32 n = first_n + static_cast<i32>(warp_index() * 8 + accumulator_column(lane, mine * 2 + i));
+            const i32 n =
+                first_n + static_cast<i32>(warp_index() * 8 + accumulator_column(lane, mine * 2 + i));
             if (n >= p.w.out) continue;
             const i64 to = static_cast<i64>(row) * p.w.out + n;
             if (p.splits > 1) {

@@ -52,13 +52,14 @@ VOLTA_KERNEL(rms_norm, 256, 4)(NormParams p) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) squares += s.x[i] * s.x[i];
     }
-    const float scale = rsqrt_approx(block_sum(squares) / static_cast<float>(p.width) + p.eps);
+    const float scale = rsqrt_approx(block_sum(squares) * rcp_approx(static_cast<float>(p.width)) + p.eps);
 
     for (i32 c = first; c < p.width; c += NORM_THREADS * 8) {
         const i32 present = p.width - c;
         Octet s = load_octet((residual ? total : x) + c, present, p.wide);
-        const Octet w = p.weight_is_float ? load_octet(static_cast<const float*>(p.weight) + c, present)
-                                          : load_octet(static_cast<const u16*>(p.weight) + c, present, p.wide);
+        const Octet w = p.weight_is_float
+                            ? load_octet(static_cast<const float*>(p.weight) + c, present)
+                            : load_octet(static_cast<const u16*>(p.weight) + c, present, p.wide);
 #pragma unroll
         for (int i = 0; i < 8; ++i) s.x[i] *= scale * w.x[i];
         store_octet(out + c, present, p.wide, s);

@@ -6,9 +6,6 @@
 
 namespace volta {
 
-// The main loop stays below 20 KB.
-constexpr bool ROLL_ALWAYS = HEAD_DIM > 64;
-
 struct Prefill {
     const AttentionParams& p;
     const Sequence& sequence;
@@ -33,8 +30,8 @@ struct Prefill {
           logit_scale(fmaxf(fabsf(scale), 1e-30f)),
           k_tile(shared), v_tile(shared + KV_BYTES), key_base(pin(shared + key_offset(l))),
           rules(params, logit_scale, b, h), values(l), mover(thread_index()),
-          k_source(p.k, p.k_batch, p.k_row, p.k_head, p.head_dim, cache_row(), kv_head(), mover),
-          v_source(p.v, p.v_batch, p.v_row, p.v_head, p.v_head_dim, cache_row(), kv_head(), mover) {
+          k_source(p.k, p.k_batch, p.k_row, p.k_head, p.head_dim, s, cache_row(), kv_head(), mover),
+          v_source(p.v, p.v_batch, p.v_row, p.v_head, p.v_head_dim, s, cache_row(), kv_head(), mover) {
         q.at = SHARED_STEPS == 0 ? 0 : pin(shared + 2 * KV_BYTES + warp_index() * Q_WARP_BYTES + query_offset(lane));
         load_queries(q, p, sequence, lane, batch, head, query0, scale < 0.0f);
 #pragma unroll
@@ -45,7 +42,7 @@ struct Prefill {
         for (int e = 0; e < 16 * OUT_COLS; ++e) out[e / 8 / OUT_COLS][e / 8 % OUT_COLS][e % 8] = 0.0f;
     }
 
-    VOLTA_DEVICE i32 cache_row() const { return p.block_table || p.cu_seqlens_k ? 0 : sequence.k_batch; }
+    VOLTA_DEVICE i32 cache_row() const { return (PAGED && p.block_table) || p.cu_seqlens_k ? 0 : sequence.k_batch; }
     VOLTA_DEVICE u32 kv_head() const { return head / static_cast<u32>(p.heads / p.kv_heads); }
 
     VOLTA_DEVICE void start(i32 key0, i32 next_key0) {
@@ -72,7 +69,7 @@ struct Prefill {
         if (FEATURES) rules.apply(s, p, sequence, lane, logit_scale, batch, head, query0, key0);
         if (EDGE) apply_band(s, p, sequence, lane, query0, key0);
         update(softmax, out, s, rules.scale);
-        multiply_values<ROLL_ALWAYS || EDGE>(out, s, v_tile, values, lane.odd);
+        multiply_values(out, s, v_tile, values, lane.odd);
         barrier();
         mover.store(v_tile, stage);
         k_source.load(stage, rows, mover);

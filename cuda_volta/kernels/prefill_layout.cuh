@@ -10,8 +10,9 @@ namespace volta {
 constexpr int BLOCK_Q = 128;
 constexpr int BLOCK_K = 32;
 
-// What a variant knows beside bounds, lengths and pages: 1 softcap, 2 ALiBi, 3 those and masks, odd head dims, rows
-// that are not 16-byte aligned, pages of any stride.
+// What a variant knows beside bounds and lengths: 1 softcap and pages, 2 ALiBi and pages, 3 those and masks, odd head
+// dims, rows that are not 16-byte aligned, pages of any stride.
+constexpr bool PAGED = FEATURES > 0;
 constexpr bool ANYTHING = FEATURES == 3;
 constexpr bool SOFTCAP = FEATURES == 1 || ANYTHING;
 constexpr bool ALIBI = FEATURES == 2 || ANYTHING;
@@ -23,10 +24,12 @@ constexpr int WARP_ROWS = WIDE ? 16 : 32;
 constexpr int THREADS = BLOCK_Q / WARP_ROWS * 32;
 constexpr int MIN_BLOCKS = WIDE ? 1 : 2;
 
-// Q K^T takes steps of eight elements of the head dimension a quadpair. HELD is how many keep Q in registers.
+// Q K^T takes steps of eight elements of the head dimension a quadpair. HELD of them keep Q in registers, the others
+// go in trips of TRIP steps; O += P V goes at once (ROLL 0), or in trips of 16 (1) or 8 keys (2). Trips make the main
+// loop's code fit into the instruction cache next to a sub-core, 12 KB.
 constexpr int STEPS = HEAD_DIM / (WIDE ? 16 : 8);
-constexpr int HELD_STEPS = HELD;
-constexpr int SHARED_STEPS = STEPS - HELD_STEPS;
+constexpr int SHARED_STEPS = STEPS - HELD;
+static_assert(SHARED_STEPS % TRIP == 0, "steps are whole trips");
 constexpr int SCORE_ROWS = WIDE ? 1 : 2;               // 8-row tiles of scores that a quadpair keeps
 constexpr int SCORE_COLS = BLOCK_K / 16;               // 8-key tiles of scores of a quadpair
 constexpr int OUT_COLS = HEAD_DIM / (WIDE ? 32 : 16);  // 8-column tiles of O of a quadpair

@@ -26,7 +26,7 @@ VOLTA_DEVICE void load_queries(Queries& q, const AttentionParams& p, const Seque
         sts128(q.at + 512 * static_cast<u32>(step) + 64 * lane.side, {w.x ^ sign, w.y ^ sign, w.z ^ sign, w.w ^ sign});
     }
 #pragma unroll
-    for (int u = 0; u < HELD_STEPS; ++u) {
+    for (int u = 0; u < HELD; ++u) {
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
             const Word4 w = load_chunk(rows[m], query_chunk(lane, SHARED_STEPS + u), p.head_dim, aligned);

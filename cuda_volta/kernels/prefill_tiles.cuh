@@ -62,12 +62,13 @@ struct KeyRows {
     VOLTA_DEVICE void locate(const AttentionParams& p, const Sequence& s, const Mover& mover, u32 b, i32 key0) {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
+            const i32 last = s.k_len - 1;
             i32 key = key0 + mover.slot_row(slot);
-            key = key < s.k_len ? key : s.k_len - 1;
-            row[slot] = static_cast<u32>(key + s.k_begin);
+            key = key < last ? key : last;
+            row[slot] = static_cast<u32>(PAGED ? key + s.k_begin : key);
             if (ANYTHING) page[slot] = 0;
         }
-        if (!p.block_table) return;
+        if (!PAGED || !p.block_table) return;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             const u32 index = static_cast<u32>(static_cast<u64>(2 * row[slot]) * p.page_magic >> 32) >> p.page_shift;
@@ -107,13 +108,13 @@ struct Source {
     i32 width;
     bool aligned;
 
-    VOLTA_DEVICE Source(const u16* data, i64 batch, i64 row, i64 head, i32 columns, i32 sequence, u32 kv_head,
-                        const Mover& mover)
+    VOLTA_DEVICE Source(const u16* data, i64 batch, i64 row, i64 head, i32 columns, const Sequence& s,
+                        i32 cache_row, u32 kv_head, const Mover& mover)
         : row_bytes(static_cast<u32>(2 * row)),
           page_stride(batch),
           width(columns),
           aligned(is_aligned(data, batch, row, head, columns)) {
-        const u16* first = data + sequence * batch + kv_head * head;
+        const u16* first = data + cache_row * batch + kv_head * head + (PAGED ? 0 : s.k_begin * row);
         base = ANYTHING ? first : pin(first + 8 * mover.chunk);
         tail = ANYTHING || !TAIL ? first : pin(first + 8 * mover.tail_chunk);
     }

@@ -8,7 +8,7 @@ namespace volta {
 struct RotaryTable {
     const float* cos;  // (positions, half); null: nothing is rotated
     const float* sin;
-    const i64* at;     // position of each row
+    const i64* at;  // position of each row
     i32 positions, half, interleaved;
 };
 

@@ -10,8 +10,8 @@ struct Octet {
 };
 
 VOLTA_DEVICE Octet unpack_octet(Word4 w) {
-    return {{low_half(w.x), high_half(w.x), low_half(w.y), high_half(w.y), low_half(w.z), high_half(w.z), low_half(w.w),
-             high_half(w.w)}};
+    return {{low_half(w.x), high_half(w.x), low_half(w.y), high_half(w.y), low_half(w.z), high_half(w.z),
+             low_half(w.w), high_half(w.w)}};
 }
 VOLTA_DEVICE Word4 pack_octet(const Octet& o) {
     return {pack_half2(o.x[0], o.x[1]), pack_half2(o.x[2], o.x[3]), pack_half2(o.x[4], o.x[5]),

@@ -6,8 +6,8 @@ namespace volta {
 struct SplitSumParams {
     const float* partial;  // (splits, rows, out)
     const void* bias;
-    u16* out;              // (rows, out)
-    i64 size;              // rows * out
+    u16* out;  // (rows, out)
+    i64 size;  // rows * out
     i32 width, splits, bias_is_float;
 };
 
@@ -15,11 +15,12 @@ struct SplitSumParams {
 
 using namespace volta;
 
-// Grid: (rows * out / threads).
+// Grid: (width / threads, rows).
 VOLTA_KERNEL(split_sum, 256, 4)(SplitSumParams p) {
-    const i64 at = static_cast<i64>(block_x()) * 256 + thread_index();
-    if (at >= p.size) return;
+    const i32 n = static_cast<i32>(block_x() * 256 + thread_index());
+    if (n >= p.width) return;
+    const i64 at = static_cast<i64>(block_y()) * p.width + n;
     float y = 0.0f;
     for (i32 i = 0; i < p.splits; ++i) y += ldg(p.partial + i * p.size + at);
-    stg(p.out + at, to_half(y + bias(p.bias, p.bias_is_float, at % p.width)));
+    stg(p.out + at, to_half(y + bias(p.bias, p.bias_is_float, n)));
 }

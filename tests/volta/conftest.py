@@ -3,7 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from cuda_volta import runtime
 from fastattn import dispatch
 from fastattn.backends import volta
 
@@ -20,3 +22,16 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for cache in caches:
         cache.cache_clear()
+
+
+@pytest.fixture(scope="session", params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where kernels run: emulated, and on a GPU where there is one, newer ones through PTX."""
+    if request.param == "emulator":
+        yield torch.device("cpu")
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no NVIDIA GPU")
+    runtime.use_ptx(True)
+    yield torch.device("cuda", torch.cuda.current_device())
+    runtime.use_ptx(False)

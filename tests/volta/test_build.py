@@ -16,6 +16,7 @@ from cuda_volta import catalog, nvrtc
 from cuda_volta.__main__ import main
 from cuda_volta.binary import Binary, binary, compile_binary, source_key
 from cuda_volta.build import build, shipped
+from cuda_volta.sass import tools
 from cuda_volta.variant import KERNELS, Variant
 
 from .kernels import AXPY, axpy
@@ -279,6 +280,28 @@ def test_every_instantiation_fits_a_volta_sm(tmp_path: Path) -> None:
         assert entry["shared_bytes"] <= 96 * 1024, v.name
         _check_residency(v, entry["registers"], entry["shared_bytes"])
         _check_bounds(v, (tmp_path / entry["ptx"]).read_text())
+
+
+def _has_ptxas() -> bool:
+    try:
+        tools.find("ptxas")
+    except tools.ToolMissing:
+        return False
+    return True
+
+
+@needs_nvrtc
+@pytest.mark.toolchain
+@pytest.mark.skipif(not _has_ptxas(), reason="no ptxas of CUDA 12")
+def test_the_ptx_is_code_for_newer_gpus_of_the_oldest_isa(tmp_path: Path) -> None:
+    """One variant of each source: ptxas refuses what the ISA version that a file names does not have."""
+    for variant in {v.source: v for v in catalog.variants()}.values():
+        file = tmp_path / f"{variant.name}.ptx"
+        file.write_text(binary(variant, "sm_70").ptx)
+        assert "\n.version 8.0\n" in file.read_text()
+        command = [tools.find("ptxas"), "-arch=sm_90", "-o", str(file.with_suffix(".cubin")), str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{variant.name}: {done.stdout}{done.stderr}"
 
 
 def _check_residency(v: Variant, registers: int, shared_bytes: int) -> None:

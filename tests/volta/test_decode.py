@@ -150,7 +150,10 @@ def test_hostile_indices_never_leave_the_tensors(splits):
     rows = normal(4, 30, 2, 64, seed=3), normal(4, 30, 2, 64, seed=4)
     packed = normal(30, 2, 64, seed=5), normal(30, 2, 64, seed=6)
     packed_q = q.flatten(0, 1)
-    wild_cumulative = int32([7, -3, 2**31 - 1, -(2**31), 29])
+    wild_keys = int32([7, -3, 2**31 - 1, -(2**31), 29])
+    wild_queries = int32(
+        [-(2**31), 3, 5, 100, 2**31 - 1]
+    )  # rising: two sequences in one row would race for it
     lengths = int32([30, 29, 1, 0])
     calls = [
         build_args(q, *pages, block_table=WILD[:, None].expand(4, 6).contiguous(), cache_seqlens=lengths),
@@ -161,8 +164,8 @@ def test_hostile_indices_never_leave_the_tensors(splits):
         build_args(q, *rows, q_pos0=WILD, k_pos0=WILD.flip(0), window=(3, 1 << 40), causal=True),
         build_args(q, *rows, q_pos0=WILD, k_pos0=WILD.flip(0), window=(1 << 40, 5),
                    alibi_slopes=torch.ones(4)),
-        build_args(packed_q, *packed, cu_seqlens_q=wild_cumulative, cu_seqlens_k=wild_cumulative),
-        build_args(packed_q, *packed, cu_seqlens_q=wild_cumulative, cu_seqlens_k=cumulative([8, 7, 7, 8]),
+        build_args(packed_q, *packed, cu_seqlens_q=wild_queries, cu_seqlens_k=wild_keys),
+        build_args(packed_q, *packed, cu_seqlens_q=wild_queries, cu_seqlens_k=cumulative([8, 7, 7, 8]),
                    cache_seqlens=WILD),
         build_args(q, *rows, attn_mask=torch.zeros(4, 4, 2, 30), cache_seqlens=WILD, cache_leftpad=WILD),
     ]  # fmt: skip

@@ -25,7 +25,7 @@ _WIDTH = {"64": 2, "128": 4}
 _PAIRS = ("DADD", "DMUL", "DFMA", "CS2R", "HMMA")
 _NO_RESULT = (
     "ST", "STG", "STS", "STL", "RED", "BRA", "BRX", "EXIT", "BAR", "BSSY", "BSYNC", "NOP", "RET", "CALL",
-    "WARPSYNC", "MEMBAR", "DEPBAR", "CCTL", "KILL", "ERRBAR", "BMOV", "R2P", "YIELD", "BREAK",
+    "WARPSYNC", "MEMBAR", "DEPBAR", "CCTL", "KILL", "ERRBAR", "BMOV", "YIELD", "BREAK",
 )  # fmt: skip
 
 
@@ -40,8 +40,11 @@ def destinations(item: Instruction) -> tuple[tuple[int, int] | None, tuple[int, 
 
     An opcode whose first operand is a predicate and the second a register (SHFL, some LOP3) writes both.
     """
+    if item.base == "R2P":
+        mask = int(item.operands[2], 16)
+        return None, tuple(p for p in range(7) if mask >> p & 1), 0
     if item.base in _NO_RESULT:
-        return None, tuple(range(7)) if item.base == "R2P" else (), 0
+        return None, (), 0
     predicates: list[int] = []
     register: tuple[int, int] | None = None
     count = 0

@@ -1,6 +1,6 @@
-// Every case of planted.cu under the compiler's sanitizers: prints its number and what the emulator found.
-// Buffers are exactly as long as the kernel may use, so that nothing but the emulator's own check keeps a
-// planted overrun from the sanitizer.
+// Every case of planted.cu in a program of its own, for other compilers' flags and processors: prints its
+// number and what the emulator found. Buffers are exactly as long as the kernel may use, so that nothing but
+// the emulator's own check keeps a planted overrun from a sanitizer.
 #include "planted.cu"
 
 #include <cstdio>
