@@ -21,7 +21,6 @@ def dequantized(
     q,  # numbers (R, C)
     rows,
     columns,
-    first,  # the tile's lowest column
     scales,
     mins,
     stride_scales,
@@ -30,6 +29,7 @@ def dequantized(
     g_idx,
     group_size,
     group_offset,
+    first,  # of the columns; read when ONE_GROUP
     ONE_GROUP: tl.constexpr,  # all columns of the tile are in one
 ):
     """float32 (R, C); 0 outside of the matrix."""
