@@ -70,7 +70,15 @@ def attention(
     Returns:
         out in q's dtype with Dv for D; lse float32 (B, H, Sq) or (H, total_q), empty unless asked for. A
         query without a visible key has output 0 and, without a sink, lse -inf.
+
+    Raises:
+        ValueError: for dtypes, a head_dim or a device that the kernels do not support. Shapes that do not
+            belong together, and lengths beyond the tensors, are the caller's to refuse.
     """
+    if q.dtype not in DTYPES or {k.dtype, v.dtype} != {q.dtype}:
+        raise ValueError(f"q, k, v: {q.dtype}, {k.dtype}, {v.dtype}; expected all float16 or all bfloat16")
+    if not 1 <= min(q.shape[-1], v.shape[-1]) <= max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim: {q.shape[-1]} and {v.shape[-1]}; expected 1 to {MAX_HEAD_DIM}")
     chip = chip or chip_of(q.device)
     cores = cores or chip.cube_cores
     left, right = window[0], 0 if causal else window[1]
