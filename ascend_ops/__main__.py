@@ -14,9 +14,6 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("report", help="run the whole matrix and print a report to send back")
     command.add_argument("--full", action="store_true", help="also long sequences, up to 32768")
-    report.add_argument(
-        "--emulate", action="store_true", help="no NPU: our kernels interpreted on the CPU, tiny"
-    )
     args = parser.parse_args()
     return reporting.run(full=args.full)
 

@@ -122,10 +122,12 @@ def exact(call: AttentionCall) -> Tensor:
 
 def by_kernels(call: AttentionCall) -> Tensor:
     """The call on our Triton kernels."""
-    own = {n: getattr(call, n) for n in ("scale", "cu_seqlens_q", "cu_seqlens_k", "block_table", "seqused_k")}
+    own: dict[str, Any] = {
+        n: getattr(call, n) for n in ("scale", "cu_seqlens_q", "cu_seqlens_k", "block_table", "seqused_k")
+    }
     lens = lengths_of(call)
-    longest = {"max_seqlen_q": max(lens.q), "max_seqlen_k": max(lens.k)}
-    return attention(call.q, call.k, call.v, window=(call.left, call.right), **own, **longest)[0]
+    own |= {"max_seqlen_q": max(lens.q), "max_seqlen_k": max(lens.k)}
+    return attention(call.q, call.k, call.v, window=(call.left, call.right), **own)[0]
 
 
 def measure(run: Callable[[], Tensor], expected: Tensor, device: torch.device, runs: int) -> tuple[str, bool]:

@@ -52,8 +52,8 @@ def linear_kernel(
             elif BITS == 8:
                 q = load_bytes(codes, stride_codes, n, k, out_features, width).to(tl.float32)
                 w = dequantized(
-                    q, n, k, start, scales, mins, stride_scales, out_features, inn, g_idx,
-                    group_size, group_offset, ONE_GROUP,
+                    q, n, k, scales, mins, stride_scales, out_features, inn, g_idx, group_size, group_offset,
+                    start, ONE_GROUP,
                 )  # fmt: skip
                 a = _columns(x, stride_x, m, k, rows, inn)
                 acc += tl.dot(a, tl.trans(w.to(a.dtype)), input_precision="ieee")
@@ -62,14 +62,14 @@ def linear_kernel(
                 low = k // 16 * 32 + k % 16
                 high = low + 16
                 w = dequantized(
-                    (byte & 15).to(tl.float32), n, low, 2 * start, scales, mins, stride_scales, out_features,
-                    inn, g_idx, group_size, group_offset, ONE_GROUP,
+                    (byte & 15).to(tl.float32), n, low, scales, mins, stride_scales, out_features, inn, g_idx,
+                    group_size, group_offset, 2 * start, ONE_GROUP,
                 )  # fmt: skip
                 a = _columns(x, stride_x, m, low, rows, inn)
                 acc += tl.dot(a, tl.trans(w.to(a.dtype)), input_precision="ieee")
                 w = dequantized(
-                    ((byte >> 4) & 15).to(tl.float32), n, high, 2 * start, scales, mins, stride_scales,
-                    out_features, inn, g_idx, group_size, group_offset, ONE_GROUP,
+                    ((byte >> 4) & 15).to(tl.float32), n, high, scales, mins, stride_scales, out_features,
+                    inn, g_idx, group_size, group_offset, 2 * start, ONE_GROUP,
                 )  # fmt: skip
                 a = _columns(x, stride_x, m, high, rows, inn)
                 acc += tl.dot(a, tl.trans(w.to(a.dtype)), input_precision="ieee")

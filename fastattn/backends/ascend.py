@@ -100,7 +100,7 @@ def compiles_kernels() -> bool:
     return _EMULATED or router.current().compiles_triton
 
 
-def _attention_reasons(s: AttentionSignature) -> list[str]:
+def attention_reasons(s: AttentionSignature) -> list[str]:
     """What no operator of torch_npu and no kernel of ours can do, whatever the call's shapes.
 
     The rest depends on shapes and lengths, which a signature does not have: `_run_attention` raises for it.
@@ -144,7 +144,7 @@ def _ops() -> Mapping[str, Op]:
     from . import ascend_small
 
     features = frozenset(AttentionArgs._field_defaults)
-    return {"attention": Op(_run_attention, features, _attention_reasons), **ascend_small.OPS}
+    return {"attention": Op(_run_attention, features, attention_reasons), **ascend_small.OPS}
 
 
 def _describe() -> Mapping[str, str]:

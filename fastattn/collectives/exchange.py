@@ -117,7 +117,8 @@ def device_of(g: TPGroup) -> torch.device:
 
 def hccl_name(g: TPGroup) -> str:
     """The name by which CANN's operators know this group; it exists only where the backend is HCCL."""
-    backend = g.pg._get_backend(torch.device("npu"))  # type: ignore[union-attr]  # noqa: SLF001
+    assert g.pg is not None
+    backend: Any = g.pg._get_backend(torch.device("npu"))  # noqa: SLF001
     name: str = backend.get_hccl_comm_name(g.rank)
     return name
 
