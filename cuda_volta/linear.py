@@ -1,10 +1,10 @@
 """Linear layers of grouped low-bit weights (W4A16, W8A16).
 
-A call of few rows reads W once, as integers: 0.5 bytes a weight and its group's share of the scales. For many
-rows cuBLAS on a copy in halves is better: per 1000 weights of 4 bits, reading the integers, writing halves and
-reading them again moves 4.5 KB (5 ns at 900 GB/s), and the product takes 0.022 ns a row at 90 TFLOP/s; the
-kernel of few rows takes 1.3 ns for every 16 rows (issue simulator, README.md). The two meet at 86 rows, at 55
-where x is permuted: `FEW_ROWS` lies between, and nothing of this is measured.
+A call of few rows reads W once, as integers: 0.5 bytes a weight and its group's share of the scales. For
+many rows cuBLAS on a copy in halves is better: per 1000 weights of 4 bits, reading the integers, writing
+halves and reading them again moves 4.5 KB (5 ns at 900 GB/s), and the product takes 0.022 ns a row at 90
+TFLOP/s; the kernel of few rows takes 1.3 ns for every 16 rows (issue simulator, README.md). The two meet at
+86 rows, at 55 where x is permuted: `FEW_ROWS` lies between, and nothing of this is measured.
 """
 
 from __future__ import annotations
