@@ -16,7 +16,16 @@ from cuda_volta.cache import Cache, digest
 from cuda_volta.variant import KERNELS, Variant
 
 EMULATOR = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra")
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+)
 # NVRTC's pragmas; and what a variant's macros leave unused.
 KERNEL_FLAGS = (
     "-DVOLTA_EMULATOR",
@@ -66,7 +75,7 @@ def library(variant: Variant) -> Path:
     options, text = _options(variant), _text(variant)
 
     def build() -> bytes:
-        link = ["-shared", "-pthread", "-x", "c++", "-", "-x", "none", str(_machine())]
+        link = ["-shared", "-pthread", "-x", "c++", "-", "-x", "none", str(machine())]
         return compile_with([*options, *link], text)
 
     sources = {KERNELS / variant.source, EMULATOR / "entry.hpp", *EMULATOR.glob("*.cpp")}
@@ -87,7 +96,7 @@ def _text(variant: Variant) -> str:
     return f'#include "{KERNELS / variant.source}"\n#include "entry.hpp"\nVOLTA_ENTRY({variant.entry})\n'
 
 
-def _machine() -> Path:
+def machine() -> Path:
     """The emulated machine as one object file, the same for all kernels."""
     sources = sorted(EMULATOR.glob("*.cpp"))
 

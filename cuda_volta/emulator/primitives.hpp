@@ -121,15 +121,15 @@ VOLTA_DEVICE float rcp_approx(float x) { return emulator::flush(1.0f / emulator:
 VOLTA_DEVICE float rsqrt_approx(float x) { return 1.0f / ::sqrtf(emulator::flush(x)); }
 VOLTA_DEVICE u32 float_bits(float x) { return emulator::bits<u32>(x); }
 VOLTA_DEVICE float bits_float(u32 x) { return emulator::bits<float>(x); }
-VOLTA_DEVICE u16 to_half(float x) { return emulator::bits<u16>(static_cast<_Float16>(x)); }
-VOLTA_DEVICE float from_half(u16 h) { return static_cast<float>(emulator::bits<_Float16>(h)); }
+VOLTA_DEVICE u16 to_half(float x) { return emulator::bits<u16>(static_cast<emulator::Half>(x)); }
+VOLTA_DEVICE float from_half(u16 h) { return static_cast<float>(emulator::bits<emulator::Half>(h)); }
 VOLTA_DEVICE u32 pack_half2(float low, float high) { return to_half(low) | static_cast<u32>(to_half(high)) << 16; }
 VOLTA_DEVICE float low_half(u32 v) { return from_half(static_cast<u16>(v & 0xffff)); }
 VOLTA_DEVICE float high_half(u32 v) { return from_half(static_cast<u16>(v >> 16)); }
 // A product of halves is exact in float; the sum with a third half is not, but it is in double.
 VOLTA_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
     const auto fma = [](float x, float y, float z) {
-        return emulator::bits<u16>(static_cast<_Float16>(static_cast<double>(x) * y + z));
+        return emulator::bits<u16>(static_cast<emulator::Half>(static_cast<double>(x) * y + z));
     };
     return fma(low_half(a), low_half(b), low_half(c)) |
            static_cast<u32>(fma(high_half(a), high_half(b), high_half(c))) << 16;

@@ -19,7 +19,7 @@ u32 lane_of(u32 quadpair, u32 i) { return 4 * quadpair + i % 4 + 16 * (i / 4); }
 float half(Word2 w, u32 i) {
     const u32 word = i < 2 ? w.x : w.y;
     const u16 bits = static_cast<u16>(i % 2 ? word >> 16 : word);
-    _Float16 h;
+    Half h;
     std::memcpy(&h, &bits, 2);
     return static_cast<float>(h);
 }

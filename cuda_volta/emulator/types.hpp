@@ -20,6 +20,12 @@ struct alignas(16) Word4 {
 
 namespace emulator {
 
+#if defined(__aarch64__)
+using Half = __fp16;
+#else
+using Half = _Float16;
+#endif
+
 // As a default argument it names the caller's line.
 struct Site {
     const char* file;

@@ -13,8 +13,17 @@ from cuda_volta.attention_params import AttentionCall
 from fastattn.spec import AttentionArgs
 
 
-def attention_call(a: AttentionArgs) -> AttentionCall:
-    return AttentionCall(**{name: getattr(a, name) for name in AttentionCall._fields})
+def attention_call(a: AttentionArgs, device: torch.device | None = None) -> AttentionCall:
+    """The call, its tensors on ``device``: with the strides and alignment that they have."""
+    call = AttentionCall(**{name: getattr(a, name) for name in AttentionCall._fields})
+    if device is None or device == a.q.device:
+        return call
+    return AttentionCall(*(_moved(x, device) if isinstance(x, torch.Tensor) else x for x in call))
+
+
+def _moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    return storage.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 class _NoHostReads(TorchDispatchMode):

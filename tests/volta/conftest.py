@@ -3,9 +3,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from cuda_volta import runtime
 from fastattn import dispatch
 from fastattn.backends import volta
+
+
+@pytest.fixture(autouse=True)
+def _ptx_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test allows to newer GPUs ends with it."""
+    monkeypatch.setattr(runtime, "_ptx_on_newer", runtime._ptx_on_newer)  # noqa: SLF001
 
 
 @pytest.fixture
@@ -20,3 +28,16 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for cache in caches:
         cache.cache_clear()
+
+
+@pytest.fixture(scope="session", params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where kernels run: emulated, and on a GPU where there is one, newer ones through PTX."""
+    if request.param == "emulator":
+        yield torch.device("cpu")
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no NVIDIA GPU")
+    runtime.use_ptx(True)
+    yield torch.device("cuda", torch.cuda.current_device())
+    runtime.use_ptx(False)

@@ -1,4 +1,4 @@
-"""Launches the kernels of planted.cu, in the emulator or on a GPU."""
+"""Launches the kernels of planted.cu in the emulator."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from cuda_volta import runtime
 from cuda_volta.emulator import EmulatedKernel, Report, load, record
-from cuda_volta.variant import Kernel, Variant
+from cuda_volta.variant import Variant
 
 SOURCE = Path(__file__).with_suffix(".cu")
 PLANTS = re.findall(r"^    ([A-Z_]+),$", SOURCE.read_text(), re.MULTILINE)
@@ -53,15 +52,6 @@ def variant(entry: str, threads: int, shared_bytes: int = SHARED_BYTES) -> Varia
 
 def kernel(entry: str, threads: int = 32, shared_bytes: int = SHARED_BYTES) -> EmulatedKernel:
     return load(variant(entry, threads, shared_bytes))
-
-
-def kernel_on(device: torch.device, entry: str, threads: int = 32) -> Kernel:
-    """The kernel on a GPU, of any generation, or in the emulator."""
-    runtime.use_ptx(True)
-    try:
-        return runtime.load(variant(entry, threads), device)
-    finally:
-        runtime.use_ptx(False)
 
 
 def plant(name: str, blocks: int = 1, workers: int = 1) -> torch.Tensor:

@@ -170,7 +170,8 @@ def test_hostile_indices_never_leave_the_tensors(splits):
         build_args(q, *rows, attn_mask=torch.zeros(4, 4, 2, 30), cache_seqlens=WILD, cache_leftpad=WILD),
     ]  # fmt: skip
     for a in calls:
-        out, _ = decode(attention_call(a), splits)
+        with emulator.blocks_may_collide():  # overlapping sequences write the same rows
+            out, _ = decode(attention_call(a), splits)
         assert torch.isfinite(out).all()
 
 

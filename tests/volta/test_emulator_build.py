@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,18 +85,41 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         build.compiler.__wrapped__()
 
 
+def found_by_a_program(
+    folder: Path, compiler: list[str], flags: list[str], runner: list[str]
+) -> dict[str, str]:
+    """What the emulator, built with these flags, says of each plant."""
+    program = folder / "every_plant"
+    include = [f"-I{path}" for path in (KERNELS, build.EMULATOR, SOURCE.parent)]
+    sources = [SOURCE.with_name("every_plant.cpp"), *sorted(build.EMULATOR.glob("*.cpp"))]
+    common = ["-std=c++17", "-DVOLTA_EMULATOR", "-w", "-pthread", *include, *map(str, sources)]
+    subprocess.run(
+        [*compiler, *common, *flags, "-o", str(program)], check=True, capture_output=True, text=True
+    )
+    run = subprocess.run([*runner, program], capture_output=True, text=True, check=False, timeout=200)
+    assert run.returncode == 0, run.stderr
+    found = dict(line.split(" ", 1) for line in run.stdout.splitlines())
+    return {PLANTS[int(number)]: text for number, text in found.items()}
+
+
+def caught(found: dict[str, str]) -> set[str]:
+    assert list(found) == PLANTS
+    return {name for name, text in found.items() if text != "sound"}
+
+
 @pytest.mark.toolchain
 def test_the_emulator_is_clean_under_sanitizers(tmp_path: Path) -> None:
     """Address and undefined-behaviour sanitizers see nothing, whatever the kernel did."""
-    program = tmp_path / "sanitized"
-    folders = [f"-I{folder}" for folder in (KERNELS, build.EMULATOR, SOURCE.parent)]
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O1", "-pthread"]
-    sources = [SOURCE.with_name("emulator_sanitized.cpp"), *sorted(build.EMULATOR.glob("*.cpp"))]
-    flags = [*build.FLAGS, *build.host_flags(), "-DVOLTA_EMULATOR", "-w", *sanitizers, *folders]
-    command = [*build.compiler(), *flags, *map(str, sources), "-o", str(program)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    run = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
-    assert run.returncode == 0, run.stderr
-    found = dict(line.split(" ", 1) for line in run.stdout.splitlines())
-    caught = {PLANTS[int(number)] for number, text in found.items() if text != "sound"}
-    assert caught == {*FAULTS, *FAULTS_OF_TWO_BLOCKS}
+    flags = [*build.host_flags(), "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O1"]
+    found = found_by_a_program(tmp_path, [*build.compiler()], flags, [])
+    assert caught(found) == {*FAULTS, *FAULTS_OF_TWO_BLOCKS}
+
+
+@pytest.mark.cross
+def test_the_emulator_on_aarch64(tmp_path: Path) -> None:
+    """Another processor's stacks and registers."""
+    tools = [shutil.which(name) for name in ("aarch64-linux-gnu-g++", "qemu-aarch64")]
+    if None in tools:
+        pytest.skip("NOT TESTED on aarch64: apt install g++-aarch64-linux-gnu qemu-user")
+    found = found_by_a_program(tmp_path, [str(tools[0])], ["-O2", "-static"], [str(tools[1])])
+    assert caught(found) == {*FAULTS, *FAULTS_OF_TWO_BLOCKS}

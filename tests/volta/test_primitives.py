@@ -13,18 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .planted import ArithmeticParams, MmaParams, Params, kernel_on
+from cuda_volta import runtime
+
+from .planted import ArithmeticParams, MmaParams, Params, variant
 
 words = st.lists(st.integers(0, 2**32 - 1), min_size=64, max_size=64)
-
-
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no NVIDIA GPU")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def as_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -37,7 +30,7 @@ def run_lanes(
     inputs, lanes = as_tensor(values, device), as_tensor(table, device)
     out = torch.zeros_like(inputs)
     params = Params(out.data_ptr(), inputs.data_ptr(), lanes.data_ptr(), plant, argument)
-    kernel_on(device, "lanes", 64).launch((1, 1, 1), params, reads=(inputs, lanes), writes=(out,))
+    runtime.load(variant("lanes", 64), device).launch((1, 1, 1), params, reads=(inputs, lanes), writes=(out,))
     return out.cpu().numpy().view(np.uint32)
 
 
@@ -96,7 +89,7 @@ def run_mma(
         fd[lane] = [d[q][fragment("C", lane, i)] for i in range(8)]
     ta, tb, td = (torch.from_numpy(x).to(device) for x in (fa, fb, fd))
     params = MmaParams(td.data_ptr(), ta.data_ptr(), tb.data_ptr(), layout == "row", repeat)
-    kernel_on(device, "one_mma").launch((1, 1, 1), params, reads=(ta, tb), writes=(td,))
+    runtime.load(variant("one_mma", 32), device).launch((1, 1, 1), params, reads=(ta, tb), writes=(td,))
     result, fd = np.zeros((4, 8, 8), np.float32), td.cpu().numpy()
     for lane in range(32):
         for i in range(8):
@@ -172,7 +165,9 @@ def run_arithmetic(device: torch.device, *arrays: np.ndarray) -> dict[str, np.nd
     inputs = [as_tensor(x, device) for x in arrays]
     out = inputs[0].new_zeros(len(arrays[0]), len(OPERATIONS))
     params = ArithmeticParams(out.data_ptr(), *(x.data_ptr() for x in inputs))
-    kernel_on(device, "arithmetic").launch((len(out) // 32, 1, 1), params, reads=inputs, writes=(out,))
+    runtime.load(variant("arithmetic", 32), device).launch(
+        (len(out) // 32, 1, 1), params, reads=inputs, writes=(out,)
+    )
     return dict(zip(OPERATIONS, out.cpu().numpy().view(np.uint32).T, strict=True))
 
 
