@@ -1,4 +1,4 @@
-"""Attention on tensors: checks nothing that its caller states, picks tiles, launches the Triton kernels.
+"""Attention on tensors: picks tiles, launches the Triton kernels.
 
 On NPU tensors the kernels compile through triton-ascend. On CPU tensors they run in Triton's interpreter, if
 TRITON_INTERPRET=1 was set before Triton was imported: correct, slow, and what the tests use.
@@ -17,6 +17,7 @@ from .planner import DecodeTiles, PrefillTiles, decode_tiles, edge_tiles, padded
 from .tiling_mask import UNBOUNDED, tiling_mask
 
 DTYPES = (torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
 #: Rows of the packed matrix up to which a call counts as decoding, and queries that share one pass over keys.
 DECODE_ROWS, DECODE_QUERIES = 64, 8
 #: Rows that a vector core merges at a time.
@@ -67,8 +68,8 @@ def attention(
         chip: None: that of q's device (the 910B3 on a CPU). tiles, cores: None: the planner's.
 
     Returns:
-        out in q's dtype with Dv for D; lse float32 (B, H, Sq) or (H, total_q), empty unless asked for. A query
-        without a visible key has output 0 and, without a sink, lse -inf.
+        out in q's dtype with Dv for D; lse float32 (B, H, Sq) or (H, total_q), empty unless asked for. A
+        query without a visible key has output 0 and, without a sink, lse -inf.
     """
     chip = chip or chip_of(q.device)
     cores = cores or chip.cube_cores
@@ -129,9 +130,7 @@ def attention(
         tiles is None and few and whole and (attn_mask is None or seqlen_q == 1)
     ):
         biased = attn_mask is not None or slopes is not None
-        tiles = tiles or decode_tiles(
-            chip, q.shape[-1], v.shape[-1], seqlen_q * group, page, biased=biased
-        )
+        tiles = tiles or decode_tiles(chip, q.shape[-1], v.shape[-1], seqlen_q * group, page, biased=biased)
         assert isinstance(tiles, DecodeTiles)
         return _decode(q, k, v, (left, right), sinks, shared, tiles, cores, return_lse=return_lse)
     tiles = tiles or prefill_tiles(
@@ -257,7 +256,9 @@ def _decode(
             BLOCK_K=tiles.block_k,
             **shared,
         )
-        kernel("decode:combine_kernel", q.device)[(min(2 * cores, batch * kv_heads * -(-count // COMBINE_ROWS)),)](
+        kernel("decode:combine_kernel", q.device)[
+            (min(2 * cores, batch * kv_heads * -(-count // COMBINE_ROWS)),)
+        ](
             part,
             part_lse,
             out,

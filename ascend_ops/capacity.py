@@ -1,8 +1,8 @@
 """What a tile needs of the on-chip memories, as the vendor's planner counts it.
 
-The model names the buffers that are alive together at each of a kernel's tightest moments and adds them up; the
-few bytes a row or a key are statistics and masks, fitted to the planner's own figures (ascendnpu-ir 1.2.0).
-tests/ascend/plans.json holds those for 345 instantiations, docs/ascend.md how far the model is off.
+The model names the buffers that are alive together at each of a kernel's tightest moments and adds them up;
+the few bytes a row or a key are statistics and masks, fitted to the planner's own figures (ascendnpu-ir
+1.2.0). tests/ascend/plans.json holds those for 345 instantiations, docs/ascend.md how far the model is off.
 
 The compiler tries twice. First with two buffers of everything that moves, and the scores of a full block cut
 into two slices of rows; then, if any memory overflows, with one buffer and no slices. A tile that needs the
@@ -28,7 +28,8 @@ class Needs(NamedTuple):
     def overflows(self, chip: Chip) -> dict[str, tuple[int, int]]:
         """memory -> (needed, available), of those that are too small; as `toolchain.plan.Plan.overflow`."""
         found = {"UB": (self.ub, chip.ub)} if self.ub > chip.ub else {}
-        # The Cube's memories are planned one after the other, and the plan ends with the first that is too small.
+        # The Cube's memories are planned one after the other, and the plan ends with the first that is too
+        # small.
         if self.l1 > chip.l1:
             found["L1"] = (self.l1, chip.l1)
         elif self.l0c > chip.l0c:
@@ -44,13 +45,14 @@ class PrefillShape(NamedTuple):
     edge_k: int
     block_d: int  # head_dim of q and k, padded
     block_dv: int
-    #: Edge blocks: how many score matrices are alive at once, 0 for a call that masks no more than the last keys.
+    #: Edge blocks: how many score matrices are alive at once, 0 for a call that masks no more than the last
+    # keys.
     edge_tiles: float = 0.0
     softcap: bool = False
 
 
 def double_buffered(s: PrefillShape) -> Needs:
-    """The compiler's first try: transfers have two buffers each, the softmax of a full block runs in two slices."""
+    """The compiler's first try: transfers have two buffers, a full block's softmax runs in two slices."""
     key, value = s.block_k * s.block_d * HALF, s.block_k * s.block_dv * HALF
     weights = s.block_q * s.block_k * HALF
     # K on its way to the scores, or V and the weights on theirs to the product: stages that do not overlap.
@@ -73,10 +75,12 @@ def _product_bytes(s: PrefillShape, slices: int) -> int:
 def _vector_bytes(s: PrefillShape, slices: int) -> int:
     rows = s.block_q // 2  # of each of the two vector cores
     scores, edge, acc = (rows * n * SINGLE for n in (s.block_k, s.edge_k, s.block_dv))
-    softmax_tiles = 2.0 if s.softcap else 1.5  # scores in float32, and weights in half precision or the capped scores
+    # Scores in float32 beside weights in half precision; capped scores beside the others, and then in one
+    # piece.
+    softmax = 2 * scores if s.softcap else 3 * scores // (2 * slices)
     moments = [
         # The softmax of a full block.
-        softmax_tiles * scores / slices + 2 * acc + 32 * rows + 4 * s.edge_k,
+        softmax + 2 * acc + 32 * rows + 4 * s.edge_k,
         # The next scores, and a block's product joining the accumulator.
         scores + 3 * acc + 56 * rows + 4 * s.edge_k,
         # The division by the softmax's denominator.

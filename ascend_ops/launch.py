@@ -22,7 +22,7 @@ def interpreted(name: str) -> Any:
     function = jit(name)
     if type(function).__name__ != "InterpretedFunction":
         raise RuntimeError(
-            f"{name} on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported"
+            f"{name} on CPU tensors is interpreted by Triton: set TRITON_INTERPRET=1 before it is imported"
         )
     return function
 

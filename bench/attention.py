@@ -1,4 +1,4 @@
-"""Attention on the CPU against torch's scaled_dot_product_attention, with this machine's limits beside.
+"""Attention against torch's scaled_dot_product_attention, with this machine's limits beside.
 
   decode    one query a sequence over a long KV cache. The limit is the roofline of the row: its bytes at the
             read bandwidth or its FLOP at the fp32 GEMM rate, whichever takes longer (bf16 dot products can
@@ -9,8 +9,9 @@
 
 Peers: "enable_gqa" is what models call today; "folded" views the query heads of a KV head as rows of one
 matrix, which is several times faster for decode; where torch lacks a feature, pages are "gathered" first and
-packed sequences computed one after another ("each"). Calls of all rivals and of both limits alternate;
-medians are shown.
+packed sequences computed one after another ("each"). On a GPU (--device cuda) they are torch's flash and
+cuDNN kernels where torch has them for the call, times are the stream's, the caches are the L2, and the
+bandwidth is that of a copy. Calls of all rivals and of both limits alternate; medians are shown.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 
 from lib import env
 from lib.args import DTYPES, names, positive
-from lib.attention_cases import Case, Qkv, operands, rivals, suite
+from lib.attention_cases import Case, Qkv, has_kernel, operands, rivals, suite
 from lib.limits import Work, gemm, reading
 from lib.records import Record, ratio, write
 from lib.table import Column, Table
@@ -35,7 +36,8 @@ from lib.timing import Timing, time_calls
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--suite", choices=("quick", "full"), default="quick", help="default: quick")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    p.add_argument("--suite", choices=("quick", "full", "gpu"), default="quick", help="default: quick")
     p.add_argument("--data_type", type=names(tuple(DTYPES)), default=tuple(DTYPES), metavar="T,T")
     p.add_argument("--only", default="", metavar="TEXT", help='cases whose name has TEXT, as "decode bf16"')
     p.add_argument("--shorten", type=positive, default=1, metavar="N", help="divides the numbers of keys")
@@ -49,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def measure(case: Case, limits: dict[str, Work], seconds: float) -> dict[str, Timing]:
     """Checks that the rivals agree, then times them and the limits in turn, each on the next operands."""
     sets, named = operands(case), rivals(case)
+    named = {name: rival for name, rival in named.items() if has_kernel(rival, sets[0])}
     if not case.window:  # the rival of a window does not compute the same
         expected = named["fastattn"](*sets[0])
         for name, rival in named.items():
@@ -68,12 +71,13 @@ def bound(case: Case, limits: dict[str, float]) -> tuple[str, float]:
     if not case.decode:
         return f"{case.dtype} GEMM", case.flop() / limits["GEMM"]
     read, compute = case.kv_bytes() / limits["read"], case.flop() / limits["GEMM"]
-    return ("memory bandwidth", read) if read >= compute else ("fp32 GEMM", compute)
+    rate = case.dtype if env.on_gpu() else "fp32"
+    return ("memory bandwidth", read) if read >= compute else (f"{rate} GEMM", compute)
 
 
 def run(case: Case, reader: Work, seconds: float, table: Table, facts: dict[str, str | int]) -> list[Record]:
     """Measures one case, prints a row for each peer and returns their records."""
-    works = {"GEMM": gemm(torch.float32 if case.decode else DTYPES[case.dtype])}
+    works = {"GEMM": gemm(torch.float32 if case.decode and not env.on_gpu() else DTYPES[case.dtype])}
     if case.decode:
         works["read"] = reader
     timings = measure(case, works, seconds)
@@ -104,6 +108,7 @@ def main() -> None:
     """Measures every case that was asked for."""
     args = parser().parse_args()
     torch.set_num_threads(args.threads)
+    env.use_device(args.device)
     facts = env.capture(args.threads)
     print(f"{env.headline(facts)} | {args.threads} threads")
     table = Table(

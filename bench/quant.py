@@ -32,6 +32,7 @@ from lib.timing import Timing, time_calls
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     p.add_argument("--format", type=names(tuple(FORMATS)), default=("int4-32", "int4-128"), metavar="F,F",
                    help=f"out of {', '.join(FORMATS)} (bits, group); default: int4-32,int4-128")  # fmt: skip
     p.add_argument("--shape", type=shapes, default=((4096, 4096),), metavar="OxI,OxI", help="of W")
@@ -79,7 +80,7 @@ def bound(operands: Operands, rows: int, act: str, seconds: dict[str, float]) ->
     read, compute = nbytes(operands.weights[0]) * seconds["read"], layer.flop(rows) * seconds["GEMM"]
     if ACTS[act] or read >= compute:
         return "memory bandwidth", read
-    return f"{'fp32' if layer.dtype == 'fp16' else layer.dtype} GEMM", compute
+    return f"{'fp32' if layer.dtype == 'fp16' and not env.on_gpu() else layer.dtype} GEMM", compute
 
 
 def row(
@@ -114,9 +115,10 @@ def main() -> None:
     """Measures every row that was asked for."""
     args = parser().parse_args()
     torch.set_num_threads(args.threads)
+    env.use_device(args.device)
     facts = env.capture(args.threads)
     print(f"{env.headline(facts)} | {args.threads} threads")
-    if not torch_has_int4():
+    if not env.on_gpu() and not torch_has_int4():
         print(f"torch {torch.__version__} has no int4 kernel for the CPU: it is left out")
     table = Table(
         [

@@ -13,6 +13,8 @@ from .variant import KERNELS, Variant
 
 ARCHITECTURES = ("sm_70", "sm_72")
 _FLAGS = ("-std=c++17", "-default-device", "--ptxas-options=-v")
+#: Of CUDA 12.0, so that any driver of the 12 series compiles the PTX.
+_PTX_ISA = "8.0"
 _CACHE = Cache("volta-cubins")
 
 
@@ -39,7 +41,7 @@ class Binary(NamedTuple):
 
 def source_key(variant: Variant) -> str:
     """Changes with everything about a variant that its machine code depends on, but for the compiler."""
-    defines = json.dumps([variant.entry, variant.defines, variant.shared_bytes, _FLAGS])
+    defines = json.dumps([variant.entry, variant.defines, variant.shared_bytes, _FLAGS, _PTX_ISA])
     return digest(variant.source, _text(variant.source), _headers(), defines)
 
 
@@ -57,7 +59,13 @@ def compile_binary(variant: Variant, arch: str, compiler: Nvrtc) -> Binary:
     defines = [f"-D{name}={value}" for name, value in variant.defines]
     options = [f"--gpu-architecture={arch}", *_FLAGS, f"--include-path={KERNELS}", *defines]
     cubin, ptx, log = compiler.compile(_text(variant.source), variant.source, options)
-    return Binary(cubin, ptx, *_resources(log, variant))
+    return Binary(cubin, _for_older_drivers(ptx), *_resources(log, variant))
+
+
+def _for_older_drivers(ptx: str) -> str:
+    """The same code in `_PTX_ISA`: NVRTC names its own ISA, of which it uses no more than a hint to ptxas."""
+    ptx = re.sub(r'^\s*\.pragma "used_bytes_mask[^"]*";\n', "", ptx, flags=re.MULTILINE)
+    return re.sub(r"^\.version .*$", f".version {_PTX_ISA}", ptx, count=1, flags=re.MULTILINE)
 
 
 def _resources(log: str, variant: Variant) -> tuple[int, int, int, int]:

@@ -2,31 +2,58 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from .attention_params import AttentionCall, aligned, attention_params, new_results
 from .runtime import load
+from .tune import best
 from .variant import Variant
 
 BLOCK_Q = 128
 BLOCK_K = 32
-#: Steps of Q K^T whose Q stays in registers, for each head_dim: as many as leave room for the rest.
-HELD = {32: 4, 64: 8, 96: 3, 128: 0, 160: 6, 192: 4, 256: 0}
-HEAD_DIMS = tuple(HELD)
-#: What variants know beside bounds, lengths and pages; ANYTHING: all of it, masks and any layout, more slowly.
+
+
+class Tiling(NamedTuple):
+    """How one head_dim's main loop is cut: the macros HELD, TRIP and ROLL of prefill_layout.cuh."""
+
+    held: int  # steps of Q K^T whose Q stays in registers
+    trip: int  # steps that are unrolled, of the others
+    roll: int  # O += P V at once, in trips of 16 keys, or of 8
+
+
+#: Chosen by both models of the machine code (bench/volta.py): no spills, and a main loop that the instruction
+#: cache holds.
+TILINGS = {
+    32: Tiling(4, 1, 0),
+    64: Tiling(4, 2, 1),
+    96: Tiling(4, 2, 2),
+    128: Tiling(0, 2, 2),
+    160: Tiling(4, 2, 1),
+    192: Tiling(4, 2, 1),
+    256: Tiling(0, 2, 1),
+}
+HEAD_DIMS = tuple(TILINGS)
+#: What variants know beside bounds and lengths. SOFTCAP and ALIBI know pages too; ANYTHING knows all of it,
+#: masks and any layout, and is slower.
 FEATURES = PLAIN, SOFTCAP, ALIBI, ANYTHING = tuple(range(4))
+_ROW_STRIDE_LIMIT = 1 << 31  # elements: the other variants count a row's bytes in 32 bits
 
 
 def _variant(head_dim: int, features: int) -> Variant:
     wide = head_dim > 128 or features == ANYTHING
-    held = 0 if features == ANYTHING else HELD[head_dim]
+    tiling = Tiling(0, 1, 1) if features == ANYTHING else TILINGS[head_dim]
+    if head_dim == 64 and features in (SOFTCAP, ALIBI):
+        tiling = Tiling(8, 1, 0)  # there instructions are scarcer than the cache that holds them
     kv_bytes = BLOCK_K * -(-2 * head_dim // 128) * 128
-    q_bytes = BLOCK_Q * 2 * (head_dim - held * (16 if wide else 8))
+    q_bytes = BLOCK_Q * 2 * (head_dim - tiling.held * (16 if wide else 8))
+    macros = (("HELD", tiling.held), ("TRIP", tiling.trip), ("ROLL", tiling.roll))
     return Variant(
         op="prefill",
         source="prefill.cu",
         entry="prefill",
-        defines=(("HEAD_DIM", head_dim), ("FEATURES", features), ("HELD", held)),
+        defines=(("HEAD_DIM", head_dim), ("FEATURES", features), *macros),
         threads=256 if wide else 128,
         min_blocks=1 if wide else 2,
         shared_bytes=2 * kv_bytes + q_bytes,
@@ -52,10 +79,27 @@ def prefill(call: AttentionCall) -> tuple[Tensor, Tensor]:
     blocks = -(-p.max_seqlen_q // BLOCK_Q)
     if not out.numel() or not blocks:
         return out, lse
-    variant = choose(call, p.page_rows)
-    grid = (blocks, p.heads, p.batch)
-    load(variant, call.q.device).launch(grid, p, reads=call.tensors(), writes=(out, lse))
+    device, grid = call.q.device, (blocks, p.heads, p.batch)
+
+    def launch(variant: Variant) -> None:
+        load(variant, device).launch(grid, p, reads=call.tensors(), writes=(out, lse))
+
+    launch(best(kind(call), candidates(call, p.page_rows), launch, device))
     return out, lse
+
+
+def candidates(call: AttentionCall, page_rows: int) -> tuple[Variant, ...]:
+    """The variants that can run the call and may be the fastest, the model's choice first."""
+    first = choose(call, page_rows)
+    last = PREFILL[first.head_dim, ANYTHING]
+    return (first,) if first is last else (first, last)
+
+
+def kind(call: AttentionCall) -> str:
+    """What decides which candidate is the fastest: features, head dims, and the sizes to a factor of two."""
+    sizes = (call.batch * call.q.shape[-2], call.longest_q, call.longest_k)
+    flags = (call.causal, call.window != (None, None), call.block_table is not None)
+    return f"prefill {call.q.shape[-1]} {call.v.shape[-1]} {flags} {[n.bit_length() for n in sizes]}"
 
 
 def choose(call: AttentionCall, page_rows: int) -> Variant:
@@ -63,9 +107,10 @@ def choose(call: AttentionCall, page_rows: int) -> Variant:
     head_dim, v_head_dim = call.q.shape[-1], call.v.shape[-1]
     width = next(d for d in HEAD_DIMS if d >= max(head_dim, v_head_dim))
     irregular = not aligned(call) or v_head_dim > head_dim or (call.block_table is not None and not page_rows)
+    irregular |= max(call.k.stride(-3), call.v.stride(-3)) >= _ROW_STRIDE_LIMIT
     both = bool(call.softcap) and call.alibi_slopes is not None
     if irregular or both or call.attn_mask is not None:
         return PREFILL[width, ANYTHING]
     if call.softcap:
         return PREFILL[width, SOFTCAP]
-    return PREFILL[width, PLAIN if call.alibi_slopes is None else ALIBI]
+    return PREFILL[width, PLAIN if call.alibi_slopes is None and call.block_table is None else ALIBI]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .attention import attention
+from .check import check
 from .dispatch import use_backend
 from .flash_attn import (
     flash_attn_func,
@@ -43,6 +44,7 @@ __all__ = [
     "SyncError",
     "UnsupportedError",
     "attention",
+    "check",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

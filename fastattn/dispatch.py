@@ -8,7 +8,7 @@ never sees it. An exception inside a kernel is a bug and propagates.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -34,6 +34,10 @@ if settings.backend and settings.backend not in BACKENDS:
 _forced: ContextVar[str] = ContextVar("fastattn_backend", default="")
 _resolved: dict[tuple[str, Any, str], tuple[str, Op]] = {}
 
+#: Runs an op in place of `run` and returns its result: (op, args, backend, kernel).
+Observer = Callable[[str, Any, str, Op], Any]
+_observer: ContextVar[Observer | None] = ContextVar("fastattn_observer", default=None)
+
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
@@ -48,6 +52,22 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Within the block, ``observer`` runs the ops of this thread."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def by_op() -> bool:
+    """Whether every op has to pass through `run`: one observes, or CPU tensors are not the CPU backend's."""
+    # An emulated backend comes before `cpu` for tensors on the CPU.
+    return (named() or ("emulated" if settings.emulate else "cpu")) != "cpu" or _observer.get() is not None
 
 
 @cache
@@ -121,7 +141,8 @@ def run(op: str, args: OpArgs, backend: str = "") -> Any:
     if found is None:
         found = _resolved[key] = resolve(*key)
     calls[found[0], op] += 1
-    return found[1].run(args)
+    observer = _observer.get()
+    return found[1].run(args) if observer is None else observer(op, args, *found)
 
 
 def _known(name: str) -> str:

@@ -13,15 +13,18 @@ from torch import Tensor
 from .spec import AttentionArgs
 
 
-def attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
-    """(out, lse) in float64: (B, Sq, H, Dv) and (B, H, Sq), or packed (total_q, H, Dv) and (H, total_q)."""
+def attention(a: AttentionArgs, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """(out, lse): (B, Sq, H, Dv) and (B, H, Sq), or packed (total_q, H, Dv) and (H, total_q).
+
+    In float64, or in another ``dtype`` with each intermediate rounded: the yardstick of the accuracy rule.
+    """
     batch = a.q.shape[0] if a.cu_seqlens_q is None else a.cu_seqlens_q.numel() - 1
-    out = a.q.new_zeros((*a.q.shape[:-1], a.v.shape[-1]), dtype=torch.float64)
-    lse = a.q.new_full(a.q.shape[:-1], -torch.inf, dtype=torch.float64)
+    out = a.q.new_zeros((*a.q.shape[:-1], a.v.shape[-1]), dtype=dtype)
+    lse = a.q.new_full(a.q.shape[:-1], -torch.inf, dtype=dtype)
     for b in range(batch):
         rows = b if a.cu_seqlens_q is None else slice(*a.cu_seqlens_q[b : b + 2].tolist())
-        k, v = sequence_kv(a, b)
-        scores = _scores(a, b, a.q[rows].double(), k)
+        k, v = (t.to(dtype) for t in sequence_kv(a, b))
+        scores = _scores(a, b, a.q[rows].to(dtype), k)
         out[rows], lse[rows] = _softmax_v(scores, v, a.sinks)
     return out, lse.transpose(-1, -2).contiguous()
 
@@ -61,13 +64,13 @@ def _scores(a: AttentionArgs, b: int, q: Tensor, k: Tensor) -> Tensor:
     q_pos = torch.arange(q_start, q_start + q_len, device=q.device)[:, None]
     k_pos = torch.arange(k_start, k_start + k_len, device=q.device)[None, :]
     if a.alibi_slopes is not None:
-        slopes = a.alibi_slopes.double() if a.alibi_slopes.ndim == 1 else a.alibi_slopes[b].double()
-        slopes = rearrange(slopes, "(kv g) -> kv g 1 1", kv=kv_heads)
+        slopes = a.alibi_slopes if a.alibi_slopes.ndim == 1 else a.alibi_slopes[b]
+        slopes = rearrange(slopes.to(s.dtype), "(kv g) -> kv g 1 1", kv=kv_heads)
         s = s - slopes * (q_pos - k_pos).abs()
     if a.attn_mask is not None:
         lo = 0 if a.cache_leftpad is None else int(a.cache_leftpad[b])
         mask = rearrange(a.attn_mask[b, :, :, lo : lo + k_len], "(kv g) i j -> kv g i j", kv=kv_heads)
-        s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask.double()
+        s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask.to(s.dtype)
     left, right = a.bounds()
     if left is not None:
         s = s.masked_fill(k_pos < q_pos - left, -torch.inf)
@@ -80,7 +83,7 @@ def _softmax_v(s: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tens
     """(Sq, H, Dv) and lse (Sq, H). A row without a visible key is 0 and, without a sink, -inf."""
     lse = torch.logsumexp(s, -1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
     if sinks is not None:
-        sink = repeat(sinks.double(), "(kv g) -> kv g i", kv=s.shape[0], i=s.shape[2])
+        sink = repeat(sinks.to(s.dtype), "(kv g) -> kv g i", kv=s.shape[0], i=s.shape[2])
         lse = torch.logaddexp(lse, sink)
     p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
     out = einsum(p, v, "kv g i j, j kv d -> i kv g d")

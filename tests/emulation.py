@@ -58,7 +58,10 @@ class Child:
             self.outcomes = self._run()
         found = self.outcomes.get(_key(item))
         if found is None:
-            pytest.fail(f"the child process did not run it:\n{self.output[-4000:]}", pytrace=False)
+            pytest.fail(
+                f"the child process did not run it:\n{self.output[:2000]}\n...\n{self.output[-2000:]}",
+                pytrace=False,
+            )
         for outcome in found:
             if outcome.tag == "skipped":
                 pytest.skip(outcome.get("message", ""))

@@ -28,7 +28,8 @@ def query_span(b, cu_seqlens_q, seqlen_q, total_q):
 def key_span(b, cu_seqlens_k, seqused_k, cache_leftpad, cache_batch_idx, capacity, rows_k):
     """(cache row, first row in it, first slot, end slot) of the keys of sequence ``b``.
 
-    ``capacity`` is the number of slots a sequence can have, ``rows_k`` that of cache rows, or of all packed keys.
+    ``capacity`` is the number of slots a sequence can have, ``rows_k`` that of cache rows, or of all packed
+    keys.
     """
     row = b
     first = 0
@@ -82,15 +83,17 @@ def load_tile(pointer, stride, rows, columns, row_limit, WIDTH: tl.constexpr, PA
 def softcapped(s, SOFTCAP: tl.constexpr):
     """``c tanh(s / c)`` through the exponential, the one transcendental that every vector unit has."""
     if SOFTCAP > 0:
-        # From 40 on the quotient is less than float32 can take off the cap.
-        s = SOFTCAP - 2 * SOFTCAP / (tl.exp(tl.minimum(s * (2 / SOFTCAP), 40.0)) + 1)
+        # From 40 on the quotient is less than float32 can take off the cap. A minimum that propagates NaN is
+        # one instruction; the other kind needs a comparison and selections, and memory for them.
+        twice = tl.minimum(s * (2 / SOFTCAP), 40.0, propagate_nan=tl.PropagateNan.ALL)
+        s = SOFTCAP - 2 * SOFTCAP / (tl.exp(twice) + 1)
     return s
 
 
 @triton.jit
-def online_softmax(s, m, l, acc):
-    """One step of FlashAttention's recurrence (2205.14135, algorithm 1): weights, and m, l, acc rescaled."""
+def online_softmax(s, m, denominator, acc):
+    """One step of FlashAttention's recurrence (2205.14135, algorithm 1): weights, the rest rescaled."""
     m_new = tl.maximum(m, tl.max(s, 1))
     p = tl.exp(s - m_new[:, None])
     alpha = tl.exp(m - m_new)
-    return p, m_new, l * alpha + tl.sum(p, 1), acc * alpha[:, None]
+    return p, m_new, denominator * alpha + tl.sum(p, 1), acc * alpha[:, None]

@@ -1,4 +1,5 @@
-"""Attention of few queries over a long cache: keys are split over the cores and the parts merged by their lse.
+"""Attention of few queries over a long cache: keys are split over the cores and the parts merged by their
+lse.
 
 The queries of all heads that share a KV head are the rows of one matrix, so that the Cube reads each key once
 for all of them (GQA packing). Row ``r`` is query ``r // GROUP`` of head ``r % GROUP`` in the KV head's group.
@@ -101,7 +102,7 @@ def decode_kernel(
             BLOCK_D != HEAD_DIM,
         )
         m = tl.full([BLOCK_R], LOWEST, tl.float32)
-        l = tl.zeros([BLOCK_R], tl.float32)
+        denominator = tl.zeros([BLOCK_R], tl.float32)
         acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
         for n in range(split * share, tl.minimum((split + 1) * share, blocks)):
             slot = tl.maximum(aligned + n * BLOCK_K, lo)
@@ -127,7 +128,9 @@ def decode_kernel(
             if attn_mask is not None:  # of one query a head
                 mask_rows = attn_mask + tl.cast(b, tl.int64) * stride_mb + kh * GROUP * stride_mh + slot
                 visible = (rows < count)[:, None] & (columns < present)[None, :]
-                tile = tl.load(mask_rows + rows[:, None] * stride_mh + columns[None, :], mask=visible, other=0)
+                tile = tl.load(
+                    mask_rows + rows[:, None] * stride_mh + columns[None, :], mask=visible, other=0
+                )
                 if attn_mask.dtype.element_ty == tl.int8:
                     s += tl.where(tile != 0, 0.0, HIDDEN)
                 else:
@@ -140,14 +143,14 @@ def decode_kernel(
                 beyond = tl.minimum(row_own + right + 1, present)
                 outside = (columns[None, :] < first[:, None]) | (columns[None, :] >= beyond[:, None])
                 s += tl.where(outside, HIDDEN, 0.0)
-            p, m, l, acc = online_softmax(s, m, l, acc)
+            p, m, denominator, acc = online_softmax(s, m, denominator, acc)
             v_tile = load_tile(
                 v_base + v_offset, stride_vs, columns, dv, present, V_HEAD_DIM, BLOCK_DV != V_HEAD_DIM
             )
             acc += tl.dot(p.to(v_tile.dtype), v_tile)
-        unseen = l == 0.0
-        l = tl.where(unseen, 1.0, l)
-        factor = 1.0 / l
+        unseen = denominator == 0.0
+        denominator = tl.where(unseen, 1.0, denominator)
+        factor = 1.0 / denominator
         if v_scale is not None:
             factor *= tl.load(v_scale + kh)
         acc *= factor[:, None]
@@ -156,7 +159,7 @@ def decode_kernel(
         if BLOCK_DV != V_HEAD_DIM:
             stored = stored & (dv < V_HEAD_DIM)[None, :]
         tl.store(part + (base + rows[:, None]) * V_HEAD_DIM + dv[None, :], acc, mask=stored)
-        tl.store(part_lse + base + rows, tl.where(unseen, HIDDEN, m + tl.log(l)), mask=rows < count)
+        tl.store(part_lse + base + rows, tl.where(unseen, HIDDEN, m + tl.log(denominator)), mask=rows < count)
 
 
 @triton.jit
@@ -186,30 +189,28 @@ def combine_kernel(
         if BLOCK_DV != V_HEAD_DIM:
             stored = stored & (dv < V_HEAD_DIM)[None, :]
         m = tl.full([BLOCK_R], LOWEST, tl.float32)
-        l = tl.zeros([BLOCK_R], tl.float32)
+        denominator = tl.zeros([BLOCK_R], tl.float32)
         if sinks is not None:
             heads = pair % kv_heads * GROUP + rows % GROUP
             m = tl.load(sinks + heads, mask=rows < count, other=0.0).to(tl.float32)
-            l += 1.0
+            denominator += 1.0
         acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
         for split in range(splits):
             base = (tl.cast(pair, tl.int64) * splits + split) * count
             weight = tl.load(part_lse + base + rows, mask=rows < count, other=HIDDEN)
-            tile = tl.load(
-                part + (base + rows[:, None]) * V_HEAD_DIM + dv[None, :], mask=stored, other=0.0
-            )
+            tile = tl.load(part + (base + rows[:, None]) * V_HEAD_DIM + dv[None, :], mask=stored, other=0.0)
             m_new = tl.maximum(m, weight)
             alpha = tl.exp(m - m_new)
             weight = tl.exp(weight - m_new)
-            l = l * alpha + weight
+            denominator = denominator * alpha + weight
             acc = acc * alpha[:, None] + tile * weight[:, None]
             m = m_new
-        unseen = l == 0.0
-        l = tl.where(unseen, 1.0, l)
-        acc *= (1.0 / l)[:, None]
+        unseen = denominator == 0.0
+        denominator = tl.where(unseen, 1.0, denominator)
+        acc *= (1.0 / denominator)[:, None]
         base = tl.cast(pair, tl.int64) * count
         tl.store(
             out + (base + rows[:, None]) * V_HEAD_DIM + dv[None, :], acc.to(out.dtype.element_ty), mask=stored
         )
         if lse is not None:
-            tl.store(lse + base + rows, tl.where(unseen, HIDDEN, m + tl.log(l)), mask=rows < count)
+            tl.store(lse + base + rows, tl.where(unseen, HIDDEN, m + tl.log(denominator)), mask=rows < count)

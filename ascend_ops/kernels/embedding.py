@@ -46,13 +46,13 @@ def embedding_kernel(
                 q = byte & 15
             w = dequantized(
                 q.to(tl.float32), row, low, scales, mins, stride_scales, out_features, inn, g_idx, group_size,
-                group_offset, False,
+                group_offset, 0, False,
             )  # fmt: skip
             _store(out_row, w, low, x_perm, inn)
             if BITS == 4:
                 w = dequantized(
                     ((byte >> 4) & 15).to(tl.float32), row, low + 16, scales, mins, stride_scales,
-                    out_features, inn, g_idx, group_size, group_offset, False,
+                    out_features, inn, g_idx, group_size, group_offset, 0, False,
                 )  # fmt: skip
                 _store(out_row, w, low + 16, x_perm, inn)
 

@@ -53,7 +53,7 @@ def linear_kernel(
                 q = load_bytes(codes, stride_codes, n, k, out_features, width).to(tl.float32)
                 w = dequantized(
                     q, n, k, scales, mins, stride_scales, out_features, inn, g_idx, group_size, group_offset,
-                    ONE_GROUP,
+                    start, ONE_GROUP,
                 )  # fmt: skip
                 a = _columns(x, stride_x, m, k, rows, inn)
                 acc += tl.dot(a, tl.trans(w.to(a.dtype)), input_precision="ieee")
@@ -63,13 +63,13 @@ def linear_kernel(
                 high = low + 16
                 w = dequantized(
                     (byte & 15).to(tl.float32), n, low, scales, mins, stride_scales, out_features, inn, g_idx,
-                    group_size, group_offset, ONE_GROUP,
+                    group_size, group_offset, 2 * start, ONE_GROUP,
                 )  # fmt: skip
                 a = _columns(x, stride_x, m, low, rows, inn)
                 acc += tl.dot(a, tl.trans(w.to(a.dtype)), input_precision="ieee")
                 w = dequantized(
                     ((byte >> 4) & 15).to(tl.float32), n, high, scales, mins, stride_scales, out_features,
-                    inn, g_idx, group_size, group_offset, ONE_GROUP,
+                    inn, g_idx, group_size, group_offset, 2 * start, ONE_GROUP,
                 )  # fmt: skip
                 a = _columns(x, stride_x, m, high, rows, inn)
                 acc += tl.dot(a, tl.trans(w.to(a.dtype)), input_precision="ieee")

@@ -4,8 +4,8 @@ First level: BLOCK_K keys cross from Cube to Vector and back at a time, so that 
 level: the vendor's compiler cuts each matmul into L0A, L0B and L0C tiles and each vector step into row slices
 of the Unified Buffer. A tile of queries runs over two kinds of keys in loops of their own:
 
-- *full* blocks, seen by all of its rows: BLOCK_K keys, no mask;
-- *edge* blocks, where the band's edge or the last key passes, or all blocks when the call has a mask or ALiBi:
+- *full* blocks, seen by all of its rows: BLOCK_K keys, no mask; - *edge* blocks, where the band's edge or
+the last key passes, or all blocks when the call has a mask or ALiBi:
   EDGE_K keys. Their mask is a window of one small matrix (`tiling_mask`), shifted to where the edge passes.
 """
 
@@ -88,8 +88,8 @@ def prefill_kernel(
     EDGE_K: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """One program a core. Query tiles run from the last, longest under causality, to the first; the cores take
-    them forwards and backwards in turn, which evens out what the lengths differ by."""
+    """One program a core. Query tiles run from the last, longest under causality, to the first; the cores
+    take them forwards and backwards in turn, which evens out what the lengths differ by."""
     core = tl.program_id(0)
     cores = tl.num_programs(0)
     tiles = (seqlen_q + BLOCK_Q - 1) // BLOCK_Q
@@ -118,7 +118,9 @@ def prefill_kernel(
         if cu_seqlens_q is not None:
             q_batch = 0
         q_row = tl.cast(q_first + q0, tl.int64)
-        q_rows = queries - q0  # of this tile, when below BLOCK_Q; not positive past the end of a short sequence
+        q_rows = (
+            queries - q0
+        )  # of this tile, when below BLOCK_Q; not positive past the end of a short sequence
         kh = h // group
         k_base = k + kh * stride_kh
         v_base = v + kh * stride_vh
@@ -162,7 +164,7 @@ def prefill_kernel(
             BLOCK_D != HEAD_DIM,
         )
         m = tl.full([BLOCK_Q], LOWEST, tl.float32)
-        l = tl.zeros([BLOCK_Q], tl.float32)
+        denominator = tl.zeros([BLOCK_Q], tl.float32)
         acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
 
         if (attn_mask is None) and (alibi_slopes is None):
@@ -178,7 +180,7 @@ def prefill_kernel(
                     k_base + k_offset, stride_ks, columns, d, BLOCK_K, HEAD_DIM, BLOCK_D != HEAD_DIM
                 )
                 s = softcapped(tl.dot(q_tile, tl.trans(k_tile)) * score_scale, SOFTCAP)
-                p, m, l, acc = online_softmax(s, m, l, acc)
+                p, m, denominator, acc = online_softmax(s, m, denominator, acc)
                 v_tile = load_tile(
                     v_base + v_offset, stride_vs, columns, dv, BLOCK_K, V_HEAD_DIM, BLOCK_DV != V_HEAD_DIM
                 )
@@ -200,14 +202,17 @@ def prefill_kernel(
             s = softcapped(tl.dot(q_tile, tl.trans(k_tile)) * score_scale, SOFTCAP)
             if alibi_slopes is not None:
                 slope = tl.load(alibi_slopes + b * stride_ab + h)
-                distance = (rows + (own - slot)).to(tl.float32)[:, None] - edge_columns.to(tl.float32)[None, :]
+                distance = (rows + (own - slot)).to(tl.float32)[:, None] - edge_columns.to(tl.float32)[
+                    None, :
+                ]
                 s -= slope * tl.abs(distance)
             if band is not None:
                 # How far row 0 sees past the block's first key; both edges of a wide band are one picture.
                 reach = own + right - slot
                 reach = tl.maximum(tl.minimum(reach, EDGE_K - 1), reach - band_skip)
                 reach = tl.minimum(tl.maximum(reach, -BLOCK_Q), band_origin)
-                s += tl.load(band + (band_origin - reach) + rows[:, None] * band_stride + edge_columns[None, :])
+                window = rows[:, None] * band_stride + edge_columns[None, :]
+                s += tl.load(band + (band_origin - reach) + window)
             if attn_mask is not None:
                 visible = (rows < q_rows)[:, None] & (edge_columns < present)[None, :]
                 mask_rows = attn_mask + tl.cast(b, tl.int64) * stride_mb + h * stride_mh
@@ -220,7 +225,7 @@ def prefill_kernel(
                 else:
                     s += tile.to(tl.float32)
             s += tl.where(edge_columns < present, 0.0, HIDDEN)[None, :]
-            p, m, l, acc = online_softmax(s, m, l, acc)
+            p, m, denominator, acc = online_softmax(s, m, denominator, acc)
             v_tile = load_tile(
                 v_base + v_offset, stride_vs, edge_columns, dv, present, V_HEAD_DIM, BLOCK_DV != V_HEAD_DIM
             )
@@ -230,12 +235,12 @@ def prefill_kernel(
             sink = tl.load(sinks + h).to(tl.float32)
             m_new = tl.maximum(m, sink)
             rescale = tl.exp(m - m_new)
-            l = l * rescale + tl.exp(sink - m_new)
+            denominator = denominator * rescale + tl.exp(sink - m_new)
             acc *= rescale[:, None]
             m = m_new
-        unseen = l == 0.0
-        l = tl.where(unseen, 1.0, l)
-        factor = 1.0 / l
+        unseen = denominator == 0.0
+        denominator = tl.where(unseen, 1.0, denominator)
+        factor = 1.0 / denominator
         if v_scale is not None:
             factor *= tl.load(v_scale + kh)
         acc *= factor[:, None]
@@ -246,4 +251,4 @@ def prefill_kernel(
         tl.store(o_row + rows[:, None] * stride_os + dv[None, :], acc.to(out.dtype.element_ty), mask=stored)
         if lse is not None:
             l_row = lse + q_batch * stride_lb + h * stride_lh + q_row
-            tl.store(l_row + rows, tl.where(unseen, HIDDEN, m + tl.log(l)), mask=rows < q_rows)
+            tl.store(l_row + rows, tl.where(unseen, HIDDEN, m + tl.log(denominator)), mask=rows < q_rows)

@@ -22,22 +22,32 @@ def rotate_row(
 ):
     """One token, all its heads: pairs (i, i + half), or (2 i, 2 i + 1) when INTERLEAVED."""
     head = tl.arange(0, HEADS)[:, None]
-    pair = tl.arange(0, HALF)
-    turns = pair < half
-    inside = (head < heads) & turns[None, :]
-    c = tl.load(cos + pair, mask=turns, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + pair, mask=turns, other=0.0).to(tl.float32)[None, :]
+    kind = out.dtype.element_ty
     if INTERLEAVED:
-        first = 2 * pair[None, :]
-        second = first + 1
+        # Column by column, each with its neighbour: accesses two apart are beyond triton-ascend.
+        column = tl.arange(0, 2 * HALF)
+        turning = column < 2 * half
+        both = (head < heads) & turning[None, :]
+        c2 = tl.load(cos + column // 2, mask=turning, other=0.0).to(tl.float32)
+        s2 = tl.load(sin + column // 2, mask=turning, other=0.0).to(tl.float32)
+        s2 = tl.where(column % 2 == 0, -s2, s2)
+        own = tl.load(x + head * stride_x + column[None, :], mask=both, other=0.0).to(tl.float32)
+        neighbour = column + 1 - 2 * (column % 2)
+        other = tl.load(x + head * stride_x + neighbour[None, :], mask=both, other=0.0).to(tl.float32)
+        turned = own * c2[None, :] + other * s2[None, :]
+        tl.store(out + head * stride_out + column[None, :], turned.to(kind), mask=both)
     else:
+        pair = tl.arange(0, HALF)
+        turns = pair < half
+        inside = (head < heads) & turns[None, :]
+        c = tl.load(cos + pair, mask=turns, other=0.0).to(tl.float32)[None, :]
+        s = tl.load(sin + pair, mask=turns, other=0.0).to(tl.float32)[None, :]
         first = pair[None, :]
         second = first + half
-    a = tl.load(x + head * stride_x + first, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + head * stride_x + second, mask=inside, other=0.0).to(tl.float32)
-    kind = out.dtype.element_ty
-    tl.store(out + head * stride_out + first, (a * c - b * s).to(kind), mask=inside)
-    tl.store(out + head * stride_out + second, (b * c + a * s).to(kind), mask=inside)
+        a = tl.load(x + head * stride_x + first, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(x + head * stride_x + second, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + head * stride_out + first, (a * c - b * s).to(kind), mask=inside)
+        tl.store(out + head * stride_out + second, (b * c + a * s).to(kind), mask=inside)
     if REST > 0:
         column = 2 * half + tl.arange(0, REST)[None, :]
         beyond = (head < heads) & (column < dim)

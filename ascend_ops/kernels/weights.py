@@ -1,7 +1,7 @@
 """Reading group-quantized weights: ``w = scales[:, group] * q (+ mins[:, group])``.
 
-Integers of 8 bits lie one to a byte. Of 4 bits, each 32 columns take 16 bytes: byte j holds column j in its low
-nibble and column j + 16 in its high one, so a tile of bytes is two tiles of columns and no bit is shuffled.
+Integers of 8 bits lie one to a byte. Of 4 bits, each 32 columns take 16 bytes: byte j holds column j in its
+low nibble and column j + 16 in its high one, so a tile of bytes is two tiles of columns, no bit is shuffled.
 """
 
 import triton
@@ -29,12 +29,13 @@ def dequantized(
     g_idx,
     group_size,
     group_offset,
+    first,  # of the columns; read when ONE_GROUP
     ONE_GROUP: tl.constexpr,  # all columns of the tile are in one
 ):
     """float32 (R, C); 0 outside of the matrix."""
     inside = (rows < out_rows)[:, None] & (columns < inn)[None, :]
     if ONE_GROUP:
-        group = (tl.min(columns, 0) + group_offset) // group_size
+        group = (first + group_offset) // group_size
         at = rows * stride_scales + group
         scale = tl.load(scales + at, mask=rows < out_rows, other=0.0).to(tl.float32)[:, None]
         if mins is not None:

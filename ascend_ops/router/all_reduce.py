@@ -6,6 +6,7 @@ nothing to overlap, so decoding keeps matmul and all-reduce apart.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .chips import Chip
@@ -15,23 +16,23 @@ MIN_TILE = 128  # rows of the Cube's base tile
 WORLDS = (1, 2, 4, 8)
 
 
-def reasons(x: Tensor, weight: Tensor, world: int, chip: Chip) -> list[str]:
-    """Against fusing ``x @ weight^T`` (weight (out, in)) with the ranks' sum; [] if it should be done."""
+def reasons(rows: int, dtype: torch.dtype, weight_dtype: torch.dtype, world: int, chip: Chip) -> list[str]:
+    """Against fusing ``x @ weight^T`` for x of so many rows with the ranks' sum; [] if it should be done.
+
+    Every rank must decide alike, so what differs between shards has no say.
+    """
     out = chip.lacks("npu_mm_all_reduce_base")
     if world not in WORLDS:
         out.append(f"world: {world}, one of 1, 2, 4 and 8 cards")
-    if str(x.dtype) not in ("torch.float16", "torch.bfloat16") or weight.dtype != x.dtype:
-        out.append(f"dtype: {x.dtype} and {weight.dtype}, one of float16 and bfloat16")
-    if x.shape[0] < 2 * MIN_TILE:
-        out.append(f"rows: {x.shape[0]}, fewer than two tiles of {MIN_TILE}: nothing would overlap")
+    if dtype not in (torch.float16, torch.bfloat16) or weight_dtype != dtype:
+        out.append(f"dtype: {dtype} and {weight_dtype}, one of float16 and bfloat16")
+    if rows < 2 * MIN_TILE:
+        out.append(f"rows: {rows}, fewer than two tiles of {MIN_TILE}: nothing would overlap")
     return out
 
 
 def invocation(x: Tensor, weight: Tensor, bias: Tensor | None, hcom: str) -> Invocation:
-    """The sum over the ranks of ``x @ weight^T``; ``bias`` belongs to one rank, as the operator adds all."""
+    """The sum over the ranks of ``x @ weight^T``, weight (out, in); every rank's ``bias`` is added."""
     kwargs = {"reduce_op": "sum", "comm_turn": 0} | ({} if bias is None else {"bias": bias})
-    return Invocation("npu", "npu_mm_all_reduce_base", (x.contiguous(), weight.t(), hcom), kwargs, _result)
-
-
-def _result(found: Tensor) -> Tensor:
-    return found
+    args = (x.contiguous(), weight.t(), hcom)
+    return Invocation("npu", "npu_mm_all_reduce_base", args, kwargs, lambda found: found)

@@ -22,13 +22,14 @@ from .lower import lower
 
 _PIPELINE = (
     "convert-elementwise-to-linalg linalg-fuse-elementwise-ops empty-tensor-to-alloc-tensor "
-    "one-shot-bufferize=allow-return-allocs-from-loops=true convert-linalg-to-loops convert-bufferization-to-memref "
-    "expand-strided-metadata lower-affine convert-scf-to-cf convert-math-to-llvm convert-vector-to-llvm arith-expand "
-    "convert-arith-to-llvm memref-expand finalize-memref-to-llvm convert-func-to-llvm convert-cf-to-llvm "
-    "convert-index-to-llvm lower-affine convert-arith-to-llvm reconcile-unrealized-casts"
+    "one-shot-bufferize=allow-return-allocs-from-loops=true convert-linalg-to-loops "
+    "convert-bufferization-to-memref expand-strided-metadata lower-affine convert-scf-to-cf "
+    "convert-math-to-llvm convert-vector-to-llvm arith-expand convert-arith-to-llvm memref-expand "
+    "finalize-memref-to-llvm convert-func-to-llvm convert-cf-to-llvm convert-index-to-llvm lower-affine "
+    "convert-arith-to-llvm reconcile-unrealized-casts"
 )
-# What the lowered code calls: copies between views (unranked memrefs), and the rounding to bfloat16, to nearest
-# even, that libgcc has only from version 13 on. Its result is the low half of an SSE register.
+# What the lowered code calls: copies between views (unranked memrefs), and the rounding to bfloat16, to
+# nearest even, that libgcc has only from version 13 on. Its result is the low half of an SSE register.
 _RUNTIME = r"""
 #include <stdint.h>
 #include <string.h>
@@ -39,8 +40,8 @@ static void copy(char *src, int64_t *s, char *dst, int64_t *d, int64_t rank, int
         copy(src + i * s[0] * item, s + 1, dst + i * d[0] * item, d + 1, rank - 1, sizes + 1, item);
 }
 void memrefCopy(int64_t item, memref *src, memref *dst) {
-    int64_t *s = src->descriptor, *d = dst->descriptor, rank = src->rank;
-    copy((char *)s[1] + s[2] * item, s + 3 + rank, (char *)d[1] + d[2] * item, d + 3 + rank, rank, s + 3, item);
+    int64_t *s = src->descriptor, *d = dst->descriptor, rank = src->rank; copy((char *)s[1] + s[2] * item, s
+    + 3 + rank, (char *)d[1] + d[2] * item, d + 3 + rank, rank, s + 3, item);
 }
 float __truncsfbf2(float value) {
     uint32_t bits;
@@ -54,7 +55,7 @@ _ENTRY = re.compile(r"func\.func @(\w+)\((.*?)\) attributes", re.DOTALL)
 
 
 class Lowered:
-    """A kernel that launches as ``kernel[grid](...)`` does, on CPU tensors, from its vendor-lowered linalg."""
+    """A kernel that launches as ``kernel[grid](...)`` does, on CPU tensors, from its lowered linalg."""
 
     def __init__(self, kernel: str, chip: str = "Ascend910B3") -> None:
         self.kernel, self.chip = kernel, chip
@@ -75,7 +76,7 @@ def _built(needed: Instance, chip: str) -> Callable[[Sequence[Any], int], None]:
 
 
 def build(linalg: str) -> Callable[[Sequence[Any], int], None]:
-    """``run(arguments, programs)`` of a kernel: pointers (tensors) and numbers in the order of its parameters."""
+    """``run(arguments, programs)`` of a kernel: tensors and numbers in the order of its parameters."""
     import ascendnpuir
     from triton._C.libtriton import ir, llvm
 
@@ -92,11 +93,25 @@ def build(linalg: str) -> Callable[[Sequence[Any], int], None]:
         ir.load_dialects(context)
         llvm.init_targets()
         module = llvm.to_module(ir.parse_mlir_module(str(lowered), context), llvm.context())
-        assembly = llvm.translate_to_asm(str(module), "x86_64-unknown-linux-gnu", "generic", "", [], False, False)
+        assembly = llvm.translate_to_asm(
+            str(module), "x86_64-unknown-linux-gnu", "generic", "", [], False, False
+        )
         (folder / "kernel.s").write_text(assembly)
         (folder / "runtime.c").write_text(_RUNTIME)
         library = folder / "kernel.so"
-        _checked(["gcc", "-O2", "-shared", "-fPIC", str(folder / "kernel.s"), str(folder / "runtime.c"), "-lm", "-o", str(library)])
+        _checked(
+            [
+                "gcc",
+                "-O2",
+                "-shared",
+                "-fPIC",
+                str(folder / "kernel.s"),
+                str(folder / "runtime.c"),
+                "-lm",
+                "-o",
+                str(library),
+            ]
+        )
         function = getattr(ctypes.CDLL(str(library)), entry[1])
     function.restype = None
 

@@ -29,6 +29,16 @@ class Instance(NamedTuple):
     signature: tuple[tuple[str, str], ...]  # (parameter, type): "*fp16", "i32", ...
     constants: tuple[tuple[str, Any], ...]
 
+    def planning(self, *chips: str) -> dict[str, Any]:
+        """The arguments of `worker.plan_kernel` for it."""
+        constants = dict(self.constants)
+        return {
+            "kernel": self.kernel,
+            "signature": dict(self.signature),
+            "constants": constants,
+            "chips": chips,
+        }
+
 
 def instance(kernel: str, arguments: Mapping[str, Any]) -> Instance:
     """The instantiation of ``kernel`` that a launch with these arguments, by name, needs."""

@@ -16,6 +16,13 @@ from typing import NamedTuple
 
 #: The compiler's names of the memories, and ours.
 SPACES = {"ub": "UB", "cbuf": "L1", "cc": "L0C"}
+_OPTIONS = (
+    "--enable-auto-multi-buffer=true",
+    "--enable-auto-bind-sub-block=true",
+    "--enable-hfusion-compile=true",
+    "--enable-hivm-compile=true",
+    "--enable-triton-kernel-compile=true",
+)
 _ELEMENT_BITS = {"i1": 1, "i8": 8, "f16": 16, "bf16": 16, "i16": 16, "f32": 32, "i32": 32, "i64": 64}
 _OVERFLOW = re.compile(r"(\w+) overflow, requires (\d+) bits while (\d+) bits available")
 _CONSTANT = re.compile(r"(%\w+) = arith\.constant (\d+) : i64")
@@ -33,7 +40,9 @@ class Plan(NamedTuple):
     overflow: Mapping[str, tuple[int, int]]  # memory -> (needed, available), when refused
     occupancy: Mapping[str, int]  # memory -> highest address used
     workspace: int  # of global memory, for each core
-    syncs: Mapping[str, tuple[int, ...]]  # core -> of each loop over blocks, Cube-Vector synchronisations a trip
+    syncs: Mapping[
+        str, tuple[int, ...]
+    ]  # core -> of each loop over blocks, Cube-Vector synchronisations a trip
     chip: Mapping[str, int]  # the compiler's own table: UB_SIZE (bits), CUBE_CORE_COUNT, ...
     error: str = ""  # of a refusal without an overflow
 
@@ -53,9 +62,8 @@ def plan(linalg: str, chip: str, options: tuple[str, ...] = ()) -> Plan:
         source.write_text(linalg)
         dumps.mkdir()
         command = [
-            str(compiler), str(source), f"--target={chip}", "--enable-auto-multi-buffer=true",
-            "--enable-auto-bind-sub-block=true", "--enable-hfusion-compile=true", "--enable-hivm-compile=true",
-            "--enable-triton-kernel-compile=true", f"--save-temps={dumps}", "-o", str(temporary / "kernel"), *options,
+            str(compiler), str(source), f"--target={chip}", *_OPTIONS, f"--save-temps={dumps}",
+            "-o", str(temporary / "kernel"), *options,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         planned = dumps / "module.hivm.opt.mlir"
@@ -87,7 +95,7 @@ def read_plan(module: str, log: str) -> Plan:
 
 
 def _occupancy(module: str) -> dict[str, int]:
-    """The end of the highest buffer in each memory; addresses are constants of the function that uses them."""
+    """The end of the highest buffer in each memory; addresses are constants of their function."""
     highest: dict[str, int] = {}
     for _, body in _functions(module):
         constants = {name: int(value) for name, value in _CONSTANT.findall(body)}

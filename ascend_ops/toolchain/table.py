@@ -1,4 +1,4 @@
-"""The tile table: every kind of attention call, the tiles it gets, and the vendor's plan of its kernels.
+"""The tile table: every kind of call, the tiles it gets, and the vendor's plan of its kernels.
 
 ``python -m ascend_ops.toolchain.table --python .venv-ascend/bin/python`` prints it as docs/ascend.md has it.
 """
@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from .. import ops
 from ..attention import attention
 from .client import call_all
 from .instances import Instance, recording
 
 #: One of each generation: all 910B plan alike, and so do all A3.
 TARGETS = ("Ascend910B3", "Ascend910_9391")
+#: Constants of kernels that are sizes of tiles.
+_SIZES = ("BLOCK", "BLOCK_Q", "BLOCK_R", "BLOCK_M", "BLOCK_N", "BLOCK_K", "EDGE_K", "HEADS")
 HEADER = (
     "| call | kernel | tiles | UB | L1 | L0C | workspace | syncs a block |",
     "|---|---|---|---:|---:|---:|---:|---|",
@@ -34,6 +38,7 @@ class Call(NamedTuple):
     group: int = 4
     dtype: torch.dtype = torch.float16
     page: int = 0
+    packed: bool = False
     options: Mapping[str, Any] = {}
 
     def instances(self) -> list[Instance]:
@@ -46,13 +51,30 @@ class Call(NamedTuple):
         if self.page:
             options["block_table"] = torch.zeros(2, 2, dtype=torch.int32)
             options["seqused_k"] = torch.zeros(2, dtype=torch.int32)
+        if self.packed:
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+            ends = torch.zeros(3, dtype=torch.int32)
+            options.update(cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=self.queries, max_seqlen_k=64)
         with recording() as seen:
             attention(q, k, v, scale=1.0, **options)
         return seen
 
 
+class SmallCall(NamedTuple):
+    """A call of `ops`."""
+
+    name: str
+    launch: Callable[[], object]
+
+    def instances(self) -> list[Instance]:
+        """The kernels that it launches."""
+        with recording() as seen:
+            self.launch()
+        return seen
+
+
 def calls() -> Iterator[Call]:
-    """Every kind of call: each head_dim, then each field that changes the code of a kernel."""
+    """Every kind of attention call: each head_dim, then each field that changes the code of a kernel."""
     causal: dict[str, Any] = {"causal": True, "return_lse": True}
     for head_dim, v_head_dim in ((16, 16), (32, 32), (64, 64), (128, 128), (192, 128), (256, 256)):
         dims = f"D={head_dim}" if head_dim == v_head_dim else f"D={head_dim}/{v_head_dim}"
@@ -62,20 +84,57 @@ def calls() -> Iterator[Call]:
     yield Call("causal, D=80 (padded to 128)", 80, 80, options=causal)
     yield Call("causal, bfloat16", dtype=torch.bfloat16, options=causal)
     yield Call("causal, softcap", options={**causal, "softcap": 30.0})
-    yield Call("causal, D=256, softcap", 256, 256, options={**causal, "softcap": 30.0})
+    for head_dim in (64, 256):
+        yield Call(f"causal, softcap, D={head_dim}", head_dim, head_dim, options={**causal, "softcap": 30.0})
     yield Call("causal, sinks, k and v scales", options={**causal, "sinks": torch.zeros(8), **_scales()})
     yield Call("causal, every index", options={**causal, **_indices()})
-    yield Call("causal, packed", options={**causal, **_indices()})
+    yield Call("causal, packed", packed=True, options=causal)
     for page in (16, 128):
         yield Call(f"causal, pages of {page}", page=page, options=causal)
         yield Call(f"decode, pages of {page}", queries=1, page=page)
     for head_dim in (64, 128, 256):
         for name, biases in _biases().items():
             yield Call(f"causal, {name}, D={head_dim}", head_dim, head_dim, options={**causal, **biases})
-    yield Call("decode, ALiBi, sinks, scales", queries=1, options={"alibi_slopes": torch.zeros(8), "sinks": torch.zeros(8), **_scales()})  # fmt: skip
-    yield Call("decode, bool mask", queries=1, options={"attn_mask": torch.zeros(2, 8, 1, 64, dtype=torch.bool)})
+    slopes_and_sinks = {"alibi_slopes": torch.zeros(8), "sinks": torch.zeros(8)}
+    yield Call("decode, ALiBi, sinks, scales", queries=1, options={**slopes_and_sinks, **_scales()})
+    yield Call(
+        "decode, bool mask", queries=1, options={"attn_mask": torch.zeros(2, 8, 1, 64, dtype=torch.bool)}
+    )
     yield Call("decode, 4 queries, causal", queries=4, options=causal)
     yield Call("decode, 8 queries of 8 heads, causal", queries=8, group=8, options=causal)
+
+
+def small_calls() -> Iterator[SmallCall]:
+    """The other kernels, at the sizes of Llama-7B."""
+    x, weight = torch.empty(8, 4096, dtype=torch.float16), torch.empty(4096, dtype=torch.float16)
+    heads, table = torch.empty(8, 32, 128, dtype=torch.float16), torch.empty(16, 64)
+    cache, slots = torch.empty(4, 128, 32, 128, dtype=torch.float16), torch.zeros(8, dtype=torch.int64)
+    rotation = {"cos": table, "sin": table, "positions": slots}
+    yield SmallCall("RMSNorm", lambda: ops.rms_norm(x, weight, 1e-5))
+    yield SmallCall("residual + RMSNorm", lambda: ops.rms_norm(x, weight, 1e-5, x))
+    yield SmallCall("SwiGLU", lambda: ops.swiglu(x))
+    yield SmallCall("rotary", lambda: ops.rotary(heads, table, table, slots))
+    yield SmallCall("KV append", lambda: ops.append_kv(cache, cache, heads, heads, slots))
+    yield SmallCall(
+        "KV append with rotary", lambda: ops.append_kv(cache, cache, heads, heads, slots, **rotation)
+    )
+    for rows in (1, 64):
+        for name, w in _weights().items():
+            yield SmallCall(f"{name} linear, {rows} rows", partial(ops.linear, x[:1].expand(rows, -1), w))
+    for name, w in _weights().items():
+        yield SmallCall(f"{name} embedding", partial(ops.embedding, slots, w, torch.float16))
+
+
+def _weights() -> dict[str, ops.Weight]:
+    shape, scales = (64, 4096), torch.empty(64, 32, dtype=torch.float16)
+    nibbles = torch.empty(64, 2048, dtype=torch.uint8)
+    grouped = ops.Weight(4, shape, nibbles, scales, scales, 128)
+    return {
+        "float16": ops.Weight(16, shape, torch.empty(shape, dtype=torch.float16)),
+        "W4A16": grouped,
+        "W4A16 act-order": grouped._replace(g_idx=torch.zeros(4096, dtype=torch.int32)),
+        "W8A16": ops.Weight(8, shape, torch.empty(shape, dtype=torch.int8), scales, scales, 128),
+    }
 
 
 def _scales() -> dict[str, torch.Tensor]:
@@ -97,27 +156,25 @@ def _biases() -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def plans(python: Path, root: Path) -> list[tuple[Call, Instance, dict[str, Any]]]:
-    """(call, kernel, target -> fields of its `plan.Plan`) of the whole table."""
-    found = [(call, kernel) for call in calls() for kernel in call.instances()]
+def plans(python: Path, root: Path) -> list[tuple[str, Instance, dict[str, Any]]]:
+    """(name of the call, kernel, target -> fields of its `plan.Plan`) of the whole table."""
+    found = [(call.name, kernel) for call in (*calls(), *small_calls()) for kernel in call.instances()]
     distinct = list(dict.fromkeys(kernel for _, kernel in found))
-    requests = [
-        {"kernel": i.kernel, "signature": dict(i.signature), "constants": dict(i.constants), "chips": TARGETS}
-        for i in distinct
-    ]
+    requests = [kernel.planning(*TARGETS) for kernel in distinct]
     answers = call_all(python, [root], "ascend_ops.toolchain.worker:plan_kernel", requests)
     planned = dict(zip(distinct, answers, strict=True))
-    return [(call, kernel, planned[kernel]) for call, kernel in found]
+    return [(name, kernel, planned[kernel]) for name, kernel in found]
 
 
-def row(call: Call, kernel: Instance, plan: Mapping[str, Any]) -> str:
+def row(call: str, kernel: Instance, plan: Mapping[str, Any]) -> str:
     """A line of the table: what one kernel of a call occupies of each memory."""
     constants = dict(kernel.constants)
-    sizes = [str(constants[n]) for n in ("BLOCK_Q", "BLOCK_R", "BLOCK_K", "EDGE_K") if n in constants]
+    sizes = [str(constants[n]) for n in _SIZES if n in constants]
     used = [f"{plan['occupancy'].get(memory, 0) / 1024:.1f} K" for memory in ("UB", "L1", "L0C")]
     name = kernel.kernel.split(":")[1].removesuffix("_kernel")
     syncs = ", ".join(map(str, plan["syncs"].get("aic", ()))) or "0"
-    return f"| {call.name} | {name} | {' x '.join(sizes)} | {' | '.join(used)} | {plan['workspace'] // 1024} K | {syncs} |"
+    cells = (call, name, " x ".join(sizes), *used, f"{plan['workspace'] / 1024:.0f} K", syncs)
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -129,7 +186,7 @@ def main() -> None:
     for call, kernel, planned in plans(options.python, Path(__file__).parents[2]):
         plan = planned[TARGETS[0]]
         if not plan["accepted"]:
-            raise SystemExit(f"{call.name}: {kernel.kernel} refused: {plan['overflow'] or plan['error']}")
+            raise SystemExit(f"{call}: {kernel.kernel} refused: {plan['overflow'] or plan['error']}")
         print(row(call, kernel, plan) + ("  retried" if plan["retried"] else ""), flush=True)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 
 from .args import DTYPES
-from .env import last_level_cache
+from .env import last_level_cache, on_gpu
 
 Qkv = tuple[Tensor, Tensor, Tensor]  # (B, Sq, H, D), (B, Sk, Hkv, D) twice; keys of a packed batch: B = 1
 Rival = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -68,7 +71,9 @@ class Case:
 
 
 def suite(name: str) -> list[Case]:
-    """The cases of ``quick`` (a minute or two) or ``full``."""
+    """The cases of ``quick`` (a minute or two), ``full``, or ``gpu``: those of docs/triton.md."""
+    if name == "gpu":
+        return gpu_suite()
     decode = [Case("decode", dtype, 32768) for dtype in DTYPES]
     prefill = [Case("prefill", dtype, 2048) for dtype in DTYPES]
     if name == "quick":
@@ -83,6 +88,18 @@ def suite(name: str) -> list[Case]:
     for case in prefill:
         cases += [replace(case, keys=keys, head_dim=dim) for dim in (64, 128) for keys in (512, 2048, 8192)]
         cases.append(replace(case, keys=8192, window=1024))
+    return cases
+
+
+def gpu_suite() -> list[Case]:
+    """Prefill of up to 32K queries, decode over up to 128K keys as far as the memory reaches."""
+    lengths = (2048, 8192, 32768)
+    cases = [Case("prefill", "bf16", n, heads=32, head_dim=dim) for dim in (128, 64) for n in lengths]
+    free = torch.cuda.mem_get_info()[0] if on_gpu() else 0
+    for keys, batch, page in product((4096, 32768, 131072), (1, 8, 64), (0, 16)):
+        case = Case("decode", "bf16", keys, batch=batch, page=page)
+        if case.kv_bytes() < free // 3:  # the gathered copy too
+            cases.append(case)
     return cases
 
 
@@ -110,6 +127,10 @@ def rivals(case: Case) -> dict[str, Rival]:
     """fastattn and what it is compared with."""
     if case.window:
         return {"fastattn": ours(case), "fastattn, no window": ours(replace(case, window=0))}
+    if on_gpu() and not case.packed and not case.page:
+        peers = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cuDNN": SDPBackend.CUDNN_ATTENTION}
+        kinds = {n: only(kind, enable_gqa(causal=not case.decode)) for n, kind in peers.items()}
+        return {"fastattn": ours(case), **kinds}
     if not case.decode:
         return {"fastattn": ours(case), "sdpa enable_gqa": enable_gqa(causal=True)}
     if case.packed:
@@ -126,11 +147,11 @@ class _Pages(NamedTuple):
 
 def _pages(case: Case) -> _Pages:
     """Pages in random order, as a cache looks after a while."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     count = -(-case.keys // case.page)
-    table = torch.randperm(case.batch * count, generator=generator, dtype=torch.int64)
+    table = torch.randperm(case.batch * count, generator=generator, dtype=torch.int64, device="cpu")
     return _Pages(
-        table.view(case.batch, count).to(torch.int32),
+        table.view(case.batch, count).to(torch.get_default_device(), torch.int32),
         torch.full((case.batch,), case.keys, dtype=torch.int32),
     )
 
@@ -170,6 +191,28 @@ def enable_gqa(causal: bool) -> Rival:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa).transpose(1, 2)
 
     return call
+
+
+def only(kind: SDPBackend, rival: Rival) -> Rival:
+    """The rival by one of torch's kernels alone; raises RuntimeError where torch has it not for the call."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        chosen: AbstractContextManager[None] = sdpa_kernel(kind)
+        with chosen:
+            return rival(q, k, v)
+
+    return call
+
+
+def has_kernel(rival: Rival, sample: Qkv) -> bool:
+    """Whether torch has the kernel that the rival insists on; true of every rival that insists on none."""
+    try:
+        rival(*sample)
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        return False
+    return True
 
 
 def folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

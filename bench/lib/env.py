@@ -28,14 +28,16 @@ def capture(threads: int) -> dict[str, str | int]:
         "processor": processor(),
         "cores": cores(),
         "threads": threads,
+        **({"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)} if on_gpu() else {}),
         **{f"cpu_{name}": value for name, value in cpu.items()},
     }
 
 
 def headline(env: dict[str, str | int]) -> str:
     """One line for the terminal."""
+    where = env.get("gpu", f"{env['processor']}, {env['cores']} cores")
     return (
-        f"{env['processor']}, {env['cores']} cores | fastattn {env['fastattn']} ({env['commit']}), "
+        f"{where} | fastattn {env['fastattn']} ({env['commit']}), "
         f"torch {env['torch']}, Python {env['python']}"
     )
 
@@ -55,8 +57,22 @@ def processor() -> str:
     return found[0] if found else platform.machine()
 
 
+def use_device(name: str) -> None:
+    """Makes ``cuda``, or ``cpu``, the device of tensors made from now on. Raises SystemExit without one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no NVIDIA GPU")
+    torch.set_default_device(name)
+
+
+def on_gpu() -> bool:
+    """Whether tensors are made on a GPU."""
+    return torch.get_default_device().type == "cuda"
+
+
 def last_level_cache() -> int:
     """Bytes of the largest cache that the first processor sees; 32 MiB where the system does not say."""
+    if on_gpu():
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .env import last_level_cache
+from .env import last_level_cache, on_gpu
 
 
 class Work(NamedTuple):
@@ -22,16 +22,23 @@ def reading() -> Work:
     """Reads operands of 8 last-level caches on torch's current threads.
 
     torch.dot is the fastest reader among torch's reductions on the processors tried, and as fast as a loop
-    of vector loads.
+    of vector loads. On a GPU the limit is a copy, whose bytes read and written count.
     """
+    if on_gpu():
+        source = torch.ones(8 * last_level_cache(), dtype=torch.uint8)
+        target = torch.empty_like(source)
+        return Work(2 * source.nbytes, lambda: target.copy_(source))
     n = 4 * last_level_cache() // 4
     x, y = torch.ones(n), torch.ones(n)
     return Work(8 * n, lambda: torch.dot(x, y))
 
 
 def gemm(dtype: torch.dtype, size: int = 1024) -> Work:
-    """A square GEMM. float16 is done in float32: many CPUs have no fast float16 GEMM."""
-    dtype = torch.float32 if dtype == torch.float16 else dtype
+    """A square GEMM. float16 is done in float32 on a CPU: many have no fast float16 GEMM."""
+    if on_gpu():
+        size = 8192
+    elif dtype == torch.float16:
+        dtype = torch.float32
     x, y = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     return Work(2 * size**3, lambda: x @ y)
 

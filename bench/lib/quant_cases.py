@@ -16,7 +16,7 @@ from fastattn.quant import packed
 from fastattn.spec import PackedWeight
 
 from .args import ACTS, DTYPES
-from .env import last_level_cache
+from .env import last_level_cache, on_gpu
 
 T = TypeVar("T")
 Rival = Callable[[Tensor], Tensor]
@@ -66,7 +66,7 @@ class Operands:
             w = packed.pack_int8(q.to(torch.int8) - 8, scales, None, group)
         dense = packed.dequantize(w, DTYPES[layer.dtype])
         int4 = None
-        if kind == "int4" and layer.dtype == "bf16" and torch_has_int4():
+        if kind == "int4" and layer.dtype == "bf16" and torch_has_int4() and not on_gpu():
             codes = getattr(torch.ops.aten, INT4_PACK)(q.int(), 1)
             zeros = torch.zeros_like(scales)
             int4 = codes, torch.stack((scales, zeros), 2).transpose(0, 1).contiguous().bfloat16()

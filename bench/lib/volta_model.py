@@ -20,7 +20,7 @@ from cuda_volta.sass.simulate.calibration import CALIBRATED, EVERY_FETCH_HITS, C
 from cuda_volta.variant import Variant
 
 from .volta_cases import FOLLOWED, SEQLEN, Case
-from .volta_launch import record
+from .volta_launch import Recorded, record
 
 _WAVES = 3  # of blocks through an SM; the first warms it up
 
@@ -80,16 +80,15 @@ def work(kernel: Kernel, launch: Launch, block: tuple[int, int, int], sharers: i
     return Work(paths, steps, round(1000 * missing))
 
 
-def static(kernel: Kernel, done: Work, macs_per_tile: int) -> Static | None:
-    """The main loop as the block's first warp ran it: the loop that issued most HMMA. None: it has none."""
+def static(kernel: Kernel, path: Path, macs_per_tile: int) -> Static:
+    """The main loop as a warp ran it: the loop that issued most HMMA. Raises ValueError where none does."""
     code = kernel.function.instructions
-    path = done.paths[0]
     times = np.bincount(path.indices, minlength=len(code))
     blocks = graph.blocks(code)
     loops = [loop.instructions(blocks) for loop in graph.loops(blocks)]
     hmma = [sum(int(times[i]) for i in loop if code[i].base == "HMMA") for loop in loops]
     if not any(hmma):
-        return None
+        raise ValueError(f"{kernel.name}: no loop issued HMMA")
     body = loops[hmma.index(max(hmma))]
     tiles = max(hmma) * pipes.MACS_PER_STEP * kernel.residency.warps / macs_per_tile
     tally = pipes.tally(code, ((i, times[i] / tiles) for i in body if times[i]), listing.BYTES * len(body))
@@ -129,22 +128,36 @@ class Figures(NamedTuple):
     perfect_fetch: float  # TFLOP/s if every fetch hit
 
 
+def launched(case: Case, head_dim: int, seqlen: int) -> Recorded:
+    """What the library launches for a case."""
+    (one,) = record(prefill, functools.partial(prefill.prefill, case.call(seqlen, head_dim)))
+    return one
+
+
+def compiled(case: Case, head_dim: int) -> Static:
+    """The main loop's code alone, along the path of one warp."""
+    one = launched(case, head_dim, FOLLOWED[0])
+    kernel = shipped(one.variant)
+    return static(kernel, follow(kernel.program, one.launch, (1, 0, 0), 0), _tile(one.variant))
+
+
 def figures(case: Case, head_dim: int) -> Figures:
-    """Of the prefill kernel that takes a case. Raises ValueError where its loop holds no tensor-core work."""
+    """Of the prefill kernel that takes a case."""
     followed = []
     for seqlen, block in zip(FOLLOWED, (-3, 1), strict=True):
-        call = case.call(seqlen, head_dim)
-        (one,) = record(prefill, functools.partial(prefill.prefill, call))
+        one = launched(case, head_dim, seqlen)
         kernel = shipped(one.variant)
-        x = block % one.launch.grid[0]
-        followed.append(work(kernel, one.launch, (x, 0, 0), one.launch.grid[0]))
+        blocks = one.launch.grid[0]
+        followed.append(work(kernel, one.launch, (block % blocks, 0, 0), blocks))
+    few, many = followed
     v = one.variant
-    found = static(kernel, followed[1], 2 * v.block_q * v.block_k * v.head_dim)
-    if found is None:
-        raise ValueError(f"{v.name}: no loop holds HMMA")
-    per_tile = 2 * v.block_q * v.block_k * v.head_dim / pipes.MACS_PER_STEP
+    per_tile = _tile(v) / pipes.MACS_PER_STEP
     starts = range(0, SEQLEN, v.block_q)
     steps = [round(-(-case.visible(first, v.block_q, SEQLEN) // v.block_k) * per_tile) for first in starts]
-    few, many = followed
     *calibrated, perfect = spread(kernel, few, many, steps, 4 * case.pairs(SEQLEN) * head_dim)
-    return Figures(found, calibrated, perfect)
+    return Figures(static(kernel, many.paths[0], _tile(v)), calibrated, perfect)
+
+
+def _tile(variant: Variant) -> int:
+    """Multiply-adds of a block for one K/V tile."""
+    return 2 * variant.block_q * variant.block_k * variant.head_dim

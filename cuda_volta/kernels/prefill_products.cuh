@@ -8,7 +8,7 @@ namespace volta {
 // Q of one warp: its first steps in shared memory, its last in registers.
 struct Queries {
     u32 at;
-    Word4 held[HELD_STEPS + 1][2];
+    Word4 held[HELD ? HELD : 1][2];
 };
 
 VOLTA_DEVICE Word2 low_half_of(const Word4& w) { return {w.x, w.y}; }
@@ -32,36 +32,31 @@ VOLTA_DEVICE void multiply_step(Products& s, const Word4& q0, const Word4& q1, u
     for (int n = 0; n < SCORE_COLS; ++n) mma_rc(s[1][n], high_half_of(q1), high_half_of(k[n]));
 }
 
-// Steps of a 128-byte group of a key's row differ in address bits that the swizzle flips.
-constexpr int GROUP_STEPS = WIDE ? 4 : 8;
+// Steps within 128 bytes of a key's row differ in address bits that the swizzle flips.
 VOLTA_DEVICE u32 step_address(u32 key_base, int step) {
-    return (key_base ^ static_cast<u32>(step % GROUP_STEPS * (128 / GROUP_STEPS))) +
-           static_cast<u32>(step / GROUP_STEPS * 128);
+    const u32 offset = static_cast<u32>(step * (WIDE ? 32 : 16));
+    return (key_base ^ offset % 128) + offset / 128 * 128;
 }
 
 VOLTA_DEVICE void multiply_keys(Scores& s, const Queries& q, u32 key_base) {
     Products sum;
 #pragma unroll
     for (int e = 0; e < 16 * SCORE_COLS; ++e) sum[e / 8 / SCORE_COLS][e / 8 % SCORE_COLS][e % 8] = 0.0f;
-    constexpr int TRIPS = SHARED_STEPS / GROUP_STEPS;
-    u32 at = q.at, group = key_base;
-#pragma unroll 1
-    for (int trip = 0; trip < TRIPS; ++trip) {
 #pragma unroll
-        for (int u = 0; u < GROUP_STEPS; ++u) {
-            multiply_step(sum, lds128(at + 512 * u), lds128(at + 512 * u + 64), step_address(group, u));
-        }
-        at += 512 * GROUP_STEPS;
-        group += 128;
-    }
-#pragma unroll
-    for (int u = TRIPS * GROUP_STEPS; u < SHARED_STEPS; ++u) {
-        const u32 q_at = q.at + static_cast<u32>(512 * u);
-        multiply_step(sum, lds128(q_at), lds128(q_at + 64), step_address(key_base, u));
-    }
-#pragma unroll
-    for (int u = 0; u < HELD_STEPS; ++u) {
+    for (int u = 0; u < HELD; ++u) {
         multiply_step(sum, q.held[u][0], q.held[u][1], step_address(key_base, SHARED_STEPS + u));
+    }
+    constexpr u32 STEP_BYTES = WIDE ? 32 : 16;
+    u32 at = q.at;
+#pragma unroll 1
+    for (u32 offset = 0; offset < SHARED_STEPS * STEP_BYTES; offset += TRIP * STEP_BYTES) {
+        const u32 base = SHARED_STEPS * STEP_BYTES <= 128 ? key_base ^ offset
+                                                          : (key_base ^ offset % 128) + offset / 128 * 128;
+#pragma unroll
+        for (int u = 0; u < TRIP; ++u) {
+            multiply_step(sum, lds128(at + 512 * u), lds128(at + 512 * u + 64), step_address(base, u));
+        }
+        at += 512 * TRIP;
     }
 #pragma unroll
     for (int n = 0; n < SCORE_COLS; ++n) {
@@ -77,56 +72,52 @@ VOLTA_DEVICE void multiply_keys(Scores& s, const Queries& q, u32 key_base) {
     }
 }
 
-// Where a lane reads V, from the tile's start. Crossing to the keys of the other side, 8 rows away, flips the
-// swizzle's third bit: 64 bytes, which is also the way from one pair of column tiles to the next (unless WIDE).
+// Where a lane reads V, from the tile's start: 8 keys of its own side, 8 of the other, and so on. Crossing, 8
+// rows away, flips the swizzle's third bit: 64 bytes, which is also the way from one pair of column tiles to
+// the next (unless WIDE).
 struct ValueOffsets {
-    u32 own, last, across;
+    u32 pair, single, across;
 
     VOLTA_DEVICE explicit ValueOffsets(const Lane& lane)
-        : own(pin(value_offset(lane))),
-          last(OUT_COLS % 2 ? pin(last_value_offset(lane)) : 0),
+        : pair(pin(value_offset(lane))),
+          single(OUT_COLS % 2 ? pin(last_value_offset(lane)) : 0),
           across(pin(lane.side ? 0u - 8 * PITCH : 8 * PITCH)) {}
 
-    VOLTA_DEVICE u32 pair(int crossed, int j) const {
-        const int flips = WIDE ? crossed : crossed ^ (j & 1);
-        return (own ^ static_cast<u32>(64 * flips)) + (crossed ? across : 0) + (WIDE ? 128 * j : j / 2 * 128);
+    VOLTA_DEVICE u32 of_pair(int j) const {
+        return WIDE ? pair + 128 * j : (pair ^ static_cast<u32>(j % 2 * 64)) + j / 2 * 128;
     }
-    VOLTA_DEVICE u32 single(int crossed) const { return crossed ? (last ^ 64) + across : last; }
+    VOLTA_DEVICE void cross() {
+        pair = (pair ^ 64) + across;
+        single = (single ^ 64) + across;
+        across = 0u - across;
+    }
+    VOLTA_DEVICE void next() {
+        pair += 16 * PITCH;
+        single += 16 * PITCH;
+    }
 };
 
-// O += P V for 16 keys, whose probabilities this lane's quadpair and its neighbours hold.
-VOLTA_DEVICE void multiply_values16(Output& out, const Operand8 (&own)[SCORE_ROWS], u32 tile, const ValueOffsets& at) {
+// O += P V for 8 keys.
+VOLTA_DEVICE void multiply_values8(Output& out, const Operand8 (&a)[2], u32 tile, const ValueOffsets& at) {
 #pragma unroll
-    for (int crossed = 0; crossed < 2; ++crossed) {  // 8 keys that this side scored, then 8 of the other
-        Operand8 a[2];
+    for (int k = 0; k < 2; ++k) {
+        const u32 rows = tile + 4 * k * PITCH;
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-            a[m] = WIDE && m == 1 ? from_lane(own[0], 8 + 4 * crossed)
-                   : crossed      ? from_lane(own[m % SCORE_ROWS], 4)
-                                  : own[m % SCORE_ROWS];
+        for (int j = 0; j < OUT_COLS / 2; ++j) {
+            const Word4 v = lds128(rows + at.of_pair(j));
+#pragma unroll
+            for (int m = 0; m < 2; ++m) mma_rr(out[m][2 * j], a[m].k[k], low_half_of(v));
+#pragma unroll
+            for (int m = 0; m < 2; ++m) mma_rr(out[m][2 * j + 1], a[m].k[k], high_half_of(v));
         }
+        if (OUT_COLS % 2) {
+            const Word2 v = lds64(rows + at.single);
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            const u32 rows = tile + 4 * k * PITCH;
-#pragma unroll
-            for (int j = 0; j < OUT_COLS / 2; ++j) {
-                const Word4 v = lds128(rows + at.pair(crossed, j));
-#pragma unroll
-                for (int m = 0; m < 2; ++m) mma_rr(out[m][2 * j], a[m].k[k], low_half_of(v));
-#pragma unroll
-                for (int m = 0; m < 2; ++m) mma_rr(out[m][2 * j + 1], a[m].k[k], high_half_of(v));
-            }
-            if (OUT_COLS % 2) {
-                const Word2 v = lds64(rows + at.single(crossed));
-#pragma unroll
-                for (int m = 0; m < 2; ++m) mma_rr(out[m][OUT_COLS - 1], a[m].k[k], v);
-            }
+            for (int m = 0; m < 2; ++m) mma_rr(out[m][OUT_COLS - 1], a[m].k[k], v);
         }
     }
 }
 
-// ROLLED: half the code, for a few moves.
-template <bool ROLLED>
 VOLTA_DEVICE void multiply_values(Output& out, const Scores& p, u32 tile, ValueOffsets at, bool odd) {
     Operand8 own[SCORE_COLS][SCORE_ROWS];
 #pragma unroll
@@ -134,11 +125,17 @@ VOLTA_DEVICE void multiply_values(Output& out, const Scores& p, u32 tile, ValueO
 #pragma unroll
         for (int m = 0; m < SCORE_ROWS; ++m) own[t][m] = to_operand(p[m][t], odd);
     }
-#pragma unroll(ROLLED ? 1 : SCORE_COLS)
+#pragma unroll(ROLL == 0 ? SCORE_COLS : 1)
     for (int t = 0; t < SCORE_COLS; ++t) {
-        multiply_values16(out, own[0], tile, at);
-        at.own += 16 * PITCH;
-        at.last += 16 * PITCH;
+        Operand8 a[2] = {own[0][0], WIDE ? from_lane(own[0][0], 8) : own[0][SCORE_ROWS - 1]};
+#pragma unroll(ROLL == 2 ? 1 : 2)
+        for (int crossed = 0; crossed < 2; ++crossed) {
+            multiply_values8(out, a, tile, at);
+            a[0] = from_lane(a[0], 4);
+            a[1] = from_lane(a[1], 4);
+            at.cross();
+        }
+        at.next();
 #pragma unroll
         for (int m = 0; m < SCORE_ROWS; ++m) own[0][m] = own[SCORE_COLS - 1][m];
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def compiles_kernels() -> bool:
     return _EMULATED or router.current().compiles_triton
 
 
-def _attention_reasons(s: AttentionSignature) -> list[str]:
+def attention_reasons(s: AttentionSignature) -> list[str]:
     """What no operator of torch_npu and no kernel of ours can do, whatever the call's shapes.
 
     The rest depends on shapes and lengths, which a signature does not have: `_run_attention` raises for it.
@@ -121,7 +122,7 @@ def _stand_in(s: AttentionSignature) -> router.AttentionCall:
     q = values(1, 16, s.num_heads, s.head_dim)
     k = values(1, page or 16, s.num_kv_heads, s.head_dim, dtype=s.kv_dtype)
     v = values(1, page or 16, s.num_kv_heads, s.v_head_dim, dtype=s.kv_dtype)
-    o: dict[str, object] = {"right": 0} if "causal" in s.features else {}
+    o: dict[str, Any] = {"right": 0} if "causal" in s.features else {}
     if page:
         o["block_table"], o["seqused_k"] = values(1, 1), torch.tensor([page])
     elif "seqused_k" in s.features:
@@ -136,14 +137,14 @@ def _stand_in(s: AttentionSignature) -> router.AttentionCall:
         o["attn_mask"] = values(1, 1, 16, page or 16, dtype=s.mask_dtype)
     return router.AttentionCall(
         q, k, v, 1.0, kv_layout=s.kv_layout, return_lse="return_lse" in s.features, **o
-    )  # type: ignore[arg-type]
+    )
 
 
 def _ops() -> Mapping[str, Op]:
     from . import ascend_small
 
     features = frozenset(AttentionArgs._field_defaults)
-    return {"attention": Op(_run_attention, features, _attention_reasons), **ascend_small.OPS}
+    return {"attention": Op(_run_attention, features, attention_reasons), **ascend_small.OPS}
 
 
 def _describe() -> Mapping[str, str]:

@@ -65,7 +65,10 @@ def partial(make: Produce, s: Stream, lo: int, hi: int) -> Partial:
         x = make.partial(lo, hi)
         return x if s.pending is None else x + s.pending[lo:hi]
 
-    return Partial(hi - lo, s.residual.shape[1], s.residual.dtype, compute)
+    shape = (hi - lo, s.residual.shape[1], s.residual.dtype)
+    if s.pending is not None:
+        return Partial(*shape, compute)
+    return Partial(*shape, compute, make.row_parallel, lambda: make.gemm_input(lo, hi))
 
 
 def finish(total: Tensor, residual: Tensor, e: Epilogue) -> Stream:

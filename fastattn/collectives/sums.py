@@ -24,6 +24,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..spec import PackedWeight
 from .exchange import Lane
 from .steps import Steps
 
@@ -87,6 +88,8 @@ class Partial(NamedTuple):
     hidden: int
     dtype: torch.dtype
     compute: Callable[[], Tensor]
+    weight: PackedWeight | None = None  # with gemm_input: compute() is gemm_input() @ weight^T
+    gemm_input: Callable[[], Tensor] | None = None
 
 
 def one_step(lane: Lane, x: Partial, wire: Wire) -> Steps[Tensor]:

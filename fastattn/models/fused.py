@@ -18,7 +18,6 @@ from .. import dispatch
 from ..backends.cpu_ops import FLOATS, gemm_rows, native_weight
 from ..memory.paged import PagedKvCache
 from ..native import kernels
-from ..settings import settings
 from ..spec import KvCache, KvStep, PackedWeight
 
 if TYPE_CHECKING:
@@ -52,8 +51,7 @@ class FusedDecoder:
 
     def step(self, rows: int, cache: KvCache, step: KvStep, cos: Tensor, sin: Tensor) -> FusedStep | None:
         """One forward of ``rows`` packed rows; None where the ops have to run one by one."""
-        # An emulated backend comes before `cpu` for tensors on the CPU, op by op.
-        if rows == 0 or (dispatch.named() or ("emulated" if settings.emulate else "cpu")) != "cpu":
+        if rows == 0 or dispatch.by_op():
             return None
         if not isinstance(cache, PagedKvCache) or cache.keys.dtype != self.dtype:
             return None

@@ -22,6 +22,7 @@ from ..collectives.direct import Direct
 from ..collectives.dropped import Dropped
 from ..collectives.exact import Exact
 from ..collectives.fused_norm import FusedNorm
+from ..collectives.matmul_sum import MatmulSum
 from ..collectives.pairwise import Pairwise
 from ..collectives.policy import Sum
 from ..collectives.star import Star
@@ -30,7 +31,8 @@ from ..quant.codec import Codec
 from ..spec import Schedule, SyncPolicy
 from .schedule import Plain, TokenWeave
 
-POLICIES: dict[str, Any] = {c.name: c for c in (Exact, Direct, Star, Compressed, Tiled, FusedNorm, Dropped)}
+_ALL = (Exact, MatmulSum, Direct, Star, Compressed, Tiled, FusedNorm, Dropped)
+POLICIES: dict[str, Any] = {c.name: c for c in _ALL}
 SCHEDULES: dict[str, Any] = {c.name: c for c in (Plain, TokenWeave)}
 _INNER = {Tiled: Sum, FusedNorm: Pairwise}  # what ``of`` may be
 _CODEC = tuple(f.name for f in dataclasses.fields(Codec))

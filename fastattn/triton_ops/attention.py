@@ -41,9 +41,12 @@ def _results(a: AttentionArgs) -> tuple[Tensor, Tensor]:
     out = a.q.new_zeros(shape) if packed else a.q.new_empty(shape)
     if not a.return_lse:
         return out, a.q.new_empty((0,), dtype=torch.float32)
-    lse_shape = (*a.q.shape[:-3], a.q.shape[-2], a.q.shape[-3])
-    lse = a.q.new_empty(lse_shape, dtype=torch.float32)
+    lse = a.q.new_empty(_lse_shape(a), dtype=torch.float32)
     return out, lse.fill_(-torch.inf) if packed else lse
+
+
+def _lse_shape(a: AttentionArgs) -> tuple[int, ...]:
+    return (*a.q.shape[:-3], a.q.shape[-2], a.q.shape[-3])
 
 
 def launches(a: AttentionArgs, p: Plan, out: Tensor, lse: Tensor) -> list[Launch]:
@@ -53,9 +56,8 @@ def launches(a: AttentionArgs, p: Plan, out: Tensor, lse: Tensor) -> list[Launch
     lse_out = lse if a.return_lse else None
     if p.splits == 1:
         return [_attend(a, p, out, lse_out)]
-    rows = out.shape[:-1] if out.ndim == 4 else (1, *out.shape[:-1])
-    part = out.new_empty((p.splits, *rows, out.shape[-1]), dtype=torch.float32)
-    part_lse = out.new_empty((p.splits, rows[0], rows[2], rows[1]), dtype=torch.float32)
+    part = out.new_empty((p.splits, *out.shape), dtype=torch.float32)
+    part_lse = out.new_empty((p.splits, *_lse_shape(a)), dtype=torch.float32)
     return [_attend(a, p, part, part_lse), _combine(a, p, part, part_lse, out, lse_out)]
 
 
@@ -82,19 +84,19 @@ def _attend(a: AttentionArgs, p: Plan, out: Tensor, lse: Tensor | None) -> Launc
         q = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [p.tile.block_m, block_d])
     if p.tma:
         k, v = _descriptor(a.k, p.tile.block_n, block_d), _descriptor(a.v, p.tile.block_n, block_dv)
-    split = p.splits > 1
-    out_split = out.stride(0) if split else 0
+    pieces = p.splits > 1
+    out_strides = _piece_strides(out, 4) if pieces else (0, *_strides(out, 4))
     lse_strides: tuple[int, ...] = (0, 0, 0)
     if lse is not None:
-        lse_strides = lse.stride()[:3] if split else (0, *_strides(lse, 3)[:2])
+        lse_strides = _piece_strides(lse, 3) if pieces else (0, *_strides(lse, 3))
     args = (
         q, k, v, out, lse,
-        a.alibi_slopes, None if split else a.sinks, mask, a.cu_seqlens_q, a.cu_seqlens_k, a.block_table,
+        a.alibi_slopes, None if pieces else a.sinks, mask, a.cu_seqlens_q, a.cu_seqlens_k, a.block_table,
         a.seqused_k, a.cache_batch_idx, a.cache_leftpad, a.q_pos0, a.k_pos0, a.k_scale, a.v_scale,
         a.scale, a.softcap, _bounded(left), _bounded(right),
         a.max_seqlen_q, a.q.shape[0], a.k.shape[0], kv_len, max_pages,
         *_strides(a.q, 4)[:3], *_strides(a.k, 4)[:3], *_strides(a.v, 4)[:3],
-        out_split, *_strides(out, 4)[-4:-1], *lse_strides, *mask_strides, alibi_batch,
+        *out_strides[:4], *lse_strides[:3], *mask_strides, alibi_batch,
     )  # fmt: skip
     constants = (
         heads, group, head_dim, v_head_dim, block_d, block_dv, page, left is not None, right is not None,
@@ -114,7 +116,7 @@ def _combine(
     lse_strides = (0, 0) if lse is None else _strides(lse, 3)[:2]
     args = (
         part, part_lse, out, lse, a.sinks, a.cu_seqlens_q, a.max_seqlen_q, a.q.shape[0],
-        *part.stride()[:4], *part_lse.stride()[:3], *_strides(out, 4)[:3], *lse_strides,
+        *_piece_strides(part, 4)[:4], *_piece_strides(part_lse, 3)[:3], *_strides(out, 4)[:3], *lse_strides,
     )  # fmt: skip
     block_dv, block_splits = max(16, next_power_of_2(v_head_dim)), next_power_of_2(p.splits)
     constants = (heads, v_head_dim, block_dv, p.splits, block_splits)
@@ -124,6 +126,12 @@ def _combine(
 def _strides(t: Tensor, ndim: int) -> tuple[int, ...]:
     """Strides of ``t``, which lacks its batch dimension when packed: its stride is 0."""
     return t.stride() if t.ndim >= ndim else (0, *t.stride())
+
+
+def _piece_strides(t: Tensor, ndim: int) -> tuple[int, ...]:
+    """Strides of ``t``, whose first dimension is the pieces of the keys."""
+    first, *rest = t.stride()
+    return (first, *rest) if len(rest) == ndim else (first, 0, *rest)
 
 
 def _mask_shape(a: AttentionArgs, kv_len: int) -> tuple[int, int, int, int]:

@@ -38,6 +38,8 @@ def plan(a: AttentionArgs, c: Chip) -> Plan:
     wanted = need(a, rows)
     t = tuned.load(c).get(wanted) or tile(c, wanted)
     t = t._replace(block_m=min(t.block_m, max(16, next_power_of_2(rows))))
+    if a.attn_mask is not None:  # whose blocks and addresses take memory and registers too
+        t = t._replace(block_m=max(16, t.block_m // 2), block_n=max(16, t.block_n // 2))
     programs = batch(a) * a.q.shape[-2] // (group if pack else 1) * -(-rows // t.block_m)
     splits = _splits(programs, _keys(a, rows), t.block_n, c.processors * _resident(a, t, c))
     p = Plan(t, pack, splits, c.tma and takes_descriptors(a, t))
@@ -46,7 +48,7 @@ def plan(a: AttentionArgs, c: Chip) -> Plan:
 
 def need(a: AttentionArgs, rows: int) -> Need:
     """What the tile of a call depends on; ``rows`` of queries that share a program's keys."""
-    width = next_power_of_2(max(a.q.shape[-1], a.v.shape[-1], 16))
+    width = next_power_of_2(max(a.q.shape[-1], a.v.shape[-1], 64))
     return Need(rows <= DECODE_ROWS, width, a.q.element_size())
 
 
@@ -103,7 +105,9 @@ def takes_descriptors(a: AttentionArgs, t: Tile) -> bool:
     """Whether keys and values can come through tensor descriptors: no block of keys may cross pages."""
     if a.block_table is not None and (a.k.shape[1] % t.block_n or a.cache_leftpad is not None):
         return False
-    return a.k.dtype == a.q.dtype and _describable(a.k) and _describable(a.v)
+    # In float32, where products are FMAs, operands that come so cost too many registers.
+    halves = a.k.dtype == a.q.dtype and a.q.element_size() == 2
+    return halves and _describable(a.k) and _describable(a.v)
 
 
 def _describable(t: Tensor) -> bool:

@@ -27,7 +27,7 @@ class Need(NamedTuple):
     """What tiles depend on."""
 
     decode: bool  # few rows of queries: bound by the memory that keys come from
-    width: int  # the wider head_dim of keys and values, padded to a power of two
+    width: int  # the wider head_dim of keys and values, padded to 64, 128 or 256
     itemsize: int  # of queries
 
 
@@ -81,13 +81,13 @@ TILES: dict[int, dict[tuple[bool, int, int], Tile]] = {
         (False, 128, 2): Tile(128, 128, 8, 2),
         (False, 256, 2): Tile(128, 64, 8, 2),
         (False, 64, 4): Tile(64, 32, 8, 2),
-        (False, 128, 4): Tile(32, 32, 8, 2),
+        (False, 128, 4): Tile(64, 16, 8, 2),
         (False, 256, 4): Tile(32, 16, 8, 2),
         (True, 64, 2): Tile(64, 128, 4, 3),
         (True, 128, 2): Tile(64, 64, 4, 3),
         (True, 256, 2): Tile(64, 32, 4, 3),
         (True, 64, 4): Tile(32, 64, 4, 3),
-        (True, 128, 4): Tile(32, 32, 4, 3),
+        (True, 128, 4): Tile(32, 16, 4, 3),
         (True, 256, 4): Tile(16, 16, 4, 3),
     },
 }
@@ -102,5 +102,4 @@ def chip_class(capability: int) -> int:
 
 def tile(chip: Chip, need: Need) -> Tile:
     """The tile for a call on a chip."""
-    width = max(64, need.width)
-    return TILES[chip_class(chip.capability)][need.decode, width, need.itemsize]
+    return TILES[chip_class(chip.capability)][need]

@@ -1,4 +1,4 @@
-"""Tests of the Ascend kernels: Triton's interpreter, where this process emulates, and the vendor's toolchain."""
+"""What the tests of the Ascend kernels start from: Triton's interpreter, and the vendor's toolchain."""
 
 from __future__ import annotations
 
@@ -22,5 +22,7 @@ def vendor_python() -> Path:
     """Python of the environment that has triton-ascend and ascendnpu-ir."""
     python = ROOT / ".venv-ascend" / "bin" / "python"
     if not python.exists():
-        pytest.skip("NOT CHECKED AGAINST THE VENDOR'S COMPILER: no .venv-ascend (`make ascend-tools` creates it)")
+        pytest.skip(
+            "NOT CHECKED AGAINST THE VENDOR'S COMPILER: no .venv-ascend (`make ascend-tools` creates it)"
+        )
     return python

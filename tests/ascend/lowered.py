@@ -1,4 +1,4 @@
-"""Runs in the vendor's environment: attention from the vendor-lowered IR of its kernels, against the oracle."""
+"""Runs in the vendor's environment: attention from its kernels' lowered IR, against the oracle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ def check(
     """
     torch.manual_seed(0)
     q, k, v = (torch.randn(shape[name]).to(getattr(torch, dtype)) for name in "qkv")
-    tensors = {n: torch.tensor(o, dtype=torch.int32) if isinstance(o, list) and n != "window" else o for n, o in options.items()}  # fmt: skip
+    tensors = {
+        name: torch.tensor(option, dtype=torch.int32)
+        if isinstance(option, list) and name != "window"
+        else option
+        for name, option in options.items()
+    }
     for name in ("alibi_slopes", "sinks"):
         if name in tensors:
             tensors[name] = torch.rand(q.shape[-2])

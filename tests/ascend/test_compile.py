@@ -1,4 +1,4 @@
-"""Every kernel instantiation of the tile table through triton-ascend and the vendor's planner, without an NPU."""
+"""Every kernel instantiation of the tile table, through triton-ascend and the vendor's planner."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ pytestmark = pytest.mark.toolchain
 PLAN = "ascend_ops.toolchain.worker:plan_kernel"
 
 
-def request(tiles: PrefillTiles, head_dim: int, chips: tuple[str, ...] = TARGETS, **options: Any) -> dict[str, Any]:
+def request(
+    tiles: PrefillTiles, head_dim: int, chips: tuple[str, ...] = TARGETS, **options: Any
+) -> dict[str, Any]:
     """The planning of one causal prefill kernel."""
     q = torch.empty(1, 64, 2, head_dim, dtype=torch.float16)
     with recording() as seen:
         attention(q, q, q, scale=1.0, tiles=tiles, return_lse=True, **{"causal": True, **options})
     (kernel,) = seen
-    return {"kernel": kernel.kernel, "signature": dict(kernel.signature), "constants": dict(kernel.constants), "chips": chips}  # fmt: skip
+    return kernel.planning(*chips)
 
 
 def test_tile_table(vendor_python: Path) -> None:
-    """Accepted for 910B and A3, at the first try; memories, workspace and synchronisations as docs/ascend.md says."""
+    """Accepted for 910B and A3, at the first try; memories, workspace and syncs as docs/ascend.md says."""
     documented = (ROOT / "docs" / "ascend.md").read_text()
     table = documented[documented.index(HEADER[0]) :].split("\n\n")[0].splitlines()[2:]
     found = plans(vendor_python, ROOT)
     for call, kernel, planned in found:
         for target in TARGETS:
             plan = planned[target]
-            assert plan["accepted"], f"{call.name} {kernel} on {target}: {plan['overflow']} {plan['error']}"
-            assert not plan["retried"], f"{call.name} {kernel} on {target} lost its double buffers"
+            assert plan["accepted"], f"{call} {kernel} on {target}: {plan['overflow']} {plan['error']}"
+            assert not plan["retried"], f"{call} {kernel} on {target} lost its double buffers"
             assert row(call, kernel, plan) == row(call, kernel, planned[TARGETS[0]])
     assert [row(call, kernel, planned[TARGETS[0]]) for call, kernel, planned in found] == table
 

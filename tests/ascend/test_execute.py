@@ -1,4 +1,4 @@
-"""The vendor-lowered IR of the attention kernels, compiled for this CPU and run against the float64 oracle."""
+"""The vendor-lowered IR of the attention kernels, run on this CPU against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ pytestmark = pytest.mark.toolchain
 CHECK = "tests.ascend.lowered:check"
 
 
-def shapes(batch: int, q_len: int, k_len: int, heads: tuple[int, int], head_dim: int, v_dim: int = 0) -> dict[str, Any]:
+def shapes(
+    batch: int, q_len: int, k_len: int, heads: tuple[int, int], head_dim: int, v_dim: int = 0
+) -> dict[str, Any]:
     q = [batch, q_len, heads[0], head_dim] if batch else [q_len, heads[0], head_dim]
     k = [batch, k_len, heads[1], head_dim] if batch else [k_len, heads[1], head_dim]
     return {"q": q, "k": k, "v": [*k[:-1], v_dim or head_dim]}
@@ -43,7 +45,12 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any], list[int] | None]] =
         [32, 64, 32],
     ),
     "mask": (shapes(1, 70, 140, (2, 1), 32), "float16", {"attn_mask": "bool"}, [32, 64, 64]),
-    "decode_gqa": (shapes(2, 1, 700, (8, 2), 128), "float16", {"cache_seqlens": [700, 37], "sinks": "random"}, None),
+    "decode_gqa": (
+        shapes(2, 1, 700, (8, 2), 128),
+        "float16",
+        {"cache_seqlens": [700, 37], "sinks": "random"},
+        None,
+    ),
     "decode_queries": (shapes(1, 3, 300, (4, 2), 64), "bfloat16", {"causal": True, "window": [100, 0]}, None),
     "decode_pages": (
         {"q": [2, 1, 4, 64], "k": [6, 32, 2, 64], "v": [6, 32, 2, 64]},
@@ -54,7 +61,12 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any], list[int] | None]] =
     "pages": (
         {"q": [2, 40, 2, 64], "k": [6, 32, 2, 64], "v": [6, 32, 2, 64]},
         "float16",
-        {"block_table": [[5, 1, 0], [2, 4, 3]], "cache_seqlens": [90, 45], "cache_leftpad": [5, 0], "causal": True},
+        {
+            "block_table": [[5, 1, 0], [2, 4, 3]],
+            "cache_seqlens": [90, 45],
+            "cache_leftpad": [5, 0],
+            "causal": True,
+        },
         None,
     ),
 }  # fmt: skip

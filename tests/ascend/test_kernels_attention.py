@@ -50,7 +50,7 @@ def check(case: Case, tiles: PrefillTiles | DecodeTiles | None = None, cores: in
 
 
 def small_tiles(rng: random.Random, args: AttentionArgs) -> PrefillTiles:
-    """Tiles of a few rows, so that short sequences have full blocks, edges on both sides and several tiles."""
+    """Tiles of a few rows, so that short sequences have full blocks, both edges and several tiles."""
     edge = rng.choice((16, 32))
     while args.block_table is not None and args.k.shape[1] % edge:
         edge //= 2
@@ -60,9 +60,9 @@ def small_tiles(rng: random.Random, args: AttentionArgs) -> PrefillTiles:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_random_calls(layout: str, dtype: torch.dtype) -> None:
-    """Random subsets of all fields, under small tiles and under the planner's (which decode where they may)."""
+    """Random subsets of all fields, under small tiles and under the planner's, which may decode."""
     rng = random.Random(f"{layout} {dtype}")  # noqa: S311
-    for seed in range(4):
+    for seed in range(2):
         case = random_case(seed, layout, dtype, rng.choice(HEAD_DIMS))
         check(case, small_tiles(rng, case.args()))
         check(case)
@@ -75,7 +75,7 @@ def test_random_calls(layout: str, dtype: torch.dtype) -> None:
     seed=st.integers(0, 2**20),
     cores=st.integers(1, 25),
 )
-@settings(max_examples=40)
+@settings(max_examples=24)
 def test_any_call(layout: str, dtype: torch.dtype, head_dim: int, seed: int, cores: int) -> None:
     case = random_case(seed, layout, dtype, head_dim)
     check(case, small_tiles(random.Random(seed), case.args()), cores)  # noqa: S311
@@ -88,7 +88,7 @@ def test_any_call(layout: str, dtype: torch.dtype, head_dim: int, seed: int, cor
     block_q=st.sampled_from((16, 32, 64)),
     edge=st.sampled_from((16, 32, 64)),
 )
-@settings(max_examples=40)
+@settings(max_examples=24)
 def test_bands(
     window: tuple[int | None, int | None], q_len: int, k_len: int, block_q: int, edge: int
 ) -> None:
@@ -102,8 +102,11 @@ def test_bands(
 def test_head_dims(head_dim: int) -> None:
     """Under the tiles that the planner gives, prefill and decode, V's head_dim equal and other."""
     dtype = DTYPES[head_dim // 8 % 2]
-    for v_dim, q_len in ((head_dim, 70), (64, 130), (head_dim, 1)):
-        q, k, v = (torch.randn(1, n, h, d).to(dtype) for n, h, d in ((q_len, 4, head_dim), (700, 2, head_dim), (700, 2, v_dim)))
+    for v_dim, q_len in ((head_dim, 70), (64, 20), (head_dim, 1)):
+        q, k, v = (
+            torch.randn(1, n, h, d).to(dtype)
+            for n, h, d in ((q_len, 4, head_dim), (300, 2, head_dim), (300, 2, v_dim))
+        )
         check(Case(q, k, v, {"causal": True, "return_lse": True}))
 
 
@@ -114,41 +117,49 @@ def test_decode_splits(queries: int, cores: int) -> None:
     q = torch.randn(2, queries, 6, 64).half()
     k, v = torch.randn(2, 300, 3, 64).half(), torch.randn(2, 300, 3, 32).half()
     used = int32([300, 33])
-    options = {"cache_seqlens": used, "causal": True, "window": (150, 0), "sinks": torch.randn(6), "return_lse": True}
+    options = {
+        "cache_seqlens": used,
+        "causal": True,
+        "window": (150, 0),
+        "sinks": torch.randn(6),
+        "return_lse": True,
+    }
     check(Case(q, k, v, options), DecodeTiles(16, 32), cores)
 
 
-@pytest.mark.parametrize("page", [1, 12, 16, 128, 256])
-def test_pages(page: int) -> None:
+@pytest.mark.parametrize(("page", "longest"), [(1, 40), (12, 90), (16, 100), (128, 300), (256, 300)])
+def test_pages(page: int, longest: int) -> None:
     """Any page size; entries of the table past a sequence's end are garbage that nothing follows."""
-    pages = -(-300 // page)
+    pages, lengths = -(-longest // page), (longest, longest // 8)
     table = torch.full((2, pages + 3), 2**30, dtype=torch.int32)
     order = torch.randperm(2 * pages, dtype=torch.int32).view(2, pages)
-    lengths = (300, 37)
     for b, n in enumerate(lengths):
         table[b, : -(-n // page)] = order[b, : -(-n // page)]
     k, v = (torch.randn(2 * pages, page, 2, 64).half() for _ in range(2))
     for q_len in (1, 40):
         q = torch.randn(2, q_len, 4, 64).half()
-        options = {"block_table": table, "cache_seqlens": int32(lengths), "causal": True, "cache_leftpad": int32([5, 0])}
-        check(Case(q, k, v, options))
+        options = {"block_table": table, "cache_seqlens": int32(lengths), "cache_leftpad": int32([5, 0])}
+        check(Case(q, k, v, {**options, "causal": True}))
 
 
 def test_wild_indices_read_nothing_outside() -> None:
-    """Device-resident indices are clamped: the answer is wrong, the reads stay inside the tensors."""
+    """Indices on a device are clamped: the answer is another one, the reads stay inside the tensors."""
     q, k = torch.randn(2, 3, 2, 16).half(), torch.randn(4, 16, 2, 16).half()
-    for name, value in (
-        ("block_table", int32([[-7, 2**30], [2**30, -1]])),
-        ("cache_batch_idx", int32([-5, 2**30])),
-    ):
-        args = Case(q, k, k, {name: int32([[0, 1], [2, 3]]) if name == "block_table" else int32([0, 1]), "cache_seqlens": int32([30, 16])} if name == "block_table" else {name: int32([0, 1])}).args()  # fmt: skip
-        out, _ = run(args._replace(**{name: value}), DecodeTiles(16, 16))
-        assert out.isfinite().all()
-        out, _ = run(args._replace(**{name: value}), PrefillTiles(16, 16, 16))
-        assert out.isfinite().all()
-    args = Case(q.flatten(0, 1), k.flatten(0, 1), k.flatten(0, 1), {"cu_seqlens_q": int32([0, 3, 6]), "cu_seqlens_k": int32([0, 9, 20])}).args()  # fmt: skip
-    wild = args._replace(cu_seqlens_q=int32([-9, 3, 2**30]), cu_seqlens_k=int32([-9, 9, 2**30]))
-    assert run(wild, PrefillTiles(16, 16, 16))[0].shape == args.q.shape
+    table, lengths, far = int32([[0, 1], [2, 3]]), int32([30, 16]), 2**30
+    paged = Case(q, k, k, {"block_table": table, "cache_seqlens": lengths}).args()
+    rows = Case(q, k, k, {"cache_batch_idx": int32([0, 1])}).args()
+    ends = {"cu_seqlens_q": int32([0, 3, 6]), "cu_seqlens_k": int32([0, 9, 20])}
+    packed = Case(q.flatten(0, 1), k.flatten(0, 1), k.flatten(0, 1), ends).args()
+    wild = (
+        paged._replace(block_table=int32([[-7, far], [far, -1]])),
+        paged._replace(seqused_k=int32([far, -5]), cache_leftpad=int32([-far, far])),
+        rows._replace(cache_batch_idx=int32([-5, far])),
+        packed._replace(cu_seqlens_q=int32([-9, 3, far]), cu_seqlens_k=int32([-9, 9, far])),
+    )
+    for args in wild:
+        for tiles in (PrefillTiles(16, 16, 16), DecodeTiles(16, 16)):
+            if args.cu_seqlens_q is None or isinstance(tiles, PrefillTiles):
+                assert run(args, tiles)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["bool", "float16", "lowest"])
@@ -165,3 +176,18 @@ def test_user_masks(shape: tuple[int, ...], kind: str) -> None:
     q, k, v = (torch.randn(2, n, h, 32).half() for n, h in ((50, 4), (90, 2), (90, 2)))
     options = {"attn_mask": mask, "causal": True, "return_lse": True}
     check(Case(q, k, v, options), PrefillTiles(32, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "head_dim", "message"),
+    [
+        ((torch.float32, torch.float32), 64, "float32.*expected all float16"),
+        ((torch.float16, torch.bfloat16), 64, "bfloat16.*expected all float16"),
+        ((torch.float16, torch.float16), 257, "257.*expected 1 to 256"),
+    ],
+)
+def test_refuses(dtypes: tuple[torch.dtype, torch.dtype], head_dim: int, message: str) -> None:
+    """What no kernel is there for, by name, value and what is accepted."""
+    q, k = (torch.zeros(1, 2, 1, head_dim, dtype=dtype, device=DEVICE) for dtype in dtypes)
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, k, scale=1.0)

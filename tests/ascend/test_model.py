@@ -64,10 +64,11 @@ def test_logits_equal_the_cpus(directory):
     assert float((ours - expected).abs().max()) <= 0.02 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize("directory", ["float16"], indirect=True)
 def test_benchmark_runs_on_it(directory, tmp_path):
     """bench/llm.py, unchanged, with FASTATTN_BACKEND=ascend."""
     records = tmp_path / "records.json"
-    arguments = {"--model": directory, "--batch_size": 1, "--input_len": 8, "--output_len": 2, "--warmup": 1,
+    arguments = {"--model": directory, "--batch_size": 1, "--input_len": 4, "--output_len": 2, "--warmup": 1,
                  "--tensor_para_size": 1, "--iterations": 1, "--chat": "", "--json": records,
                  "--inference_data_type": "fp16"}  # fmt: skip
     words = [str(w) for pair in arguments.items() for w in pair]

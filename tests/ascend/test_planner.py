@@ -1,4 +1,4 @@
-"""The tile planner, and its model of the memories against what the vendor's planner said (recorded in plans.json)."""
+"""The tile planner, and its model of the memories against the vendor's plans, recorded in plans.json."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ascend_ops.chips import CHIPS, Chip
 from ascend_ops.planner import decode_tiles, edge_tiles, padded, prefill_tiles
 
 CHIP = CHIPS["Ascend910B3"]
+FIELDS = ["block_q", "block_k", "edge_k", "head_dim", "causal", "dtype", "accepted", "retried", "overflow"]
 RECORDED: list[dict[str, Any]] = [
-    dict(zip(("block_q", "block_k", "edge_k", "head_dim", "causal", "dtype", "accepted", "retried", "overflow"), row, strict=True))
+    dict(zip(FIELDS, row, strict=True))
     for row in json.loads((Path(__file__).parent / "plans.json").read_text())
-]  # fmt: skip
+]
 
 
 def shape_of(point: dict[str, Any]) -> PrefillShape:

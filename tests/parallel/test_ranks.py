@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.models.builders import hf_model, save_hf
-from tests.parallel import cases, model_cases, policy_cases
+from tests.parallel import cases, model_cases, policy_cases, wire_cases
 from tests.parallel.ranks import HERE, Ranks
 
 PROGRAMS = {
@@ -48,3 +48,14 @@ def outcomes(
 def test_case(outcomes: dict[str, list[dict[str, str]]], program: str, name: str) -> None:
     for rank, outcome in enumerate(outcomes[program]):
         assert not outcome[name], f"rank {rank}\n{outcome[name]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [4, 8])
+def test_bytes_between_many_ranks(tmp_path: Path, world: int) -> None:
+    with Ranks(HERE / "wire_cases.py", [], world, tmp_path, env={"SEED": "0"}) as ranks:
+        assert set(ranks.wait(180).values()) == {0}, ranks.everything()
+        for rank in range(world):
+            outcome = json.loads(ranks.out(rank))
+            assert outcome.keys() == {case.__name__ for case in wire_cases.CASES}
+            assert not any(outcome.values()), f"rank {rank}\n{outcome}"

@@ -65,9 +65,10 @@ def call(job: Job) -> AttentionArgs:
         "alibi": {"alibi_slopes": floats(heads, kind=torch.float32)},
         "bool mask": {"attn_mask": torch.empty(4096, 4096, dtype=torch.bool, device="meta")},
         "bias": {"attn_mask": floats(1, heads, 4096, 4096)},
+        "float bias": {"attn_mask": floats(4096, 4096, kind=torch.float32)},
         "sinks": {"sinks": floats(heads, kind=torch.float32)},
         "lse": {"return_lse": True},
-        "positions": {"q_pos0": ints(1), "k_pos0": ints(1)},
+        "positions": {"q_pos0": ints(4), "k_pos0": ints(4)},  # of packed sequences
         "leftpad": {"cache_leftpad": ints(1), "cache_seqlens": ints(1)},
         "rows": {"cache_batch_idx": ints(1), "cache_seqlens": ints(1)},
     }

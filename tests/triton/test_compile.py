@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 
 import pytest
 
@@ -14,7 +15,7 @@ from .compilation import Job, Outcome, run
 pytestmark = pytest.mark.toolchain
 
 #: Bytes of a thread's registers that ptxas may keep in local memory.
-SPILLS = 64
+SPILLS = 128
 CHIPS = ("T4", "A100", "L40", "H100")
 WIDTHS = (64, 128, 256)
 
@@ -47,10 +48,10 @@ def test_every_tile_of_the_table(chip: str, pool: ProcessPoolExecutor) -> None:
         attend = outcome.reports[0]
         halves = job.dtype == "float16"
         if chip == "H100":
-            assert outcome.plan.tma
-            assert "cp.async.bulk.tensor" in attend.ptx, f"{job}: no TMA"
+            assert outcome.plan.tma == halves
+            assert ("cp.async.bulk.tensor" in attend.ptx) == halves, f"{job}: TMA"
             assert ("wgmma" in attend.ptx) == (halves and job.kind == "prefill"), f"{job}"
-        elif chip != "T4":
+        elif outcome.plan.tile.num_stages > 1:
             assert "cp.async.cg" in attend.ptx, f"{job}: loads are not asynchronous"
         if chip != "T4" and halves:
             assert "mma" in attend.ptx, f"{job}: no tensor cores"
@@ -67,6 +68,10 @@ FEATURES = (
     Job("A100", "paged", 128, "float16", ("int8", "sinks", "lse")),
     Job("H100", "prefill", 128, "bfloat16", ("packed", "window", "lse")),
     Job("H100", "prefill", 96, "float16", ("bool mask", "sinks")),
+    Job("H100", "prefill", 128, "float16", ("float bias",)),
+    Job("H100", "prefill", 256, "bfloat16", ("float bias", "full")),
+    Job("A100", "prefill", 256, "bfloat16", ("float bias",)),
+    Job("L40", "prefill", 128, "bfloat16", ("float bias",)),
     Job("H100", "prefill", 128, "float16", ("softcap", "alibi", "rows", "leftpad")),
     Job("H100", "paged", 128, "bfloat16", ("leftpad", "sinks", "window")),
     Job("T4", "prefill", 64, "float16", ("packed", "window", "softcap", "alibi", "sinks", "lse")),
@@ -90,6 +95,10 @@ def test_pages_keep_as_many_blocks_in_flight(pool: ProcessPoolExecutor) -> None:
 @pytest.mark.parametrize("features", [(), ("full",)], ids=["causal", "full"])
 def test_warp_specialization(head_dim: int, features: tuple[str, ...], pool: ProcessPoolExecutor) -> None:
     """Hopper: one warpgroup loads, two multiply, and registers move from the one to the others."""
+    if version("triton").rpartition(".")[0] not in ("3.4", "3.5", "3.6"):
+        pytest.skip(
+            f"Triton {version('triton')} may not specialize the kernel's warps: 3.4 and 3.6 do, 3.9 fails"
+        )
     job = Job("H100", "prefill", head_dim, "bfloat16", features, specialize=True)
     outcome = pool.submit(run, job).result()
     check(job, outcome)

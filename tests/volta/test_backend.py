@@ -13,11 +13,20 @@ import torch
 
 import fastattn
 from cuda_volta import driver, nvrtc, runtime
-from fastattn import UnsupportedError, dispatch
+from fastattn import UnsupportedError, dispatch, ops
 from fastattn.attention import build_args
 from fastattn.backends import volta
-from fastattn.spec import AttentionArgs
+from fastattn.spec import (
+    AppendKvArgs,
+    AttentionArgs,
+    EmbeddingArgs,
+    LinearArgs,
+    RmsNormArgs,
+    RotaryArgs,
+    SwigluArgs,
+)
 from tests.api.cases import int32
+from tests.ops.weights import make
 
 PAGED = {"block_table": int32([[0, 1], [2, 3]]), "cache_seqlens": int32([20, 32])}
 
@@ -138,6 +147,49 @@ def test_bfloat16_is_refused_to_the_caller_with_the_way_out() -> None:
         fastattn.attention(q, q, q, backend="volta")
 
 
+def _calls(dtype: torch.dtype) -> dict[str, Any]:
+    """One call of each small op with activations of ``dtype``."""
+    x, cache, weight = (
+        torch.zeros(2, 64, dtype=dtype),
+        torch.zeros(2, 4, 2, 32, dtype=dtype),
+        make("int4", 8, 64),
+    )
+    heads, table, at = x.view(2, 2, 32), torch.zeros(9, 16), torch.tensor([0, 1])
+    return {
+        "append_kv": AppendKvArgs(cache, cache, heads, heads, at),
+        "rotary": RotaryArgs(heads, table, table, at),
+        "rms_norm": RmsNormArgs(x, x[0], 1e-5, x),
+        "swiglu": SwigluArgs(x),
+        "linear": LinearArgs(x, weight),
+        "embedding": EmbeddingArgs(at, weight, dtype),
+    }
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("op", _calls(torch.float16))
+def test_small_ops_take_float16_alone(op: str) -> None:
+    def against(dtype: torch.dtype) -> list[str]:
+        return dispatch.reasons_against("volta", op, _calls(dtype)[op].signature())
+
+    assert against(torch.float16) == []
+    assert "dtype torch.float32, it takes torch.float16" in against(torch.float32)
+    assert any("Volta has no bfloat16; convert with .half()" in why for why in against(torch.bfloat16))
+
+
+@pytest.mark.usefixtures("emulated")
+def test_small_ops_refuse_other_types_of_their_tables() -> None:
+    calls = _calls(torch.float16)
+    table = torch.zeros(9, 16, dtype=torch.float16)
+    rotary = calls["rotary"]._replace(cos=table, sin=table).signature()
+    expected = ["cos and sin are torch.float16, it takes torch.float32"]
+    assert dispatch.reasons_against("volta", "rotary", rotary) == expected
+    norm = calls["rms_norm"]._replace(weight=torch.zeros(64, dtype=torch.bfloat16)).signature()
+    expected = ["weight is torch.bfloat16, it takes torch.float16 and torch.float32"]
+    assert dispatch.reasons_against("volta", "rms_norm", norm) == expected
+    append = calls["append_kv"]._replace(kv_layout="npu_nz").signature()
+    assert dispatch.reasons_against("volta", "append_kv", append) == ["kv_layout is not supported"]
+
+
 # ------------------------------------------------------------------------------------------ bad input
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize(
@@ -171,6 +223,35 @@ def test_tensors_on_several_devices_are_refused() -> None:
     q, elsewhere = half(1, 3, 2, 8), torch.zeros(1, 3, 2, 8, dtype=torch.float16, device="meta")
     with pytest.raises(ValueError, match="k: on meta, q is on cpu"):
         fastattn.attention(q, elsewhere, q, backend="volta")
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_a_cache_without_unit_stride_is_refused(name: str) -> None:
+    caches = {n: half(2, 4, 2, 8) for n in ("k_cache", "v_cache")}
+    caches[name] = half(2, 4, 2, 16)[..., ::2]
+    new, slots = half(1, 2, 8), torch.tensor([0])
+    with pytest.raises(ValueError, match=f"{name}: stride 2 in the last dimension, expected 1"):
+        ops.append_kv(*caches.values(), new, new, slots, backend="volta")
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("slots", [[0, 8], [1 << 40, 0]])
+def test_a_slot_past_the_cache_is_refused_and_nothing_written(slots: list[int]) -> None:
+    cache, new = torch.zeros(2, 4, 2, 8).half(), half(2, 2, 8)
+    with pytest.raises(ValueError, match=r"slots: values 0\.\.\d+, expected .*\.\.7"):
+        ops.append_kv(cache, cache, new, new, torch.tensor(slots), backend="volta")
+    assert not cache.any()
+
+
+@pytest.mark.usefixtures("emulated")
+def test_positions_and_ids_outside_are_refused() -> None:
+    calls = _calls(torch.float16)
+    outside = torch.tensor([0, 9])
+    with pytest.raises(ValueError, match=r"positions: values 0\.\.9, expected 0\.\.8"):
+        dispatch.run("rotary", calls["rotary"]._replace(positions=outside), "volta")
+    with pytest.raises(ValueError, match=r"ids: values 0\.\.9, expected 0\.\.7"):
+        dispatch.run("embedding", calls["embedding"]._replace(ids=outside), "volta")
 
 
 @pytest.mark.toolchain

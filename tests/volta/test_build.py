@@ -6,8 +6,9 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -16,6 +17,7 @@ from cuda_volta import catalog, nvrtc
 from cuda_volta.__main__ import main
 from cuda_volta.binary import Binary, binary, compile_binary, source_key
 from cuda_volta.build import build, shipped
+from cuda_volta.sass import tools
 from cuda_volta.variant import KERNELS, Variant
 
 from .kernels import AXPY, axpy
@@ -27,6 +29,9 @@ KEYS = {
 }  # fmt: skip
 
 
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
 def _has_nvrtc() -> bool:
     try:
         nvrtc.nvrtc()
@@ -35,7 +40,11 @@ def _has_nvrtc() -> bool:
     return True
 
 
-needs_nvrtc = pytest.mark.skipif(not _has_nvrtc(), reason="NVRTC 12 is not installed")
+def needs_nvrtc(test: Test) -> Test:
+    """Marks a test that compiles for a GPU."""
+    return pytest.mark.toolchain(
+        pytest.mark.skipif(not _has_nvrtc(), reason="NVRTC 12 is not installed")(test)
+    )
 
 
 @pytest.fixture
@@ -265,7 +274,6 @@ def test_the_catalog_is_complete_and_small() -> None:
 
 
 @needs_nvrtc
-@pytest.mark.toolchain
 def test_every_instantiation_fits_a_volta_sm(tmp_path: Path) -> None:
     """Compiles all of them (or takes them from the cache of a former run of the same sources)."""
     variants = catalog.variants()
@@ -279,6 +287,27 @@ def test_every_instantiation_fits_a_volta_sm(tmp_path: Path) -> None:
         assert entry["shared_bytes"] <= 96 * 1024, v.name
         _check_residency(v, entry["registers"], entry["shared_bytes"])
         _check_bounds(v, (tmp_path / entry["ptx"]).read_text())
+
+
+def _has_ptxas() -> bool:
+    try:
+        tools.find("ptxas")
+    except tools.ToolMissing:
+        return False
+    return True
+
+
+@needs_nvrtc
+@pytest.mark.skipif(not _has_ptxas(), reason="no ptxas of CUDA 12")
+def test_the_ptx_is_code_for_newer_gpus_of_the_oldest_isa(tmp_path: Path) -> None:
+    """One variant of each source: ptxas refuses what the ISA version that a file names does not have."""
+    for variant in {v.source: v for v in catalog.variants()}.values():
+        file = tmp_path / f"{variant.name}.ptx"
+        file.write_text(binary(variant, "sm_70").ptx)
+        assert "\n.version 8.0\n" in file.read_text()
+        command = [tools.find("ptxas"), "-arch=sm_90", "-o", str(file.with_suffix(".cubin")), str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{variant.name}: {done.stdout}{done.stderr}"
 
 
 def _check_residency(v: Variant, registers: int, shared_bytes: int) -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cuda_volta import tune
+from cuda_volta import prefill, tune
+from cuda_volta.attention_params import AttentionCall
 from cuda_volta.variant import Variant
+from fastattn import reference
+from fastattn.attention import build_args
 
 from .kernels import axpy
 
@@ -103,3 +106,31 @@ def test_a_damaged_memory_is_timed_again(machine: Machine, tmp_path: Path) -> No
     machine.restart()
     machine.times[machine.candidates[1]] = 2.0
     assert machine.best() == 0
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_every_candidate_computes_the_same_call(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(1, n, h, head_dim).half() for n, h in ((40, 2), (70, 1), (70, 1)))
+    args = build_args(q, k, v, causal=True)
+    exact, _ = reference.attention(args)
+    call = AttentionCall(**{name: getattr(args, name) for name in AttentionCall._fields})
+    tried = []
+    for at in range(2):
+        monkeypatch.setattr(
+            prefill, "best", lambda kind, found, *rest, at=at: tried.append(found) or found[at]
+        )
+        out, _ = prefill.prefill(call)
+        torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-3)
+    assert tried[0] == tried[1]
+    assert len(set(tried[0])) == 2
+
+
+def test_the_kind_of_a_call_follows_what_decides_speed() -> None:
+    def kind(rows: int = 100, head_dim: int = 64, **options: object) -> str:
+        q = torch.empty(1, rows, 4, head_dim)
+        args = build_args(q, q, q, **options)
+        return prefill.kind(AttentionCall(**{name: getattr(args, name) for name in AttentionCall._fields}))
+
+    assert kind() == kind(rows=120)
+    assert len({kind(), kind(rows=130), kind(head_dim=72), kind(causal=True), kind(window=(5, 5))}) == 5

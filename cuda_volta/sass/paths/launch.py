@@ -176,8 +176,10 @@ class _Follower:
             self.meetings[item.operands[0]] = mask, ~TRUE
         elif item.base in ("BSYNC", "WARPSYNC"):
             return self._meet(item, last, mask)
-        elif item.base in ("BRA", "EXIT", "RET", "CALL"):
-            taken = mask
+        elif item.base in ("BRA", "BRX", "EXIT", "RET", "CALL"):
+            # BRA.DIV leaves for code that treats diverged lanes one by one.
+            together = bool((mask == self.alive).all())
+            taken = ~TRUE if together and "DIV" in item.modifiers else mask
             for fetch in self.program.condition(item):
                 taken = taken & fetch(self.warp)
             if taken is UNKNOWN:
@@ -194,10 +196,11 @@ class _Follower:
         if item.target is not None:
             return item.target // BYTES
         if item.base == "RET":
-            where = self.warp.registers[int(item.operands[0][1:])]
+            (register,) = ops.REGISTER.findall(item.operands[0])
+            where = self.warp.registers[int(register)]
             if where is not UNKNOWN:
                 return int(where[0]) // BYTES
-        raise ValueError(f"function: the target of {item.opcode} at {item.address:#x} is not known")
+        raise ValueError(f"function: where {item.opcode} at {item.address:#x} goes is not known")
 
     def _meet(self, item: Instruction, at: int, mask: Value) -> list[_Split]:
         """Lanes wait until all that take part have arrived."""

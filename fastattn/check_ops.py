@@ -1,0 +1,144 @@
+"""What `check` compares of each small op: a sample of its result, beside plain torch's and the oracle's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .quant import packed
+from .spec import AppendKvArgs, EmbeddingArgs, LinearArgs, PackedWeight, RmsNormArgs, RotaryArgs, SwigluArgs
+
+
+class Sample(NamedTuple):
+    """How much of each op's result is compared; drawn anew for each call, from ``seed``."""
+
+    sequences: int = 2
+    kv_heads: int = 2
+    rows: int = 32  # queries of a sequence, and rows of every other op
+    columns: int = 256  # output features of a matrix
+    seed: int = 0
+
+
+class Draw:
+    """Draws of a sample."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+        self.random = random.Random(sample.seed)  # noqa: S311 (a sample, not a secret)
+
+    def some(self, size: int, most: int) -> list[int]:
+        """At most that many of ``range(size)``, ascending."""
+        return sorted(self.random.sample(range(size), min(size, most)))
+
+
+Compared = tuple[str, Tensor, Tensor, Tensor]  # what, ours, plain torch's, exact
+
+
+def _cpu(record: Any) -> Any:
+    """A record with its tensors, and those of its weight, on the CPU."""
+    if isinstance(record, Tensor):
+        return record.cpu()
+    if isinstance(record, PackedWeight):
+        record = record._replace(tensors={n: t.cpu() for n, t in record.tensors.items()})
+    fields = record._asdict() if hasattr(record, "_asdict") else {}
+    moved = {n: _cpu(v) for n, v in fields.items() if isinstance(v, (Tensor, PackedWeight))}
+    return record._replace(**moved) if moved else record
+
+
+def _oracles() -> tuple[ModuleType, ModuleType]:
+    from . import reference_ops
+    from .backends import torch_ops
+
+    return reference_ops, torch_ops
+
+
+def _rows_of(x: Tensor, index: Sequence[int]) -> Tensor:
+    return x.reshape(-1, x.shape[-1])[list(index)] if x.numel() else x.reshape(0, x.shape[-1])
+
+
+def _rms_norm(a: RmsNormArgs, result: tuple[Tensor, Tensor], draw: Draw) -> list[Compared]:
+    exact, plain = _oracles()
+    rows = draw.some(a.x.numel() // max(a.x.shape[-1], 1), draw.sample.rows)
+    residual = None if a.residual is None else _rows_of(a.residual, rows)
+    part = _cpu(a._replace(x=_rows_of(a.x, rows), residual=residual))
+    names = ("normalised",) if residual is None else ("normalised", "sum")
+    triples = zip(names, result, plain.rms_norm(part), exact.rms_norm(part), strict=False)
+    return [(n, _rows_of(ours, rows).cpu(), p, e.double()) for n, ours, p, e in triples]
+
+
+def _swiglu(a: SwigluArgs, result: Tensor, draw: Draw) -> list[Compared]:
+    exact, plain = _oracles()
+    rows = draw.some(a.x.numel() // max(a.x.shape[-1], 1), draw.sample.rows)
+    part = SwigluArgs(_rows_of(a.x, rows).cpu())
+    return [("rows", _rows_of(result, rows).cpu(), plain.swiglu(part), exact.swiglu(part))]
+
+
+def _rotary(a: RotaryArgs, result: Tensor, draw: Draw) -> list[Compared]:
+    exact, plain = _oracles()
+    rows = draw.some(a.x.shape[0], draw.sample.rows)
+    part = _cpu(a._replace(x=a.x[rows], positions=a.positions[rows]))
+    return [("rows", result[rows].cpu(), plain.rotary(part), exact.rotary(part))]
+
+
+def _append_kv(a: AppendKvArgs, result: None, draw: Draw) -> list[Compared]:
+    """Some of the rows that are still there: each slot's last one, into a cache that has only them."""
+    exact, plain = _oracles()
+    last = {slot: n for n, slot in enumerate(a.slots.tolist()) if slot >= 0}
+    slots = sorted(draw.random.sample(sorted(last), min(len(last), draw.sample.rows)))
+    rows = [last[s] for s in slots]
+    if not rows or a.kv_layout != "nhd":
+        return []
+
+    def written(cache: Tensor) -> Tensor:
+        where = torch.tensor(slots, device=cache.device)
+        page = cache.shape[1]
+        return cache[where.div(page, rounding_mode="floor"), where % page].cpu()
+
+    caches: dict[str, Any] = {
+        n: torch.zeros_like(written(getattr(a, n)))[None] for n in ("k_cache", "v_cache")
+    }
+    positions = None if a.positions is None else a.positions[rows]
+    part = a._replace(k=a.k[rows], v=a.v[rows], slots=torch.arange(len(rows)), positions=positions, **caches)
+    part = _cpu(part)
+    wide = exact.append_kv(part)
+    plain.append_kv(part)
+    return [
+        (name, written(cache), mine[0], true[0])
+        for name, cache, mine, true in zip(
+            ("keys", "values"), (a.k_cache, a.v_cache), (part.k_cache, part.v_cache), wide, strict=True
+        )
+    ]
+
+
+def _linear(a: LinearArgs, result: Tensor, draw: Draw) -> list[Compared]:
+    exact, plain = _oracles()
+    rows = draw.some(a.x.shape[0], draw.sample.rows)
+    width = min(a.weight.shape[0], draw.sample.columns)
+    lo = draw.random.randint(0, a.weight.shape[0] - width)
+    part = _cpu(a._replace(x=a.x[rows], weight=packed.slice_out(a.weight, lo, lo + width)))
+    ours = result[rows, lo : lo + width].cpu()
+    return [(f"outputs {lo} to {lo + width}", ours, plain.linear(part), exact.linear(part))]
+
+
+def _embedding(a: EmbeddingArgs, result: Tensor, draw: Draw) -> list[Compared]:
+    exact, plain = _oracles()
+    rows = draw.some(a.ids.shape[0], draw.sample.rows)
+    tensors = {n: t[a.ids[rows]] for n, t in a.weight.tensors.items()}
+    weight = a.weight._replace(tensors=tensors, shape=(len(rows), a.weight.shape[1]), bias=None)
+    part = _cpu(a._replace(ids=torch.arange(len(rows)), weight=weight))
+    return [("rows", result[rows].cpu(), plain.embedding(part), exact.embedding(part))]
+
+
+SAMPLES: dict[str, Callable[[Any, Any, Draw], list[Compared]]] = {
+    "rms_norm": _rms_norm,
+    "swiglu": _swiglu,
+    "rotary": _rotary,
+    "append_kv": _append_kv,
+    "linear": _linear,
+    "embedding": _embedding,
+}

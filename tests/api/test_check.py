@@ -1,0 +1,113 @@
+"""`fastattn.check`: right calls pass on every backend, each wrong answer is found and named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import dispatch, ops
+from fastattn.quant import packed
+from fastattn.spec import Op
+from tests.api.cases import LAYOUTS, random_case
+from tests.ops.test_rotary_append import angles
+from tests.ops.weights import make
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", ["cpu", "sdpa"])
+def test_attention_of_every_layout(backend, layout):
+    """Everything an attention call can ask for, read through every indirection."""
+    compared = 0
+    for seed in range(6):
+        case = random_case(seed, layout, torch.float32, 24)
+        if dispatch.explain("attention", case.args())[backend]:
+            continue
+        report = fastattn.check(fastattn.attention, case.q, case.k, case.v, backend=backend, **case.options)
+        assert all(f.ok for f in report.findings), f"{case}\n{report}"
+        compared += len(report.findings)
+    assert compared or backend == "sdpa"
+
+
+def call_of_each_op() -> dict[str, object]:
+    """A call of each op that `check` compares."""
+    x = torch.randn(9, 64)
+    cos, sin = angles(16)
+    cache = torch.zeros(2, 3, 4, 2, 16)
+    heads = torch.randn(9, 2, 16)
+    slots, positions = torch.tensor([0, -1, 3, 3, 7, 2, 11, 9, 8]), torch.arange(9)
+    w = make("int4", 40, 64, bias=torch.float32)
+    q, kv = torch.randn(2, 5, 4, 16), torch.randn(2, 7, 2, 16)
+    return {
+        "attention": lambda: fastattn.attention(q, kv, kv, causal=True, return_lse=True),
+        "rms_norm": lambda: ops.rms_norm(x, torch.ones(64), 1e-5, residual=x),
+        "swiglu": lambda: ops.swiglu(x),
+        "rotary": lambda: ops.rotary(heads, cos, sin, positions),
+        "append_kv": lambda: ops.append_kv(
+            *cache, heads, heads, slots, cos=cos, sin=sin, positions=positions
+        ),
+        "linear": lambda: ops.linear(x, w),
+        "embedding": lambda: ops.embedding(torch.tensor([3, 1, 3]), w, torch.float32),
+    }
+
+
+@pytest.mark.parametrize(
+    "op", ["attention", "rms_norm", "swiglu", "rotary", "append_kv", "linear", "embedding"]
+)
+def test_right_and_wrong_answers(op, monkeypatch):
+    call = call_of_each_op()[op]
+    report = fastattn.check(call)
+    assert report.ok, str(report)
+    assert {(f.op, f.backend) for f in report.findings} == {(op, "cpu")}
+
+    table = dict(dispatch.op_table("cpu"))
+    right = table[op]
+
+    def wrong(args):
+        """One element off by a hundredth: what a fused operator's bug looks like in the mildest case."""
+        result = right.run(args)
+        spoiled = args.k_cache if op == "append_kv" else result[0] if isinstance(result, tuple) else result
+        spoiled.view(-1)[:: max(1, spoiled.numel() // 40)] += 0.01
+        return result
+
+    table[op] = Op(wrong, right.features, right.reasons)
+    monkeypatch.setattr(dispatch, "op_table", lambda name: table)
+    monkeypatch.setattr(dispatch, "_resolved", {})
+    report = fastattn.check(call)
+    assert not report.ok
+    assert "WRONG" in str(report)
+
+
+def test_nan_is_wrong(monkeypatch):
+    right = dispatch.op_table("cpu")["attention"]
+    table = {"attention": right._replace(run=lambda a: (right.run(a)[0] * torch.nan, right.run(a)[1]))}
+    monkeypatch.setattr(dispatch, "op_table", lambda name: table)
+    monkeypatch.setattr(dispatch, "_resolved", {})
+    assert not fastattn.check(call_of_each_op()["attention"]).ok
+
+
+def test_a_uniform_average_is_wrong():
+    """vllm-ascend #13699: plausible numbers, no mask and no scores."""
+    q, k, v = (torch.randn(1, 40, 2, 16) for _ in range(3))
+    report = fastattn.check(fastattn.attention, q, k, v)
+    exact = report.result
+    average = v.mean(1, keepdim=True).expand_as(exact)
+    assert float((average - exact).abs().max()) > 100 * report.findings[0].limit
+
+
+def test_ops_without_an_oracle_are_named():
+    report = fastattn.check(ops.mx_pack, torch.randn(4, 64), "e2m1", 32)
+    assert not report.ok
+    assert str(report) == "mx_pack on cpu: 1 not compared"
+
+
+def test_nothing_ran():
+    report = fastattn.check(sum, [1, 2])
+    assert report.result == 3
+    assert (report.ok, str(report)) == (False, "no op ran")
+
+
+def test_results_are_the_calls_own():
+    x = torch.randn(3, 64)
+    w = packed.dense(torch.randn(5, 64))
+    assert torch.equal(fastattn.check(ops.linear, x, w).result, ops.linear(x, w))

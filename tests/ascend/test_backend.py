@@ -1,0 +1,108 @@
+"""The backend `ascend`: what it reports, which way it takes a call, what it refuses and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from ascend_ops.router import chip_of
+from fastattn import dispatch
+from fastattn.attention import build_args
+from fastattn.backends import ascend, ascend_small
+from fastattn.settings import Settings
+from fastattn.spec import AttentionArgs, UnsupportedError
+
+
+def args(dtype: torch.dtype = torch.float16, d: int = 64, page: int = 0, **options: Any) -> AttentionArgs:
+    q, k = torch.zeros(2, 4, 4, d, dtype=dtype), torch.zeros(2, 6, 2, d, dtype=dtype)
+    if page:
+        k = torch.zeros(3, page, 2, d, dtype=dtype)
+        options |= {"block_table": torch.zeros(2, 1, dtype=torch.int32), "cache_seqlens": 6}
+    return build_args(q, k, k, **options)
+
+
+@pytest.fixture
+def on_chip(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pretends that this process has an NPU of the family; nothing runs on it."""
+
+    def be(family: str) -> None:
+        monkeypatch.setattr(ascend.router, "current", lambda: chip_of(family))
+        monkeypatch.setattr(ascend, "_EMULATED", False)
+
+    return be
+
+
+def reasons(a: AttentionArgs) -> str:
+    return "; ".join(ascend.attention_reasons(a.signature()))
+
+
+def test_without_a_device_it_says_why():
+    if not dispatch.unavailable("ascend"):
+        pytest.skip("emulated, or an NPU is here")
+    assert "torch_npu is not installed" in dispatch.unavailable("ascend")[0]
+
+
+def test_910b_takes_what_either_way_can(on_chip):
+    on_chip("910b")
+    for a in (args(), args(softcap=5.0), args(torch.float32), args(d=512), args(alibi_slopes=torch.ones(4))):
+        assert reasons(a) == ""
+    both = reasons(args(torch.float32, softcap=5.0))
+    assert "float16 and bfloat16" in both
+    assert "fused_infer: softcap" in both
+    assert "fusion: softcap" in both
+
+
+def test_310p_takes_what_atb_can(on_chip):
+    on_chip("310p")
+    assert reasons(args(causal=True)) == ""
+    assert reasons(args(causal=True, page=64, kv_layout="npu_nz")) == ""
+    assert "no compiler for 310p" in reasons(args(causal=True, softcap=5.0))
+    assert "pages on 310P are NZ" in reasons(args(causal=True, page=64))
+    assert "causal" in reasons(args())
+
+
+def test_910a_takes_no_attention(on_chip):
+    on_chip("910a")
+    assert "does not exist on 910a" in reasons(args(causal=True))
+    norm = ascend_small.OPS["rms_norm"]
+    assert norm.reasons(fastattn.spec.RmsNormArgs(torch.zeros(2, 4), torch.zeros(4), 1e-5).signature()) == []
+
+
+def test_small_ops_without_a_compiler_refuse_what_only_kernels_do(on_chip):
+    on_chip("310p")
+    x = torch.zeros(2, 8, dtype=torch.float16)
+    assert "no compiler" in ascend_small.OPS["swiglu"].reasons(fastattn.spec.SwigluArgs(x).signature())[0]
+
+
+def test_settings():
+    assert Settings.from_env({"FASTATTN_ASCEND": "kernels"}).ascend == "kernels"
+    with pytest.raises(ValueError, match="FASTATTN_ASCEND='both': expected auto, kernels or torch_npu"):
+        Settings.from_env({"FASTATTN_ASCEND": "both"})
+
+
+@pytest.mark.emulate("ascend")
+@pytest.mark.toolchain
+class TestEmulated:
+    def test_it_comes_before_the_cpu(self):
+        dispatch.calls.clear()
+        q = torch.randn(1, 5, 2, 16, dtype=torch.float16)
+        report = fastattn.check(fastattn.attention, q, q, q, causal=True, return_lse=True)
+        assert report.ok, str(report)
+        assert dict(dispatch.calls) == {("ascend", "attention"): 1}
+
+    def test_what_it_cannot_do_has_the_reason(self):
+        q = torch.randn(1, 5, 2, 16)
+        with pytest.raises(
+            UnsupportedError, match=r"ascend: dtype torch.float32, they take float16 and bfloat16"
+        ):
+            fastattn.attention(q, q, q, backend="ascend")
+
+    def test_bad_indices_are_refused(self):
+        q = torch.randn(1, 1, 2, 16, dtype=torch.float16)
+        pages = torch.randn(2, 16, 2, 16, dtype=torch.float16)
+        table = torch.tensor([[5]], dtype=torch.int32)
+        with pytest.raises(ValueError, match="block_table"):
+            fastattn.attention(q, pages, pages, block_table=table, cache_seqlens=4, backend="ascend")

@@ -1,0 +1,55 @@
+"""Machine code written by hand, and kernels compiled for the tests of `cuda_volta.sass`."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from cuda_volta import nvrtc
+from cuda_volta.sass import listing, tools
+from cuda_volta.sass.listing import BYTES, Control, Function, Instruction
+from cuda_volta.variant import KERNELS
+
+NEXT = Control(1, False, None, None, 0, 0)  # may issue in the next cycle, waits for nothing
+
+
+def _found() -> bool:
+    try:
+        nvrtc.nvrtc()
+        tools.find("nvdisasm")
+        tools.find("cuobjdump")
+    except (nvrtc.NvrtcMissing, tools.ToolMissing):
+        return False
+    return True
+
+
+needs_cuda_12 = pytest.mark.skipif(not _found(), reason="NVRTC 12, nvdisasm or cuobjdump is not installed")
+
+
+def assemble(*lines: str, control: Control = NEXT) -> Function:
+    """A function from lines like "@!P0 BRA 2": a branch names the line it goes to."""
+    code = []
+    for index, line in enumerate(lines):
+        guard, _, rest = line.rpartition("@")[2].partition(" ") if line.startswith("@") else ("", "", line)
+        opcode, _, operands = rest.partition(" ")
+        jumps = opcode in ("BRA", "BSSY")
+        target = int(operands.split(", ")[-1]) * BYTES if jumps else None
+        texts = tuple(operands.split(", ")) if operands else ()
+        code.append(Instruction(index * BYTES, guard, opcode, texts, control, target))
+    return Function("by_hand", tuple(code), 32, 0)
+
+
+def compiled(folder: Path, source: str) -> tuple[Path, Function]:
+    """The cubin of a source with one kernel, and that kernel."""
+    options = ["--gpu-architecture=sm_70", "-std=c++17", "-default-device", f"--include-path={KERNELS}"]
+    file = folder / "kernel.cubin"
+    file.write_bytes(nvrtc.nvrtc().compile(source, "kernel.cu", options).cubin)
+    (function,) = listing.read(file).values()
+    return file, function
+
+
+def words(*values: int) -> bytes:
+    """Parameters of 32 bits each."""
+    return struct.pack(f"<{len(values)}I", *(v & 0xFFFFFFFF for v in values))
