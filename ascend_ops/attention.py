@@ -1,4 +1,4 @@
-"""Attention on tensors: checks nothing that its caller states, picks tiles, launches the Triton kernels.
+"""Attention on tensors: picks tiles, launches the Triton kernels.
 
 On NPU tensors the kernels compile through triton-ascend. On CPU tensors they run in Triton's interpreter, if
 TRITON_INTERPRET=1 was set before Triton was imported: correct, slow, and what the tests use.
@@ -17,6 +17,7 @@ from .planner import DecodeTiles, PrefillTiles, decode_tiles, edge_tiles, padded
 from .tiling_mask import UNBOUNDED, tiling_mask
 
 DTYPES = (torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
 #: Rows of the packed matrix up to which a call counts as decoding, and queries that share one pass over keys.
 DECODE_ROWS, DECODE_QUERIES = 64, 8
 #: Rows that a vector core merges at a time.

@@ -1,7 +1,7 @@
 """Two-level tiling and the tiling-mask on Ascend, as the vendor's compiler plans them: nothing here runs on
 an NPU.
 
-Four tables. The plans are *compiled*: triton-ascend lowers the kernel and bishengir-compile plans it, on this
+Five tables. The plans are *compiled*: triton-ascend lowers the kernel and bishengir-compile plans it, on this
 machine. What follows from them by counting is *modelled*.
 
   blocks   first-level tiles of 128 to 1024 keys: whether they fit, and how often Cube and Vector
@@ -10,6 +10,8 @@ machine. What follows from them by counting is *modelled*.
   mask     bytes of the tiling-mask against the mask that it stands for. on chip  bytes of the Unified
   Buffer that an edge block needs with the mask loaded, and with the mask computed
            from row and column numbers: the same kernel with one statement replaced.
+  pypto    the time that the vendor's simulator gives a tile of 128 queries, by block size, if --pypto names a
+           Python that has it (0.2.0). It spreads a block's parts over cores: part of a gain is parallelism.
   balance  the busiest core's work over the average core's, by order of the tiles (causal).
 
 Needs the environment with triton-ascend and ascendnpu-ir; without it, only what needs no compiler is shown.
@@ -18,6 +20,8 @@ Needs the environment with triton-ascend and ascendnpu-ir; without it, only what
 from __future__ import annotations
 
 import argparse
+import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -57,6 +61,14 @@ MASKS = Table(
 ON_CHIP = Table(
     [Column("tile", 13), Column("computed K", 14), Column("loaded K", 14), Column("saved %", 7, ".0f")]
 )
+PYPTO = Table(
+    [
+        Column("keys", 6, "d"),
+        Column("block_k", 7, "d"),
+        Column("model us", 8, ".1f"),
+        Column("128/this", 8, ".2f"),
+    ]
+)
 BALANCE = Table(
     [
         Column("keys", 6, "d"), Column("heads", 5, "d"), Column("contiguous", 10, ".3f"),
@@ -64,7 +76,7 @@ BALANCE = Table(
     ]
 )  # fmt: skip
 #: The statement of kernels/prefill.py that loads a window of the tiling-mask, and one that computes the same.
-LOADED = "s += tl.load(band + (band_origin - reach) + rows[:, None] * band_stride + edge_columns[None, :])"
+LOADED = "s += tl.load(band + (band_origin - reach) + window)"
 COMPUTED = "s = tl.where(edge_columns[None, :] <= (rows + (own + right - slot))[:, None], s, HIDDEN)"
 
 
@@ -79,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--python", type=Path, default=ROOT / ".venv-ascend" / "bin" / "python", help="with triton-ascend"
     )
+    p.add_argument("--pypto", type=Path, metavar="PYTHON", help="with pypto: also simulate")
     p.add_argument("--json", metavar="FILE", help="write the records of docs/benchmarks.md")
     return p
 
@@ -126,20 +139,19 @@ def verdict(plan: Mapping[str, Any]) -> str:
 def tiling(args: argparse.Namespace, head_dim: int, shared: dict[str, Any]) -> Iterator[Record]:
     """The first table."""
     tiles = [PrefillTiles(q, k, min(k, ONE_LEVEL)) for q in args.block_q for k in args.block_k]
-    base = PrefillTiles(ONE_LEVEL, ONE_LEVEL, ONE_LEVEL)
-    found = plan_all(args.python, args.chip, [causal_kernel(t, head_dim) for t in (base, *tiles)], [ROOT])
+    tiles = list(dict.fromkeys((PrefillTiles(ONE_LEVEL, ONE_LEVEL, ONE_LEVEL), *tiles)))
+    found = plan_all(args.python, args.chip, [causal_kernel(t, head_dim) for t in tiles], [ROOT])
     chosen = prefill_tiles(CHIPS[args.chip], head_dim, head_dim)
-    one_level = None
+    one_level = sum(blocks_of_head(PrefillTiles(ONE_LEVEL, ONE_LEVEL, ONE_LEVEL), args.keys))
     print(f"\nblocks: head_dim {head_dim}, causal, {args.keys} queries and keys (compiled; counts modelled)")
     print(BLOCKS.header())
-    for tile, plan in zip((base, *tiles), found, strict=True):
-        syncs: int | None = None
+    for tile, plan in zip(tiles, found, strict=True):
+        syncs, per_full = None, 0
         if plan["accepted"]:
             per_full, per_edge = (plan["syncs"]["aic"] * 2)[:2]
             full, edge = blocks_of_head(tile, args.keys)
             syncs = full * per_full + edge * per_edge
-            one_level = one_level or syncs
-        fewer = one_level / syncs if syncs and one_level else None
+        fewer = one_level * per_full / syncs if syncs else None
         used = [plan["occupancy"][m] / 1024 if plan["accepted"] else None for m in ("UB", "L1", "L0C")]
         ring = plan["workspace"] / 1024 if plan["accepted"] else None
         name = f"{tile.block_q} x {tile.block_k}{' *' if tile == chosen else ''}"
@@ -149,7 +161,7 @@ def tiling(args: argparse.Namespace, head_dim: int, shared: dict[str, Any]) -> I
         )
         if syncs:
             case = f"tile {tile.block_q}x{tile.block_k} head_dim={head_dim} causal keys={args.keys}"
-            against = ("one level", float(one_level or 0), fewer)
+            against = ("one level", one_level * per_full, fewer)
             yield Record.of(
                 {**shared, "case": case, "claim": "modelled"}, "synchronisations a head", "", syncs, against
             )
@@ -203,8 +215,32 @@ def on_chip(args: argparse.Namespace, shared: dict[str, Any]) -> Iterator[Record
             yield Record.of(case, "Unified Buffer", "B", needs[1], against)
 
 
+def simulated(args: argparse.Namespace, shared: dict[str, Any]) -> Iterator[Record]:
+    """The fourth table: what pypto's simulator prints."""
+    print(
+        f"\npypto: 128 queries, head_dim 128, no mask (modelled by the vendor's simulator)\n{PYPTO.header()}"
+    )
+    program = Path(__file__).parent / "lib" / "pypto_attention.py"
+    for keys in (1024, 4096):
+        first = None
+        for block_k in (128, 256, 512, 1024):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [str(args.pypto), str(program), str(block_k), str(keys)]
+                done = subprocess.run(
+                    command, cwd=folder, capture_output=True, text=True, timeout=600, check=False
+                )
+            found = re.search(r"End-to-End Time: ([\d.]+)", done.stdout)
+            if found is None:
+                sys.exit(f"bench/ascend.py: {args.pypto}: pypto simulated nothing:\n{done.stderr[-2000:]}")
+            time_us = float(found[1])
+            first = first or time_us
+            print(PYPTO.row(keys, block_k, time_us, first / time_us), flush=True)
+            case = {**shared, "case": f"pypto block_k={block_k} keys={keys}", "claim": "modelled"}
+            yield Record.of(case, "time", "us", time_us, ("block_k=128", first, first / time_us))
+
+
 def balance(chip: Chip, shared: dict[str, Any]) -> Iterator[Record]:
-    """The fourth table: keys that each core visits, by the order in which cores take the tiles."""
+    """The fifth table: keys that each core visits, by the order in which cores take the tiles."""
     tiles = prefill_tiles(chip, 128, 128)
     cores = chip.cube_cores
     print(f"\nbalance: causal, {cores} cores, busiest over average (modelled)\n{BALANCE.header()}")
@@ -249,6 +285,8 @@ def main() -> None:
             file=sys.stderr,
         )
     records += masks(chip, shared)
+    if args.pypto:
+        records += simulated(args, shared)
     records += balance(chip, shared)
     if args.json:
         write(args.json, records)

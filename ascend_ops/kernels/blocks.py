@@ -83,8 +83,10 @@ def load_tile(pointer, stride, rows, columns, row_limit, WIDTH: tl.constexpr, PA
 def softcapped(s, SOFTCAP: tl.constexpr):
     """``c tanh(s / c)`` through the exponential, the one transcendental that every vector unit has."""
     if SOFTCAP > 0:
-        # From 40 on the quotient is less than float32 can take off the cap.
-        s = SOFTCAP - 2 * SOFTCAP / (tl.exp(tl.minimum(s * (2 / SOFTCAP), 40.0)) + 1)
+        # From 40 on the quotient is less than float32 can take off the cap. A minimum that propagates NaN is
+        # one instruction; the other kind needs a comparison and selections, and memory for them.
+        twice = tl.minimum(s * (2 / SOFTCAP), 40.0, propagate_nan=tl.PropagateNan.ALL)
+        s = SOFTCAP - 2 * SOFTCAP / (tl.exp(twice) + 1)
     return s
 
 

@@ -211,9 +211,8 @@ def prefill_kernel(
                 reach = own + right - slot
                 reach = tl.maximum(tl.minimum(reach, EDGE_K - 1), reach - band_skip)
                 reach = tl.minimum(tl.maximum(reach, -BLOCK_Q), band_origin)
-                s += tl.load(
-                    band + (band_origin - reach) + rows[:, None] * band_stride + edge_columns[None, :]
-                )
+                window = rows[:, None] * band_stride + edge_columns[None, :]
+                s += tl.load(band + (band_origin - reach) + window)
             if attn_mask is not None:
                 visible = (rows < q_rows)[:, None] & (edge_columns < present)[None, :]
                 mask_rows = attn_mask + tl.cast(b, tl.int64) * stride_mb + h * stride_mh

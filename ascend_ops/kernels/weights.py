@@ -1,7 +1,7 @@
 """Reading group-quantized weights: ``w = scales[:, group] * q (+ mins[:, group])``.
 
-Integers of 8 bits lie one to a byte. Of 4 bits, each 32 columns take 16 bytes: byte j holds column j in its low
-nibble and column j + 16 in its high one, so a tile of bytes is two tiles of columns and no bit is shuffled.
+Integers of 8 bits lie one to a byte. Of 4 bits, each 32 columns take 16 bytes: byte j holds column j in its
+low nibble and column j + 16 in its high one, so a tile of bytes is two tiles of columns, no bit is shuffled.
 """
 
 import triton

@@ -62,7 +62,7 @@ def small_tiles(rng: random.Random, args: AttentionArgs) -> PrefillTiles:
 def test_random_calls(layout: str, dtype: torch.dtype) -> None:
     """Random subsets of all fields, under small tiles and under the planner's, which may decode."""
     rng = random.Random(f"{layout} {dtype}")  # noqa: S311
-    for seed in range(4):
+    for seed in range(2):
         case = random_case(seed, layout, dtype, rng.choice(HEAD_DIMS))
         check(case, small_tiles(rng, case.args()))
         check(case)
@@ -75,7 +75,7 @@ def test_random_calls(layout: str, dtype: torch.dtype) -> None:
     seed=st.integers(0, 2**20),
     cores=st.integers(1, 25),
 )
-@settings(max_examples=40)
+@settings(max_examples=24)
 def test_any_call(layout: str, dtype: torch.dtype, head_dim: int, seed: int, cores: int) -> None:
     case = random_case(seed, layout, dtype, head_dim)
     check(case, small_tiles(random.Random(seed), case.args()), cores)  # noqa: S311
@@ -88,7 +88,7 @@ def test_any_call(layout: str, dtype: torch.dtype, head_dim: int, seed: int, cor
     block_q=st.sampled_from((16, 32, 64)),
     edge=st.sampled_from((16, 32, 64)),
 )
-@settings(max_examples=40)
+@settings(max_examples=24)
 def test_bands(
     window: tuple[int | None, int | None], q_len: int, k_len: int, block_q: int, edge: int
 ) -> None:
@@ -102,10 +102,10 @@ def test_bands(
 def test_head_dims(head_dim: int) -> None:
     """Under the tiles that the planner gives, prefill and decode, V's head_dim equal and other."""
     dtype = DTYPES[head_dim // 8 % 2]
-    for v_dim, q_len in ((head_dim, 70), (64, 130), (head_dim, 1)):
+    for v_dim, q_len in ((head_dim, 70), (64, 20), (head_dim, 1)):
         q, k, v = (
             torch.randn(1, n, h, d).to(dtype)
-            for n, h, d in ((q_len, 4, head_dim), (700, 2, head_dim), (700, 2, v_dim))
+            for n, h, d in ((q_len, 4, head_dim), (300, 2, head_dim), (300, 2, v_dim))
         )
         check(Case(q, k, v, {"causal": True, "return_lse": True}))
 
@@ -176,3 +176,18 @@ def test_user_masks(shape: tuple[int, ...], kind: str) -> None:
     q, k, v = (torch.randn(2, n, h, 32).half() for n, h in ((50, 4), (90, 2), (90, 2)))
     options = {"attn_mask": mask, "causal": True, "return_lse": True}
     check(Case(q, k, v, options), PrefillTiles(32, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "head_dim", "message"),
+    [
+        ((torch.float32, torch.float32), 64, "float32.*expected all float16"),
+        ((torch.float16, torch.bfloat16), 64, "bfloat16.*expected all float16"),
+        ((torch.float16, torch.float16), 257, "257.*expected 1 to 256"),
+    ],
+)
+def test_refuses(dtypes: tuple[torch.dtype, torch.dtype], head_dim: int, message: str) -> None:
+    """What no kernel is there for, by name, value and what is accepted."""
+    q, k = (torch.zeros(1, 2, 1, head_dim, dtype=dtype, device=DEVICE) for dtype in dtypes)
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, k, scale=1.0)
