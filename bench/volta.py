@@ -9,8 +9,11 @@ TFLOP/s count attended query-key pairs: causal kernels are not credited for what
   bench/volta.py --peer                                 and xformers', fetched (213 MB) and simulated as well
   bench/volta.py --cubin FILE --kernel REGEX --macs M --warps W
 
-The last bounds the kernels of any cubin by their busiest pipe: M multiply-adds a block does for one K/V tile
-(2 block_q block_k head_dim), W warps a block has.
+Decode is judged by the bytes it moves, counted in the emulator, and by the rate at which the simulator's
+memory delivers them. Where a GPU is present, the kernels' PTX is timed on it as well: that is not a V100.
+
+The last command bounds the kernels of any cubin by their busiest pipe: M multiply-adds a block does for one
+K/V tile (2 block_q block_k head_dim), W warps a block has.
 """
 
 from __future__ import annotations
@@ -18,18 +21,30 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cuda_volta.sass import listing, pipes
 from cuda_volta.sass.simulate.calibration import CALIBRATED
-from lib import env, volta_peer
+from lib import env, volta_decode, volta_gpu, volta_peer
 from lib.args import names, sweep
 from lib.records import Record, write
 from lib.table import Column, Table
 from lib.volta_cases import CASES
 from lib.volta_model import Figures, Static, figures, spread, static, work
 
+DECODE = Table(
+    [
+        Column("D", 3, "d"), Column("bytes moved / KV", 16, ".4f"), Column("splits", 6, "d"),
+        Column("GB/s", 9), Column("reachable", 9, ".0f"),
+    ]
+)  # fmt: skip
+GPU = Table(
+    [
+        Column("case", 6), Column("D", 3, "d"), Column("ours ms", 8, ".3f"), Column("SDPA ms", 8, ".3f"),
+        Column("difference", 10, ".1e"),
+    ]
+)  # fmt: skip
 TENSOR_LIMIT = 1000 * 2 / pipes.MACS_PER_STEP  # cycles of a sub-core for 1000 multiply-adds
 PEAK = 125.0  # TFLOP/s at 1.53 GHz
 TABLE = Table(
@@ -144,6 +159,45 @@ def records(
     return found
 
 
+def decode_rows(head_dims: Sequence[int], shared: Mapping[str, Any]) -> list[Record]:
+    """Prints what decode moves and how fast, and returns its records."""
+    print(f"\ndecode, {volta_decode.KEYS} keys\n{DECODE.header()}")
+    found = []
+    for head_dim in head_dims:
+        d = volta_decode.measure(head_dim)
+        rates = f"{min(d.gigabytes_per_s):.0f}-{max(d.gigabytes_per_s):.0f}"
+        print(DECODE.row(head_dim, d.moved_ratio, d.splits, rates, d.reachable), flush=True)
+        base = {"bench": "volta", "case": f"decode D={head_dim}", "env": shared["env"], "spread": 0.0}
+        emulated, modelled = base | {"claim": "emulated"}, base | {"claim": "modelled"}
+        bound = ("memory", d.reachable)
+        found.append(
+            Record.of(emulated, "bytes moved / KV bytes", "1", d.moved_ratio, bound=("KV bytes", 1.0))
+        )
+        found.append(Record.of(modelled, "KV bytes", "GB/s", min(d.gigabytes_per_s), bound=bound))
+    return found
+
+
+def gpu_rows(head_dims: Sequence[int], shared: Mapping[str, Any]) -> list[Record]:
+    """Where there is a GPU, times the kernels' PTX on it; nothing where there is none."""
+    gpu = volta_gpu.name()
+    if gpu is None:
+        return []
+    print(f"\nprefill's PTX on {gpu}, {volta_gpu.SEQLEN} tokens: not a V100's speed\n{GPU.header()}")
+    found = []
+    for head_dim in head_dims:
+        for causal in (False, True):
+            t = volta_gpu.compare(head_dim, causal)
+            case = "causal" if causal else "plain"
+            print(GPU.row(case, head_dim, t.ours, t.sdpa, t.error), flush=True)
+            base = {
+                "bench": "volta", "case": f"{case} D={head_dim} as PTX on {gpu}, not a V100", "spread": 0.0,
+                "claim": "measured", "env": shared["env"],
+            }  # fmt: skip
+            against = ("torch SDPA", t.sdpa, t.sdpa / t.ours)
+            found.append(Record.of(base, "time", "ms", t.ours, against))
+    return found
+
+
 def main() -> None:
     """Entry point."""
     p = parser()
@@ -165,6 +219,7 @@ def main() -> None:
             ours = figures(case, head_dim)
             print(row(case.name, head_dim, *ours, None), flush=True)
             written += records(case.name, head_dim, ours, peers.get(head_dim), shared)
+    written += decode_rows(a.head_dim, shared) + gpu_rows(a.head_dim, shared)
     if a.json:
         write(a.json, written)
 

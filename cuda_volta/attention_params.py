@@ -23,7 +23,8 @@ _STRIDES = (
 )  # fmt: skip
 _INTS = (
     "batch", "heads", "kv_heads", "head_dim", "v_head_dim", "q_rows", "max_seqlen_q", "k_rows", "k_batches",
-    "max_pages", "page_rows", "page_magic", "page_shift", "alibi_batch", "mask_kind", "left", "right", "splits", "partial_width",
+    "max_pages", "page_rows", "page_magic", "page_shift", "alibi_batch", "mask_kind", "left", "right",
+    "splits", "partial_width",
 )  # fmt: skip
 _FAR = 1 << 29  # FAR of attention.cuh
 _MASK_KINDS = {torch.bool: 1, torch.float16: 2, torch.float32: 3}
@@ -177,7 +178,7 @@ def _without_pointers(c: AttentionCall, out: Tensor, lse: Tensor) -> AttentionPa
 
 
 def _page_rows(c: AttentionCall) -> int:
-    """Rows from the start of a page to the next, 0 if k and v differ or the pages lie off their grid of rows."""
+    """Rows from the start of a page to the next; 0 if k and v differ, or if that is no whole number."""
     (k_page, k_row), (v_page, v_row) = c.k.stride()[:2], c.v.stride()[:2]
     if not k_row or not v_row or k_page % k_row or k_page * v_row != v_page * k_row:
         return 0

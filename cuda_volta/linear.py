@@ -26,11 +26,11 @@ ROWS = 16  # of x in a block
 COLUMNS = 64  # of the result in a block
 SMS = 80  # of a V100, which the emulator stands for
 _TILE = 1 << 24  # weights that are dequantized at a time
-# x's operands of 4 steps, and the scales of up to 17 groups: kernels/linear.cu.
+# x's operands and sums of 4 steps, and the scales of up to 17 groups: kernels/linear.cu.
 LINEAR = {
     bits: Variant(
         "linear", "linear.cu", "linear", (("BITS", bits),), threads=256, min_blocks=2,
-        shared_bytes=4 * 2 * (16 // bits) * 512 + 17 * (64 + 4) * 8,
+        shared_bytes=4 * 2 * (16 // bits) * 512 + 4 * 2 * 256 + 17 * (64 + 4) * 8,
     )
     for bits in (4, 8)
 }  # fmt: skip

@@ -26,7 +26,7 @@ class Tiling(NamedTuple):
 #: Chosen by both models of the machine code (bench/volta.py): no spills, and a main loop that the instruction
 #: cache holds.
 TILINGS = {
-    32: Tiling(4, 1, 1),
+    32: Tiling(4, 1, 0),
     64: Tiling(4, 2, 1),
     96: Tiling(4, 2, 2),
     128: Tiling(0, 2, 2),
@@ -35,9 +35,10 @@ TILINGS = {
     256: Tiling(0, 2, 1),
 }
 HEAD_DIMS = tuple(TILINGS)
-#: What variants know beside bounds and lengths. SOFTCAP and ALIBI know pages too; ANYTHING all of it, masks and any
-#: layout, more slowly.
+#: What variants know beside bounds and lengths. SOFTCAP and ALIBI know pages too; ANYTHING knows all of it,
+#: masks and any layout, and is slower.
 FEATURES = PLAIN, SOFTCAP, ALIBI, ANYTHING = tuple(range(4))
+_ROW_STRIDE_LIMIT = 1 << 31  # elements: the other variants count a row's bytes in 32 bits
 
 
 def _variant(head_dim: int, features: int) -> Variant:
@@ -106,6 +107,7 @@ def choose(call: AttentionCall, page_rows: int) -> Variant:
     head_dim, v_head_dim = call.q.shape[-1], call.v.shape[-1]
     width = next(d for d in HEAD_DIMS if d >= max(head_dim, v_head_dim))
     irregular = not aligned(call) or v_head_dim > head_dim or (call.block_table is not None and not page_rows)
+    irregular |= max(call.k.stride(-3), call.v.stride(-3)) >= _ROW_STRIDE_LIMIT
     both = bool(call.softcap) and call.alibi_slopes is not None
     if irregular or both or call.attn_mask is not None:
         return PREFILL[width, ANYTHING]

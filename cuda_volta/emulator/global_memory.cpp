@@ -5,10 +5,11 @@
 namespace volta::emulator {
 
 GlobalMemory::GlobalMemory(const Region* readable, u32 readable_count, const Region* writable,
-                           u32 writable_count, u32 blocks)
+                           u32 writable_count, u32 blocks, bool blocks_may_collide)
     : readable_(readable, readable + readable_count),
       writable_(writable_count),
-      fences_(new std::atomic<u32>[blocks]()) {
+      fences_(new std::atomic<u32>[blocks]()),
+      blocks_may_collide_(blocks_may_collide) {
     for (u32 i = 0; i < writable_count; i++) {
         writable_[i].region = writable[i];
         writable_[i].shadow.reset(writable[i].end - writable[i].begin + Shadow::CHUNK);
@@ -33,7 +34,7 @@ Collision GlobalMemory::access(u64 address, u32 width, bool store, Stamp now, bo
     now.fences = fences(now.block);
     const auto ordered = [&](const Stamp& earlier) {
         if (earlier.block == now.block) return now.follows(earlier);
-        if (earlier.block == 0) return true;
+        if (earlier.block == 0 || blocks_may_collide_) return true;
         return acquired && earlier.several != Stamp::BLOCKS && earlier.fences < fences(earlier.block);
     };
     // Chunks of the shadow are aligned as addresses are.

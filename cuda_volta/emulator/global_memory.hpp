@@ -24,7 +24,7 @@ struct Region {
 class GlobalMemory {
 public:
     GlobalMemory(const Region* readable, u32 readable_count, const Region* writable, u32 writable_count,
-                 u32 blocks);
+                 u32 blocks, bool blocks_may_collide);
 
     // The region of an address; empty when there is none. Loads may be anywhere, stores in writable tensors.
     Region region(u64 address, bool store) const;
@@ -46,6 +46,7 @@ private:
     std::vector<Region> readable_;
     std::vector<Tracked> writable_;
     std::unique_ptr<std::atomic<u32>[]> fences_;
+    bool blocks_may_collide_;
     std::mutex mutex_;
 };
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
     import torch
 
 MAX_WORKERS = 16
+
+_collisions_allowed = False
+
+
+@contextlib.contextmanager
+def blocks_may_collide() -> Iterator[None]:
+    """Lets blocks of a launch touch the same global memory without order while the context is open.
+
+    For tests of hostile indices, which can make any two sequences share their rows. Process-wide.
+    """
+    global _collisions_allowed  # noqa: PLW0603
+    before, _collisions_allowed = _collisions_allowed, True
+    try:
+        yield
+    finally:
+        _collisions_allowed = before
 
 
 class EmulationError(RuntimeError):
@@ -45,6 +62,7 @@ class LaunchArguments(ctypes.Structure):
         ("threads", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
         ("workers", ctypes.c_uint32),
+        ("blocks_may_collide", ctypes.c_uint32),
     ]
 
 
@@ -109,6 +127,7 @@ class EmulatedKernel:
             self.variant.threads,
             self.variant.shared_bytes,
             workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS),
+            _collisions_allowed,
         )
         with self._lock:
             if self._library.volta_launch(ctypes.byref(arguments)):

@@ -22,6 +22,7 @@ struct LaunchArguments {
     u32 threads;
     u32 shared_bytes;
     u32 workers;
+    u32 blocks_may_collide;
 };
 
 std::mutex launching;
@@ -62,7 +63,7 @@ VOLTA_EXPORT int volta_launch(const LaunchArguments* arguments) {
     const u32 blocks = launch.grid[0] * launch.grid[1] * launch.grid[2];
     try {
         GlobalMemory memory(arguments->readable, arguments->readable_count, arguments->writable,
-                            arguments->writable_count, blocks);
+                            arguments->writable_count, blocks, arguments->blocks_may_collide);
         launch.memory = &memory;
         run(launch, std::max(1u, std::min(arguments->workers, blocks)));
     } catch (const std::bad_alloc&) {

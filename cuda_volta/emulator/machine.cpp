@@ -1,38 +1,9 @@
 #include "machine.hpp"
 
-#include <cstdio>
 #include <cstring>
 #include <new>
 
-extern "C" void volta_invoke(const void* params);
-
 namespace volta::emulator {
-
-namespace {
-
-thread_local Machine* machine = nullptr;
-
-std::string hex(u64 value) {
-    char text[24];
-    std::snprintf(text, sizeof(text), "0x%llx", value);
-    return text;
-}
-
-std::string name(Meeting meeting) {
-    static const char* const names[] = {"barrier()", "warp_barrier()", "a shuffle",
-                                        "a vote",    "an mma",         "the end of the kernel"};
-    return names[static_cast<u32>(meeting)];
-}
-
-std::string place(Site site) {
-    if (!site.file) return "";
-    const char* base = std::strrchr(site.file, '/');
-    return " at " + std::string(base ? base + 1 : site.file) + ":" + std::to_string(site.line);
-}
-
-void thread_main();
-
-}  // namespace
 
 // ------------------------------------------------------------------------------------------------- blocks
 
@@ -68,14 +39,14 @@ void Machine::work(Launch& launch) {
         launch.failure = "the host has no memory for a block of " + std::to_string(launch.threads) + " threads";
         return;
     }
-    machine = this;
+    enter_machine(this);
     const u32 blocks = launch.grid[0] * launch.grid[1] * launch.grid[2];
     while (!launch.failed) {
         const u32 number = launch.next_block++;
         if (number >= blocks) break;
         run_block(number);
     }
-    machine = nullptr;
+    enter_machine(nullptr);
 }
 
 void Machine::run_block(u32 number) {
@@ -117,9 +88,8 @@ bool Machine::meet(Meeting meeting, Site site) {
         warp.meeting = meeting;
         warp.site = site;
     } else if (warp.meeting != meeting || warp.site.line != site.line || warp.site.file != site.file) {
-        describe("divergence", site,
-                 "this lane came to " + name(meeting) + place(site) + ", another one of its warp to " +
-                     name(warp.meeting) + place(warp.site) + "; all 32 must meet at the same operation");
+        describe_divergence("divergence", {meeting, site}, {warp.meeting, warp.site},
+                            "lane of the warp; all 32 must meet at the same operation");
         abandon();
     }
     if (++warp.arrived < 32) {
@@ -138,9 +108,8 @@ void Machine::meet_block(Meeting meeting, Site site) {
         block_meeting_ = meeting;
         block_site_ = site;
     } else if (block_meeting_ != meeting || block_site_.line != site.line || block_site_.file != site.file) {
-        describe("barrier divergence", site,
-                 "this warp came to " + name(meeting) + place(site) + ", another one of its block to " +
-                     name(block_meeting_) + place(block_site_) + "; all must meet at the same barrier");
+        describe_divergence("barrier divergence", {meeting, site}, {block_meeting_, block_site_},
+                            "warp of the block; all must meet at the same barrier");
         abandon();
     }
     if (++warps_arrived_ < warps_.size()) {
@@ -256,111 +225,11 @@ void Machine::global(const void* pointer, u32 width, Access access, Site site) {
     warp_->gatherer.add(warp_->running, site, access, address, width, counters_);
 }
 
-// ------------------------------------------------------------------------------------------------ failures
-
-void Machine::describe_global(u64 address, u32 width, bool stores, const Region& region, Site site) {
-    const std::string what = (stores ? "stores " : "loads ") + std::to_string(width) + " bytes at global " + hex(address);
-    const u64 size = region.end - region.begin;
-    if (address % width)
-        describe("misaligned access", site, what);
-    else if (size == 0)
-        describe("global memory out of bounds", site, what + ", which is in no tensor that the launch may touch so");
-    else
-        describe("global memory out of bounds", site,
-                 what + ", which runs over the end of " + std::to_string(size) + " bytes at " + hex(region.begin));
-}
-
-void Machine::describe_race(u64 address, u32 width, bool stores, const Collision& collision, Site site) {
-    const std::string what = (stores ? "stores " : "loads ") + std::to_string(width) + " bytes at global " + hex(address);
-    const bool elsewhere = collision.other.block != lane().now.block;
-    const std::string other = "thread " + std::to_string(collision.other.thread) + " of " +
-                              (elsewhere ? "block " + std::to_string(collision.other.block - 1) : "its block");
-    describe("race", site,
-             what + ", which " + other + (collision.kind == Collision::STORE ? " stored" : " loaded") +
-                 (elsewhere ? " without a fence and an atomic in between" : " without a barrier in between"));
-}
-
-void Machine::describe_shared(SharedMemory::Finding finding, const char* verb, u32 address, u32 width, Site site) {
-    using Verdict = SharedMemory::Verdict;
-    const std::string what = std::string(verb) + " " + std::to_string(width) + " bytes at shared " + hex(address);
-    const std::string other = "thread " + std::to_string(finding.other);
-    switch (finding.verdict) {
-        case Verdict::FINE: break;
-        case Verdict::MISALIGNED: describe("misaligned access", site, what); break;
-        case Verdict::OUT_OF_BOUNDS:
-            describe("shared memory out of bounds", site,
-                     what + "; the block has [" + hex(SharedMemory::BASE) + ", " +
-                         hex(SharedMemory::BASE + launch_->shared_bytes) + ")");
-            break;
-        case Verdict::UNINITIALISED:
-            describe("uninitialised shared memory", site, what + ", which no thread of the block has stored");
-            break;
-        case Verdict::RACE_WITH_STORE:
-            describe("race", site, what + ", which " + other + " stored without a barrier in between");
-            break;
-        case Verdict::RACE_WITH_LOAD:
-            describe("race", site, what + ", which " + other + " loaded without a barrier in between");
-            break;
-    }
-}
-
-// Ends the launch; the first failure is the one that is told.
-void Machine::describe(const char* check, Site site, const std::string& what) {
-    const std::lock_guard<std::mutex> guard(launch_->mutex);
-    if (launch_->failed.exchange(true)) return;
-    launch_->failure = std::string(check) + " in block (" + std::to_string(block_[0]) + ", " +
-                       std::to_string(block_[1]) + ", " + std::to_string(block_[2]) + "), thread " +
-                       std::to_string(thread()) + place(site) + ": " + what;
-}
-
 // Leaves the block's fibers where they are, so no frame below may own anything: kernels never do, and the
 // machine's own functions describe the failure first.
 void Machine::abandon() {
     switch_fiber(lane().fiber, worker_);
     __builtin_unreachable();
 }
-
-// ------------------------------------------------------------------------- the machine, as kernels see it
-
-namespace {
-
-void thread_main() {
-    fiber_entered(machine->lane_fiber());
-    volta_invoke(machine->launch().params);
-    machine->exit_thread();
-    __builtin_unreachable();
-}
-
-}  // namespace
-
-u32 thread_index() { return machine->thread(); }
-u32 block_index(int axis) { return machine->block(axis); }
-u32 grid_size(int axis) { return machine->launch().grid[axis]; }
-const void* shared_load(u32 address, u32 bytes, Site site) { return machine->shared_load(address, bytes, site); }
-void shared_store(u32 address, const void* value, u32 bytes, Site site) {
-    machine->shared_store(address, value, bytes, site);
-}
-void global_load(const void* address, u32 bytes, Site site) {
-    machine->global(address, bytes, Access::GLOBAL_LOAD, site);
-}
-void global_store(void* address, u32 bytes, Site site) {
-    machine->global(address, bytes, Access::GLOBAL_STORE, site);
-}
-u32 global_atomic_add(u32* address, u32 value, Site site) {
-    machine->global(address, sizeof(u32), Access::ATOMIC, site);
-    return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
-}
-void memory_fence() {
-    machine->memory_fence();
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-}
-void block_barrier(Site site) { machine->block_barrier(site); }
-void warp_barrier(Site site) { machine->warp_barrier(site); }
-u32 exchange_xor(u32 value, u32 mask, Site site) {
-    return machine->exchange(value, machine->thread() ^ mask, site);
-}
-u32 exchange(u32 value, u32 lane, Site site) { return machine->exchange(value, lane, site); }
-bool vote_any(bool value, Site site) { return machine->vote_any(value, site); }
-void mma(float (&d)[8], Word2 a, Word2 b, bool b_is_row, Site site) { machine->mma(d, a, b, b_is_row, site); }
 
 }  // namespace volta::emulator

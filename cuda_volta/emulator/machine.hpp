@@ -65,6 +65,13 @@ struct Warp {
     Lane lanes[32];
 };
 
+class Machine;
+
+// Of this worker, for the kernels that it runs; primitives.cpp.
+void enter_machine(Machine* machine);
+// What every fiber runs: the kernel, then the end of the thread.
+void thread_main();
+
 class Machine {
 public:
     // Runs blocks of the launch until none is left or one failed.
@@ -96,7 +103,13 @@ private:
     void switch_lane(u32 from, u32 to);
     void enter_epoch();
     Lane& lane() { return warp_->lanes[warp_->running]; }
+
+    struct Wait {
+        Meeting meeting;
+        Site site;
+    };
     void describe(const char* check, Site site, const std::string& what);
+    void describe_divergence(const char* check, Wait mine, Wait other, const char* whose);
     void describe_shared(SharedMemory::Finding finding, const char* verb, u32 address, u32 width, Site site);
     void describe_global(u64 address, u32 width, bool stores, const Region& region, Site site);
     void describe_race(u64 address, u32 width, bool stores, const Collision& collision, Site site);

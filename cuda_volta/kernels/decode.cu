@@ -4,7 +4,7 @@
 // tiles of BLOCK_K keys on its own: no barrier, and no shared memory but Q's, until the 8 warps merge. A
 // quadpair (lanes 4q..4q+3 and 16+4q..19+4q) owns
 //   of K  the same 8 keys as the others and 8 of every 32 elements: 64 contiguous bytes of a key per load,
-//         and the four partial scores are added across quadpairs;
+//         and the four partial scores are added across quadpairs, each of which keeps its part of the tile;
 //   of V  16 of every 64 columns: 128 contiguous bytes of a row per load, and the output needs no addition.
 // Both operands are 16 bytes a lane as they come from memory (PTX ISA, fragments of mma.m8n8k4): K is the
 // column operand, two steps of 4 elements; V the row operand, two tiles of 8 columns, which are
@@ -49,8 +49,8 @@ VOLTA_DEVICE void store_queries(const AttentionParams& p, const Block& k, u32 ba
     }
 }
 
-// Where a tile's keys and values begin, from those of the KV head: each lane knows one key's, and asks another
-// lane for those of the key that it loads. Aligned rows are counted in 16 bytes: 32 bits reach 64 GB.
+// Where a tile's keys and values begin, from those of the KV head: each lane knows one key's, and asks
+// another lane for those of the key that it loads. Aligned rows are counted in 16 bytes: 32 bits reach 64 GB.
 #if VECTOR
 using Offset = u32;
 constexpr i64 OFFSET_UNIT = 8;
@@ -76,7 +76,8 @@ VOLTA_DEVICE Offsets find_offsets(const AttentionParams& p, const Block& k, i32 
 struct KeyTile {
     Word4 w[GROUPS][K_CHUNKS];
 };
-VOLTA_DEVICE void load_keys(KeyTile& keys, const AttentionParams& p, const u16* head, Offset known, i32 tile, i32 end) {
+VOLTA_DEVICE void load_keys(KeyTile& keys, const AttentionParams& p, const u16* head, Offset known, i32 tile,
+                            i32 end) {
     const u32 lane = lane_index();
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
@@ -94,8 +95,8 @@ VOLTA_DEVICE void load_keys(KeyTile& keys, const AttentionParams& p, const u16* 
 struct ValueTile {
     Word4 w[GROUPS][2][V_CHUNKS];  // 4 keys each
 };
-VOLTA_DEVICE void load_values(ValueTile& values, const AttentionParams& p, const u16* head, Offset known, i32 tile,
-                              i32 end) {
+VOLTA_DEVICE void load_values(ValueTile& values, const AttentionParams& p, const u16* head, Offset known,
+                              i32 tile, i32 end) {
     const u32 lane = lane_index();
     const i32 first = static_cast<i32>(quadpair(lane) * 16 + (lane >> 4) * 8);
 #pragma unroll
@@ -177,7 +178,8 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
         const bool masked = round_key < common.first || round_key + BLOCK_K * 8 - 1 > common.last;
         const i32 tile = round_key + static_cast<i32>(warp_index()) * BLOCK_K;
         const i32 next = tile + MERGE_WARPS * BLOCK_K;
-        const Offsets known = find_offsets(p, k, next, end);
+        Offsets known;
+        if (EARLY_KEYS) known = find_offsets(p, k, next, end);
 
         float s[2][GROUPS][8] = {};
 #pragma unroll
@@ -200,10 +202,11 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
         for (int m = 0; m < 2; ++m) {
             if (m == 1 && !second) continue;
             float rescale[2];
-            scale_scores(s[m], scale);
-            if (biased) add_biases(s[m], biases, m);
-            if (masked) hide_keys(s[m], bands, m, tile);
-            online_softmax(s[m], rows[m], rescale);
+            float own[8];
+            own_scores(own, s[m], scale);
+            if (biased) add_biases<GROUPS>(own, biases, m);
+            if (masked) hide_keys<GROUPS>(own, bands, m, tile);
+            online_softmax<GROUPS>(own, rows[m], rescale);
             if (any_lane(rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
                 for (int c = 0; c < V_CHUNKS; ++c) {
@@ -214,22 +217,26 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
                     }
                 }
             }
+            Word2 kept[2];
+            row_operands(kept, own);
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g) {
-                Word2 a[2];
-                row_operands(a, s[m][g]);
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
+                    const Word2 a = operand_of<GROUPS>(kept[j], g);
 #pragma unroll
                     for (int c = 0; c < V_CHUNKS; ++c) {
                         const Word4 v = values.w[g][j][c];
-                        mma_rr(o[m][c][0], a[j], {v.x, v.y});
-                        mma_rr(o[m][c][1], a[j], {v.z, v.w});
+                        mma_rr(o[m][c][0], a, {v.x, v.y});
+                        mma_rr(o[m][c][1], a, {v.z, v.w});
                     }
                 }
             }
         }
-        if (!EARLY_KEYS) load_keys(keys, p, k_head, known.k, next, end);
+        if (!EARLY_KEYS) {
+            known = find_offsets(p, k, next, end);
+            load_keys(keys, p, k_head, known.k, next, end);
+        }
         load_values(values, p, v_head, known.v, next, end);
     }
 
@@ -239,7 +246,7 @@ VOLTA_KERNEL(decode, 256, 1)(AttentionParams p) {
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float sum = row_sum(rows[m][r].sum);
+            const float sum = whole_row_sum<GROUPS>(rows[m][r].sum);
             const u32 row = warp_index() * 16 + m * 8 + accumulator_row(lane, r);
             if ((lane & 14) == 0) sts64(merging + row * 8, {float_bits(rows[m][r].max), float_bits(sum)});
         }

@@ -48,12 +48,18 @@ VOLTA_DEVICE ScoreScale score_scale(const AttentionParams& p, i32 kv_head) {
     return {scale, p.softcap, rcp_approx(p.softcap)};
 }
 
+// The tile of scores that a lane's quadpair keeps, of GROUPS tiles of 8 keys.
+template <int GROUPS>
+VOLTA_DEVICE u32 own_group() {
+    return quadpair(lane_index()) * GROUPS / 4;
+}
+
 // ALiBi and attn_mask reach a tile's scores through shared memory: a warp computes them key by key, in a loop
 // that stays small, and reads masks in the order in which they are stored. Rows of 8 or 16 keys are dense,
-// those of 32 keys 16 banks apart: neither the stores (whole rows) nor the loads (pairs of two neighbouring
-// rows) meet a bank twice.
+// those of 32 keys 4 banks apart: neither the stores (whole rows) nor the loads (pairs of columns of two
+// neighbouring rows, of each quadpair's own keys) meet a bank twice.
 template <int BLOCK>
-constexpr u32 BIAS_PITCH = BLOCK == 32 ? 48 : BLOCK;
+constexpr u32 BIAS_PITCH = BLOCK == 32 ? 36 : BLOCK;
 
 template <int BLOCK>
 VOLTA_DEVICE void store_biases(const AttentionParams& p, const Block& k, u32 biases, i32 tile) {
@@ -78,90 +84,105 @@ VOLTA_DEVICE void store_biases(const AttentionParams& p, const Block& k, u32 bia
 }
 
 template <int GROUPS>
-VOLTA_DEVICE void add_biases(float (&s)[GROUPS][8], u32 biases, int m) {
+VOLTA_DEVICE void add_biases(float (&s)[8], u32 biases, int m) {
     const u32 lane = lane_index();
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-#pragma unroll
-        for (int i = 0; i < 8; i += 2) {
-            const u32 row = m * 8 + accumulator_row(lane, i >> 1 & 1);
-            const u32 column = g * 8 + accumulator_column(lane, i);
-            const Word2 bias = lds64(biases + (row * BIAS_PITCH<GROUPS * 8> + column) * 4);
-            s[g][i] += bits_float(bias.x);
-            s[g][i + 1] += bits_float(bias.y);
-        }
+    for (int i = 0; i < 8; i += 2) {
+        const u32 row = m * 8 + accumulator_row(lane, i >> 1 & 1);
+        const u32 column = own_group<GROUPS>() * 8 + accumulator_column(lane, i);
+        const Word2 bias = lds64(biases + (row * BIAS_PITCH<GROUPS * 8> + column) * 4);
+        s[i] += bits_float(bias.x);
+        s[i + 1] += bits_float(bias.y);
     }
 }
 
-// The quadpairs' partial products of 8 rows and 8 GROUPS keys become scores, base 2.
+// Adds two lanes' partial sums of two tiles: the lane with the bit `mask` keeps the second tile.
+VOLTA_DEVICE float add_and_keep(float first, float second, u32 mask) {
+    const bool keeps_second = lane_index() & mask;
+    return (keeps_second ? second : first) + shuffle_xor(keeps_second ? first : second, mask);
+}
+
+// The quadpairs' partial products of 8 rows and GROUPS tiles of 8 keys become scores, base 2, of one tile
+// each: those of `own_group`.
 template <int GROUPS>
-VOLTA_DEVICE void scale_scores(float (&s)[GROUPS][8], const ScoreScale& scale) {
+VOLTA_DEVICE void own_scores(float (&own)[8], const float (&s)[GROUPS][8], const ScoreScale& scale) {
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            s[g][i] += shuffle_xor(s[g][i], 4);
-            s[g][i] += shuffle_xor(s[g][i], 8);
-            s[g][i] *= scale.factor;
+    for (int i = 0; i < 8; ++i) {
+        float x;
+        if constexpr (GROUPS == 4) {
+            x = add_and_keep(add_and_keep(s[0][i], s[2][i], 8), add_and_keep(s[1][i], s[3][i], 8), 4);
+        } else if constexpr (GROUPS == 2) {
+            x = add_and_keep(s[0][i], s[1][i], 8);
+            x += shuffle_xor(x, 4);
+        } else {
+            x = s[0][i] + shuffle_xor(s[0][i], 8);
+            x += shuffle_xor(x, 4);
         }
+        own[i] = x * scale.factor;
     }
     if (scale.cap == 0.0f) return;
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) s[g][i] = soft_cap(s[g][i], scale.cap, scale.inverse_cap) * LOG2_E;
-    }
+    for (int i = 0; i < 8; ++i) own[i] = soft_cap(own[i], scale.cap, scale.inverse_cap) * LOG2_E;
 }
 
 // Scores of rows 8 m.. and keys tile.. that a row does not see become -inf.
 template <int GROUPS>
-VOLTA_DEVICE void hide_keys(float (&s)[GROUPS][8], u32 bands, int m, i32 tile) {
+VOLTA_DEVICE void hide_keys(float (&s)[8], u32 bands, int m, i32 tile) {
     const u32 lane = lane_index();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const Band band = load_band(bands, m * 8 + accumulator_row(lane, r));
 #pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                if ((i >> 1 & 1) != r) continue;
-                const i32 j = tile + g * 8 + static_cast<i32>(accumulator_column(lane, i));
-                if (j < band.first || j > band.last) s[g][i] = -infinity();
-            }
+        for (int i = 0; i < 8; ++i) {
+            if ((i >> 1 & 1) != r) continue;
+            const i32 j = tile + static_cast<i32>(own_group<GROUPS>() * 8 + accumulator_column(lane, i));
+            if (j < band.first || j > band.last) s[i] = -infinity();
         }
     }
 }
 
-// Scores become probabilities relative to each row's maximum so far; `rescale` brings what was summed before
-// to that maximum.
+// A row over all lanes that hold keys of it.
 template <int GROUPS>
-VOLTA_DEVICE void online_softmax(float (&s)[GROUPS][8], LaneRow (&rows)[2], float (&rescale)[2]) {
+VOLTA_DEVICE float whole_row_sum(float x) {
+    x = row_sum(x);
+    if (GROUPS > 1) x += shuffle_xor(x, 8);
+    if (GROUPS > 2) x += shuffle_xor(x, 4);
+    return x;
+}
+template <int GROUPS>
+VOLTA_DEVICE float whole_row_max(float x) {
+    x = fmaxf(x, shuffle_xor(x, 2));
+    if (GROUPS > 1) x = fmaxf(x, shuffle_xor(x, 8));
+    if (GROUPS > 2) x = fmaxf(x, shuffle_xor(x, 4));
+    return x;
+}
+
+// Scores become probabilities relative to each row's maximum so far; `rescale` brings what was summed before
+// to that maximum. Sums are a lane's own until the end.
+template <int GROUPS>
+VOLTA_DEVICE void online_softmax(float (&s)[8], LaneRow (&rows)[2], float (&rescale)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float top = rows[r].max;
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                if ((i >> 1 & 1) == r) top = fmaxf(top, s[g][i]);
-            }
-        }
-        top = row_max(top);
+        const float here = fmaxf(fmaxf(s[2 * r], s[2 * r + 1]), fmaxf(s[2 * r + 4], s[2 * r + 5]));
+        const float top = whole_row_max<GROUPS>(fmaxf(rows[r].max, here));
         const float base = top == -infinity() ? 0.0f : top;
         rescale[r] = exp2_approx(rows[r].max - base);
         rows[r].max = top;
-        float sum = 0.0f;
+        rows[r].sum *= rescale[r];
 #pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                if ((i >> 1 & 1) != r) continue;
-                s[g][i] = exp2_approx(s[g][i] - base);
-                sum += s[g][i];
-            }
+        for (int i = 2 * r; i < 8; i += i & 1 ? 3 : 1) {
+            s[i] = exp2_approx(s[i] - base);
+            rows[r].sum += s[i];
         }
-        rows[r].sum = rows[r].sum * rescale[r] + sum;
     }
+}
+
+// The row operands of tile g, from the quadpair that keeps it.
+template <int GROUPS>
+VOLTA_DEVICE Word2 operand_of(Word2 own, int g) {
+    if (GROUPS == 1) return own;
+    const u32 lane = (lane_index() & 19) + static_cast<u32>(g) * (16 / GROUPS);
+    return {shuffle(own.x, lane), shuffle(own.y, lane)};
 }
 
 }  // namespace volta

@@ -3,11 +3,14 @@
 // A warp has 8 rows of W, the column operand of m8n8k4; x is the row operand. Quadpair q takes every fourth
 // 16 bytes of codes, so that a load covers 64 contiguous bytes of each row, and its own sums over them; the
 // quadpairs' sums meet at the end. Integers become halves by the exponent trick (Kim et al., "Who Says
-// Elephants Can't Run", 2022): OR-ing q into the mantissa of 1024 gives 1024 + q. The nibbles that share a
-// word of the result are columns 0, 2 and 1, 3 of four, so x waits in shared memory in that order.
+// Elephants Can't Run", 2022): OR-ing q into the mantissa of 1024 gives 1024 + q. Nothing is subtracted or
+// scaled there: the 16 bytes share a group, and with z = 1024 (1152 for signed codes)
+//     sum x (scale q + min) = scale sum x (q + z) + (min - z scale) sum x,
+// in float32, once for every 16 bytes. The nibbles that share a word of the result are columns 0, 2 and 1, 3
+// of four, so x waits in shared memory in that order.
 //
-// A block has 64 rows of W. It walks over panels of PANEL steps of columns: x's operands and the panel's
-// scales go to shared memory, while every warp keeps a panel of its codes in flight.
+// A block has 64 rows of W. It walks over panels of PANEL steps of columns: x's operands and sums and the
+// panel's scales go to shared memory, while every warp keeps a panel of its codes in flight.
 #include "bias.cuh"
 #include "quadpair.cuh"
 #include "weight.cuh"
@@ -35,6 +38,8 @@ constexpr i32 OPERANDS = QUAD_COLUMNS / 8;  // 128-bit words of x a lane needs f
 // same rows meet no bank twice.
 constexpr u32 GROUP_PITCH = (64 + 4) * 8;
 constexpr u32 X_BYTES = PANEL * 2 * OPERANDS * 512;
+constexpr u32 SUM_BYTES = PANEL * 2 * 2 * 128;  // halves of x's sums over each quadpair's columns
+constexpr float ZERO_CODE = BITS == 4 ? 1024.0f : 1152.0f;  // what the exponent trick adds
 
 // Columns c..c+7 of a row of x, those behind the last 0. Loads of a permuted row do not wait for one another.
 VOLTA_DEVICE Word4 load_x(const LinearParams& p, i32 row, i32 c) {
@@ -56,9 +61,16 @@ VOLTA_DEVICE Word4 load_x(const LinearParams& p, i32 row, i32 c) {
     return {h[0] | h[1] << 16, h[2] | h[3] << 16, h[4] | h[5] << 16, h[6] | h[7] << 16};
 }
 
-// x of a panel as row operands, 8 rows each, in the order in which lanes read them: free of conflicts.
+VOLTA_DEVICE float sum_halves(Word4 w) {
+    return low_half(w.x) + high_half(w.x) + low_half(w.y) + high_half(w.y) + low_half(w.z) + high_half(w.z) +
+           low_half(w.w) + high_half(w.w);
+}
+
+// x of a panel as row operands, 8 rows each, in the order in which lanes read them: free of conflicts. Behind
+// them its sums over the columns of each quadpair, in two parts; rows r and r + 2 are neighbours.
 VOLTA_DEVICE void store_x(const LinearParams& p, u32 base, i32 first_row, i32 operands, i32 panel) {
     const u32 lane = lane_index();
+    const u32 neighbour = (lane & 28) + (lane & 1) * 2 + (lane >> 1 & 1);
     for (u32 unit = warp_index(); unit < static_cast<u32>(PANEL * 2 * operands); unit += 8) {
         const u32 part = unit % 2;
         const u32 m = unit / 2 % operands;
@@ -68,8 +80,10 @@ VOLTA_DEVICE void store_x(const LinearParams& p, u32 base, i32 first_row, i32 op
             panel * COLUMNS + static_cast<i32>(step) * STEP + static_cast<i32>(quadpair(lane)) * QUAD_COLUMNS;
         const u32 to = base + (step * 2 + m) * OPERANDS * 512 + lane * 16;
         const Word4 low = load_x(p, row, quad + static_cast<i32>(part) * 8);
+        float sum = sum_halves(low);
 #if BITS == 4
         const Word4 high = load_x(p, row, quad + 16 + static_cast<i32>(part) * 8);
+        sum += sum_halves(high);
         sts128(to + part * 1024,
                {byte_permute(low.x, low.y, 0x5410), byte_permute(low.x, low.y, 0x7632),
                 byte_permute(high.x, high.y, 0x5410), byte_permute(high.x, high.y, 0x7632)});
@@ -79,17 +93,17 @@ VOLTA_DEVICE void store_x(const LinearParams& p, u32 base, i32 first_row, i32 op
 #else
         sts128(to + part * 512, low);
 #endif
+        sts32(base + X_BYTES + ((step * 2 + m) * 2 + part) * 128 + neighbour * 4, float_bits(sum));
     }
 }
 
-// Scales and minima of a panel, as two halves and what those leave of a float.
+// Scales of a panel, and minima less what the exponent trick adds.
 VOLTA_DEVICE void store_grids(const WeightParams& w, u32 base, i32 first_row, i32 first_group, i32 groups) {
     for (i32 i = static_cast<i32>(thread_index()); i < groups * 64; i += 256) {
         const i32 row = first_row + i % 64;
         const Grid grid = group_grid(w, row < w.out ? row : w.out - 1, first_group + i / 64);
-        const u32 rough = pack_half2(grid.scale, grid.min);
-        const u32 rest = pack_half2(grid.scale - low_half(rough), grid.min - high_half(rough));
-        sts64(base + i / 64 * GROUP_PITCH + i % 64 * 8, {rough, rest});
+        sts64(base + i / 64 * GROUP_PITCH + i % 64 * 8,
+              {float_bits(grid.scale), float_bits(grid.min - ZERO_CODE * grid.scale)});
     }
 }
 
@@ -105,38 +119,34 @@ VOLTA_DEVICE i32 groups_before(i32 x, float inverse_group_size) {
     return static_cast<i32>((static_cast<float>(x) + 0.5f) * inverse_group_size);
 }
 
-// w = scale q + min of two values, rounded once; with floats, once more for what the halves left.
-struct Dequantizer {
-    u32 scale, min, scale_rest, min_rest;
-    bool has_rest;
-};
-VOLTA_DEVICE Dequantizer dequantizer(Word2 grid, bool has_rest) {
-    return {byte_permute(grid.x, grid.x, 0x1010), byte_permute(grid.x, grid.x, 0x3232),
-            byte_permute(grid.y, grid.y, 0x1010), byte_permute(grid.y, grid.y, 0x3232), has_rest};
-}
-VOLTA_DEVICE u32 dequantize(const Dequantizer& d, u32 q) {
-    const u32 rough = half2_fma(q, d.scale, d.min);
-    return d.has_rest ? half2_add(rough, half2_fma(q, d.scale_rest, d.min_rest)) : rough;
-}
-
-// A word of codes as two column operands.
-VOLTA_DEVICE void column_operands(Word2 (&b)[2], u32 codes, const Dequantizer& d) {
+// A word of codes as column operands, two of nibbles or one of bytes, each value ZERO_CODE too large.
+VOLTA_DEVICE void column_operands(Word2 (&b)[2], u32 codes) {
 #if BITS == 4
     constexpr u32 MASKED_OR = 0xea;  // a & b | c
-    const u32 odd = codes >> 8;
-    const u32 low_even = half2_sub(lop3<MASKED_OR>(codes, 0x000f000f, 0x64006400), 0x64006400);
-    const u32 low_odd = half2_sub(lop3<MASKED_OR>(odd, 0x000f000f, 0x64006400), 0x64006400);
-    // (1024 + 16 q) / 16 - 64
-    const u32 high_even = half2_fma(lop3<MASKED_OR>(codes, 0x00f000f0, 0x64006400), 0x2c002c00, 0xd400d400);
-    const u32 high_odd = half2_fma(lop3<MASKED_OR>(odd, 0x00f000f0, 0x64006400), 0x2c002c00, 0xd400d400);
-    b[0] = {dequantize(d, low_even), dequantize(d, low_odd)};
-    b[1] = {dequantize(d, high_even), dequantize(d, high_odd)};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        b[i] = {lop3<MASKED_OR>(codes >> (4 * i), 0x000f000f, 0x64006400),
+                lop3<MASKED_OR>(codes >> (4 * i + 8), 0x000f000f, 0x64006400)};
+    }
 #else
-    const u32 shifted = codes ^ 0x80808080;  // q + 128; 1024 + that minus 1152
-    b[0] = {dequantize(d, half2_sub(byte_permute(shifted, 0x64646464, 0x4140), 0x64806480)),
-            dequantize(d, half2_sub(byte_permute(shifted, 0x64646464, 0x4342), 0x64806480))};
-    b[1] = b[0];
+    const u32 shifted = codes ^ 0x80808080;  // q + 128
+    b[0] = b[1] = {byte_permute(shifted, 0x64646464, 0x4140), byte_permute(shifted, 0x64646464, 0x4342)};
 #endif
+}
+
+// Adds a step's products of 8 rows of x, scaled, to the sums: columns n, n + 1, n + 4, n + 5 of a lane.
+VOLTA_DEVICE void add_scaled(float (&sums)[8], const float (&products)[8], const Word4 (&grids)[2], u32 x_sums) {
+    const Word2 first = lds64(x_sums);
+    const Word2 second = lds64(x_sums + 128);
+    const float x[2] = {bits_float(first.x) + bits_float(second.x), bits_float(first.y) + bits_float(second.y)};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const Word4 g = grids[i >> 2];
+        const float scale = bits_float(i & 1 ? g.z : g.x);
+        const float min = bits_float(i & 1 ? g.w : g.y);
+        sums[i] += scale * products[i];
+        sums[i] += min * x[i >> 1 & 1];
+    }
 }
 
 }  // namespace volta
@@ -153,7 +163,10 @@ VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
     const i32 my_n = static_cast<i32>(warp_index() * 8 + operand_row(lane));
     const i32 codes_n = first_n + my_n < p.w.out ? first_n + my_n : p.w.out - 1;
     const u8* const codes_row = p.w.codes + codes_n * p.w.codes_row;
-    const u32 grids = shared_base() + X_BYTES;
+    const u32 grids = shared_base() + X_BYTES + SUM_BYTES;
+    // A lane's sums of x in a step, and its entries of a group: see add_scaled.
+    const u32 my_x_sums = shared_base() + X_BYTES + ((lane & 28) + (lane & 1) * 2) * 4;
+    const u32 my_grids = grids + (warp_index() * 8 + (lane & 2)) * 8;
 
     const i32 panels = (p.w.in + COLUMNS - 1) / COLUMNS;
     const i32 share = (panels + p.splits - 1) / p.splits;
@@ -181,27 +194,33 @@ VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
         for (int t = 0; t < PANEL; ++t) {
             const i32 c = first + t * STEP + my_quad;
             const i32 group = groups_before((c < p.w.in ? c : last) - first + inside, inverse);
-            const Dequantizer d =
-                dequantizer(lds64(grids + group * GROUP_PITCH + my_n * 8), p.w.scale_is_float);
+            const u32 grid = my_grids + static_cast<u32>(group) * GROUP_PITCH;
+            const Word4 scaling[2] = {lds128(grid), lds128(grid + 32)};
             const u32 words[4] = {codes[t].x, codes[t].y, codes[t].z, codes[t].w};
             codes[t] = load_codes(p.w, codes_row, panel + 1 < end ? c + COLUMNS : p.w.in);
+            float products[2][8] = {};
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 Word2 b[2];
-                column_operands(b, words[j], d);
+                column_operands(b, words[j]);
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     if (m == operands) continue;
                     const u32 at = shared_base() + (t * 2 + m) * OPERANDS * 512 + lane * 16;
 #if BITS == 4
                     const Word4 x = lds128(at + j * 512);
-                    mma_rc(sums[m], {x.x, x.y}, b[0]);
-                    mma_rc(sums[m], {x.z, x.w}, b[1]);
+                    mma_rc(products[m], {x.x, x.y}, b[0]);
+                    mma_rc(products[m], {x.z, x.w}, b[1]);
 #else
                     const Word4 x = lds128(at + j / 2 * 512);
-                    mma_rc(sums[m], j % 2 ? Word2{x.z, x.w} : Word2{x.x, x.y}, b[0]);
+                    mma_rc(products[m], j % 2 ? Word2{x.z, x.w} : Word2{x.x, x.y}, b[0]);
 #endif
                 }
+            }
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+                if (m == operands) continue;
+                add_scaled(sums[m], products[m], scaling, my_x_sums + (t * 2 + m) * 256);
             }
         }
         barrier();

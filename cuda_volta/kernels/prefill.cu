@@ -1,5 +1,5 @@
-// FlashAttention's forward pass for many queries. A block takes BLOCK_Q queries of one head; K and V pass through
-// shared memory in tiles of BLOCK_K keys; scores, probabilities and O never leave registers.
+// FlashAttention's forward pass for many queries. A block takes BLOCK_Q queries of one head; K and V pass
+// through shared memory in tiles of BLOCK_K keys; scores, probabilities and O never leave registers.
 #include "prefill_epilogue.cuh"
 #include "prefill_queries.cuh"
 #include "prefill_range.cuh"
@@ -11,8 +11,8 @@ struct Prefill {
     const Sequence& sequence;
     const Lane& lane;
     const u32 batch, head;
-    const i32 query0;  // the warp's first
-    const float logit_scale;        // of q k^T, in base 2, positive
+    const i32 query0;         // the warp's first
+    const float logit_scale;  // of q k^T, in base 2, positive
     const u32 k_tile, v_tile, key_base;
     const ScoreRules rules;
     const ValueOffsets values;
@@ -24,15 +24,26 @@ struct Prefill {
     Softmax softmax;
     Output out;
 
-    VOLTA_DEVICE Prefill(const AttentionParams& params, const Sequence& s, const Lane& l, u32 b, u32 h, i32 row0,
-                         float scale, u32 shared)
-        : p(params), sequence(s), lane(l), batch(b), head(h), query0(row0),
+    VOLTA_DEVICE Prefill(const AttentionParams& params, const Sequence& s, const Lane& l, u32 b, u32 h,
+                         i32 row0, float scale, u32 shared)
+        : p(params),
+          sequence(s),
+          lane(l),
+          batch(b),
+          head(h),
+          query0(row0),
           logit_scale(fmaxf(fabsf(scale), 1e-30f)),
-          k_tile(shared), v_tile(shared + KV_BYTES), key_base(pin(shared + key_offset(l))),
-          rules(params, logit_scale, b, h), values(l), mover(thread_index()),
+          k_tile(shared),
+          v_tile(shared + KV_BYTES),
+          key_base(pin(shared + key_offset(l))),
+          rules(params, logit_scale, b, h),
+          values(l),
+          mover(thread_index()),
           k_source(p.k, p.k_batch, p.k_row, p.k_head, p.head_dim, s, cache_row(), kv_head(), mover),
           v_source(p.v, p.v_batch, p.v_row, p.v_head, p.v_head_dim, s, cache_row(), kv_head(), mover) {
-        q.at = SHARED_STEPS == 0 ? 0 : pin(shared + 2 * KV_BYTES + warp_index() * Q_WARP_BYTES + query_offset(lane));
+        q.at = SHARED_STEPS == 0
+                   ? 0
+                   : pin(shared + 2 * KV_BYTES + warp_index() * Q_WARP_BYTES + query_offset(lane));
         load_queries(q, p, sequence, lane, batch, head, query0, scale < 0.0f);
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) stage.chunk[i] = {0, 0, 0, 0};
@@ -42,7 +53,9 @@ struct Prefill {
         for (int e = 0; e < 16 * OUT_COLS; ++e) out[e / 8 / OUT_COLS][e / 8 % OUT_COLS][e % 8] = 0.0f;
     }
 
-    VOLTA_DEVICE i32 cache_row() const { return (PAGED && p.block_table) || p.cu_seqlens_k ? 0 : sequence.k_batch; }
+    VOLTA_DEVICE i32 cache_row() const {
+        return (PAGED && p.block_table) || p.cu_seqlens_k ? 0 : sequence.k_batch;
+    }
     VOLTA_DEVICE u32 kv_head() const { return head / static_cast<u32>(p.heads / p.kv_heads); }
 
     VOLTA_DEVICE void start(i32 key0, i32 next_key0) {
@@ -56,8 +69,9 @@ struct Prefill {
         barrier();
     }
 
-    // One tile of keys, in shared memory already. The next one's keys arrive while S is computed and replace this
-    // one's behind the first barrier; its values arrive while O is computed and follow behind the second.
+    // One tile of keys, in shared memory already. The next one's keys arrive while S is computed and replace
+    // this one's behind the first barrier; its values arrive while O is computed and follow behind the
+    // second.
     template <bool EDGE>
     VOLTA_DEVICE void tile(i32 key0, i32 key0_after_next) {
         Scores s;
@@ -97,7 +111,8 @@ VOLTA_KERNEL(prefill, volta::THREADS, volta::MIN_BLOCKS)(volta::AttentionParams 
         for (; i < range.edges; ++i) block.tile<true>(range.key(i), range.key(i + 2));
         i32 key0 = range.key(i);
 #pragma unroll 1
-        for (; !ANYTHING && i < range.count; ++i, key0 += BLOCK_K) block.tile<false>(key0, key0 + 2 * BLOCK_K);
+        for (; !ANYTHING && i < range.count; ++i, key0 += BLOCK_K)
+            block.tile<false>(key0, key0 + 2 * BLOCK_K);
     }
     finish(block.softmax, block.rules, block.out, p, lane, batch, head, block.query0);
 }

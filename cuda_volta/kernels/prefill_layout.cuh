@@ -10,8 +10,8 @@ namespace volta {
 constexpr int BLOCK_Q = 128;
 constexpr int BLOCK_K = 32;
 
-// What a variant knows beside bounds and lengths: 1 softcap and pages, 2 ALiBi and pages, 3 those and masks, odd head
-// dims, rows that are not 16-byte aligned, pages of any stride.
+// What a variant knows beside bounds and lengths: 1 softcap and pages, 2 ALiBi and pages, 3 those and masks,
+// odd head dims, rows that are not 16-byte aligned, pages of any stride.
 constexpr bool PAGED = FEATURES > 0;
 constexpr bool ANYTHING = FEATURES == 3;
 constexpr bool SOFTCAP = FEATURES == 1 || ANYTHING;
@@ -24,9 +24,9 @@ constexpr int WARP_ROWS = WIDE ? 16 : 32;
 constexpr int THREADS = BLOCK_Q / WARP_ROWS * 32;
 constexpr int MIN_BLOCKS = WIDE ? 1 : 2;
 
-// Q K^T takes steps of eight elements of the head dimension a quadpair. HELD of them keep Q in registers, the others
-// go in trips of TRIP steps; O += P V goes at once (ROLL 0), or in trips of 16 (1) or 8 keys (2). Trips make the main
-// loop's code fit into the instruction cache next to a sub-core, 12 KB.
+// Q K^T takes steps of eight elements of the head dimension a quadpair. HELD of them keep Q in registers, the
+// others go in trips of TRIP steps; O += P V goes at once (ROLL 0), or in trips of 16 (1) or 8 keys (2).
+// Trips make the main loop's code fit into the instruction cache next to a sub-core, 12 KB.
 constexpr int STEPS = HEAD_DIM / (WIDE ? 16 : 8);
 constexpr int SHARED_STEPS = STEPS - HELD;
 static_assert(SHARED_STEPS % TRIP == 0, "steps are whole trips");
@@ -42,9 +42,9 @@ constexpr int Q_WARP_BYTES = 512 * SHARED_STEPS;
 
 // What a lane is to m8n8k4: lanes 4q..4q+3 and 16+4q..19+4q are quadpair q.
 struct Lane {
-    u32 low;    // 0..3: row of A, column of B (with 4 high), or row of a row-major B
-    u32 high;   // 0..1: the upper half of the quadpair
-    u32 side;   // bit 0 of the quadpair: which 8 of 16 keys it scores; with `other`, which columns of O it has
+    u32 low;   // 0..3: row of A, column of B (with 4 high), or row of a row-major B
+    u32 high;  // 0..1: the upper half of the quadpair
+    u32 side;  // bit 0 of the quadpair: which 8 of 16 keys it scores; with `other`, which columns of O it has
     u32 other;  // bit 1: which 16 of 32 rows; WIDE: which half of the head dimension it sums
     bool odd;   // accumulator columns 2, 3, 6, 7 and not 0, 1, 4, 5
 
@@ -55,8 +55,9 @@ struct Lane {
 // A 16-byte chunk of a row of K or V lies at chunk ^ swizzle(row).
 VOLTA_DEVICE u32 swizzle(u32 row) { return (row & 3) | (row >> 1 & 4); }
 
-// First row, within the warp's, of the lane's row tile m of O and Q. WIDE quadpairs that sum the upper half of the
-// head dimension hold their two tiles the other way round, so that they send and keep the same registers.
+// First row, within the warp's, of the lane's row tile m of O and Q. WIDE quadpairs that sum the upper half
+// of the head dimension hold their two tiles the other way round, so that they send and keep the same
+// registers.
 VOLTA_DEVICE u32 tile_row(const Lane& lane, int m) {
     return WIDE ? 8 * (static_cast<u32>(m) ^ lane.other) : 16 * lane.other + 8 * static_cast<u32>(m);
 }
@@ -74,7 +75,8 @@ VOLTA_DEVICE u32 key_offset(const Lane& lane) {
     return row * PITCH + 16 * chunk;
 }
 
-// V as row operand: 8 keys of the lane's own side, and the 16-byte chunk that holds its part of two column tiles.
+// V as row operand: 8 keys of the lane's own side, and the 16-byte chunk that holds its part of two column
+// tiles.
 VOLTA_DEVICE u32 value_chunk(const Lane& lane, u32 high, int pair) {
     return WIDE ? 8 * static_cast<u32>(pair) + 4 * high + 2 * lane.other + lane.side
                 : 4 * static_cast<u32>(pair) + 2 * high + lane.side;
@@ -84,7 +86,9 @@ VOLTA_DEVICE u32 value_offset(const Lane& lane) {
     return row * PITCH + 16 * (value_chunk(lane, lane.high, 0) ^ swizzle(row));
 }
 // A last, single column tile (WIDE, an odd number of them): 8 bytes of a chunk.
-VOLTA_DEVICE u32 last_value_chunk(const Lane& lane, u32 high) { return 4 * (OUT_COLS - 1) + 2 * high + lane.side; }
+VOLTA_DEVICE u32 last_value_chunk(const Lane& lane, u32 high) {
+    return 4 * (OUT_COLS - 1) + 2 * high + lane.side;
+}
 VOLTA_DEVICE u32 last_value_offset(const Lane& lane) {
     u32 row = 8 * lane.side + lane.low;
     return row * PITCH + 16 * (last_value_chunk(lane, lane.high) ^ swizzle(row)) + 8 * lane.other;

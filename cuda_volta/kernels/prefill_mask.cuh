@@ -42,7 +42,7 @@ VOLTA_DEVICE void apply_band(Scores& s, const AttentionParams& p, const Sequence
 
 // Softcap, ALiBi and attn_mask.
 struct ScoreRules {
-    float scale;         // base-2 logits are this times what `apply` leaves, plus `offset`
+    float scale;  // base-2 logits are this times what `apply` leaves, plus `offset`
     float offset;
     float cap;           // in base 2
     float cap_exponent;  // 2^(cap_exponent s) = e^(2 scale s / softcap)
@@ -58,8 +58,8 @@ struct ScoreRules {
         }
     }
 
-    // softcap tanh(x / softcap) = softcap - 2 softcap r, r = 1 / (e^(2 x / softcap) + 1). Where nothing else joins
-    // in, the scores become -r, and `scale` and `offset` do the rest.
+    // softcap tanh(x / softcap) = softcap - 2 softcap r, r = 1 / (e^(2 x / softcap) + 1). Where nothing else
+    // joins in, the scores become -r, and `scale` and `offset` do the rest.
     VOLTA_DEVICE void apply_softcap(float& s) const {
         s = -rcp_approx(exp2_approx(s * cap_exponent) + 1.0f);
         if (ANYTHING) s = cap + 2.0f * cap * s;
@@ -76,13 +76,17 @@ struct ScoreRules {
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     float& x = s[m][n][i];
-                    if (FEATURES == 1 || (ANYTHING && cap > 0.0f)) apply_softcap(x);
-                    else if (ANYTHING) x *= logit_scale;
-                    if (ALIBI) x -= slope * fabsf(distance + static_cast<float>(8 * m + (i & 2) - column_of(n, i)));
+                    if (FEATURES == 1 || (ANYTHING && cap > 0.0f))
+                        apply_softcap(x);
+                    else if (ANYTHING)
+                        x *= logit_scale;
+                    if (ALIBI)
+                        x -= slope * fabsf(distance + static_cast<float>(8 * m + (i & 2) - column_of(n, i)));
                 }
             }
         }
-        if (ANYTHING && p.mask_kind != MASK_NONE) apply_mask(s, p, sequence, lane, batch, head, query0, column0);
+        if (ANYTHING && p.mask_kind != MASK_NONE)
+            apply_mask(s, p, sequence, lane, batch, head, query0, column0);
     }
 
     // Rows and keys past the end read the last one's mask.
@@ -98,7 +102,8 @@ struct ScoreRules {
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r) {
                     const i32 row = clamp(score_row(lane, query0, r), 0, sequence.q_len - 1);
-                    s[r >> 1][n][element | (r & 1) << 1] += mask_value(p, first + row * p.mask_row + key * p.mask_key);
+                    s[r >> 1][n][element | (r & 1) << 1] +=
+                        mask_value(p, first + row * p.mask_row + key * p.mask_key);
                 }
             }
         }

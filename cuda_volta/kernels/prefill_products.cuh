@@ -72,9 +72,9 @@ VOLTA_DEVICE void multiply_keys(Scores& s, const Queries& q, u32 key_base) {
     }
 }
 
-// Where a lane reads V, from the tile's start: 8 keys of its own side, 8 of the other, and so on. Crossing, 8 rows
-// away, flips the swizzle's third bit: 64 bytes, which is also the way from one pair of column tiles to the next
-// (unless WIDE).
+// Where a lane reads V, from the tile's start: 8 keys of its own side, 8 of the other, and so on. Crossing, 8
+// rows away, flips the swizzle's third bit: 64 bytes, which is also the way from one pair of column tiles to
+// the next (unless WIDE).
 struct ValueOffsets {
     u32 pair, single, across;
 

@@ -6,8 +6,8 @@
 
 namespace volta {
 
-// Softmax does not mind the order of keys: tiles that a bound crosses come first, in a loop with a mask, and the
-// loop over the others needs none. The variant for anything has only the first.
+// Softmax does not mind the order of keys: tiles that a bound crosses come first, in a loop with a mask, and
+// the loop over the others needs none. The variant for anything has only the first.
 struct TileRange {
     i32 first, inner_first, inner_last;  // tiles
     i32 edges, count;

@@ -6,9 +6,9 @@
 
 namespace volta {
 
-// Probabilities are floats scaled by 2^-112, so that the low five bits of the exponent are already those of a half:
-// eight times the bits, rounded, has the half in its upper 16 bits. This spares the conversion unit, which the
-// exponentials need.
+// Probabilities are floats scaled by 2^-112, so that the low five bits of the exponent are already those of a
+// half: eight times the bits, rounded, has the half in its upper 16 bits. This spares the conversion unit,
+// which the exponentials need.
 constexpr float HALF_BIAS = 112.0f;
 // A row's reference may lag its maximum by 2^LAG; probabilities then reach at most 2^15 as halves.
 constexpr float LAG = 4.0f;
@@ -24,8 +24,8 @@ constexpr float IN_REFERENCE = ANYTHING ? 0.0f : SHIFT;
 using Scores = float[SCORE_ROWS][SCORE_COLS][8];
 using Output = float[2][OUT_COLS][8];
 
-// P = 2^(scale s - reference - (SHIFT - IN_REFERENCE)). `reference` is the same in every lane that holds the row,
-// `sum` is of the lane's own columns.
+// P = 2^(scale s - reference - (SHIFT - IN_REFERENCE)). `reference` is the same in every lane that holds the
+// row, `sum` is of the lane's own columns.
 struct Softmax {
     float reference[ROWS];
     float sum[ROWS];
@@ -34,7 +34,8 @@ struct Softmax {
 // Row, of those whose scores a lane holds, of accumulator element i of row tile m.
 VOLTA_DEVICE constexpr int row_of(int m, int i) { return 2 * m + (i >> 1 & 1); }
 
-// Per row, spread over the two row tiles of O: WIDE quadpairs score one of them and have the other from lane ^ 8.
+// Per row, spread over the two row tiles of O: WIDE quadpairs score one of them and have the other from lane
+// ^ 8.
 VOLTA_DEVICE float of_output_row(const float (&x)[ROWS], int m, int i) {
     return WIDE ? (m == 0 ? x[i >> 1 & 1] : shuffle_xor(x[i >> 1 & 1], 8)) : x[row_of(m, i)];
 }
@@ -107,14 +108,15 @@ struct Operand8 {
 
 VOLTA_DEVICE u32 half_in_high_bits(float p) { return float_bits(p) * 8 + 0x8000; }
 
-// Lanes l and l ^ 2 hold columns {0, 1} and {2, 3} of rows r and r + 2: one exchange gives each of them all four
-// columns of the one row that it supplies to A.
+// Lanes l and l ^ 2 hold columns {0, 1} and {2, 3} of rows r and r + 2: one exchange gives each of them all
+// four columns of the one row that it supplies to A.
 VOLTA_DEVICE Operand8 to_operand(const float (&p)[8], bool odd) {
     Operand8 a;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         const u32 upper = byte_permute(half_in_high_bits(p[4 * j]), half_in_high_bits(p[4 * j + 1]), 0x7632);
-        const u32 lower = byte_permute(half_in_high_bits(p[4 * j + 2]), half_in_high_bits(p[4 * j + 3]), 0x7632);
+        const u32 lower =
+            byte_permute(half_in_high_bits(p[4 * j + 2]), half_in_high_bits(p[4 * j + 3]), 0x7632);
         const u32 received = shuffle_xor(odd ? upper : lower, 2);
         a.k[j] = {odd ? received : upper, odd ? lower : received};
     }

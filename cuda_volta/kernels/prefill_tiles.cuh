@@ -6,8 +6,8 @@
 
 namespace volta {
 
-// Eight lanes read 128 consecutive bytes of a row. Where a row ends with 64 bytes, four lanes read those of one row
-// and four those of the row eight below, so that each eight lanes of a store meet every bank once.
+// Eight lanes read 128 consecutive bytes of a row. Where a row ends with 64 bytes, four lanes read those of
+// one row and four those of the row eight below, so that each eight lanes of a store meet every bank once.
 static_assert(HEAD_DIM % 32 == 0, "a row is whole 64-byte pieces");
 constexpr int GROUPS = HEAD_DIM / 64;
 constexpr bool TAIL = HEAD_DIM % 64 != 0;
@@ -53,13 +53,15 @@ struct Mover {
     }
 };
 
-// Where this thread's keys of one tile are stored. Keys past the end repeat the last one, which exists. Rows of pages
-// are counted from the start of the first page, which takes pages a whole number of rows apart, or of their own.
+// Where this thread's keys of one tile are stored. Keys past the end repeat the last one, which exists. Rows
+// of pages are counted from the start of the first page, which takes pages a whole number of rows apart, or
+// of their own.
 struct KeyRows {
     u32 row[SLOTS];
     u32 page[ANYTHING ? SLOTS : 1];
 
-    VOLTA_DEVICE void locate(const AttentionParams& p, const Sequence& s, const Mover& mover, u32 b, i32 key0) {
+    VOLTA_DEVICE void locate(const AttentionParams& p, const Sequence& s, const Mover& mover, u32 b,
+                             i32 key0) {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             const i32 last = s.k_len - 1;
@@ -71,12 +73,15 @@ struct KeyRows {
         if (!PAGED || !p.block_table) return;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            const u32 index = static_cast<u32>(static_cast<u64>(2 * row[slot]) * p.page_magic >> 32) >> p.page_shift;
+            const u32 index =
+                static_cast<u32>(static_cast<u64>(2 * row[slot]) * p.page_magic >> 32) >> p.page_shift;
             u32 found = static_cast<u32>(ldg(p.block_table + b * static_cast<u32>(p.max_pages) + index));
             found = found < static_cast<u32>(p.k_batches) ? found : 0;
             row[slot] -= index * static_cast<u32>(p.k_rows);
-            if (ANYTHING) page[slot] = found;
-            else row[slot] += found * static_cast<u32>(p.page_rows);
+            if (ANYTHING)
+                page[slot] = found;
+            else
+                row[slot] += found * static_cast<u32>(p.page_rows);
         }
     }
 };
@@ -103,14 +108,15 @@ VOLTA_DEVICE bool is_aligned(const void* p, i64 batch, i64 row, i64 head, i32 wi
 struct Source {
     const u16* base;
     const u16* tail;
-    u32 row_bytes;
-    i64 page_stride;
+    u32 row_bytes;  // unless ANYTHING
+    i64 row_stride, page_stride;
     i32 width;
     bool aligned;
 
     VOLTA_DEVICE Source(const u16* data, i64 batch, i64 row, i64 head, i32 columns, const Sequence& s,
                         i32 cache_row, u32 kv_head, const Mover& mover)
         : row_bytes(static_cast<u32>(2 * row)),
+          row_stride(row),
           page_stride(batch),
           width(columns),
           aligned(is_aligned(data, batch, row, head, columns)) {
@@ -119,21 +125,23 @@ struct Source {
         tail = ANYTHING || !TAIL ? first : pin(first + 8 * mover.tail_chunk);
     }
 
-    // Chunks past the row's width keep what the stage held. V's only reach columns of O that are not stored; K's are
-    // zeros from the start, since no narrower V shares the stage.
+    // Chunks past the row's width keep what the stage held. V's only reach columns of O that are not stored;
+    // K's are zeros from the start, since no wider V shares the stage.
     VOLTA_DEVICE void load(Stage& stage, const KeyRows& rows, const Mover& mover) const {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             const bool is_tail = slot >= PASSES;
             const u64 start = reinterpret_cast<u64>(is_tail ? tail : base);
             const u16* at = reinterpret_cast<const u16*>(multiply_add_wide(rows.row[slot], row_bytes, start));
-            if (ANYTHING) at += rows.page[slot] * page_stride;
+            if (ANYTHING) at = base + rows.row[slot] * row_stride + rows.page[slot] * page_stride;
 #pragma unroll
             for (int g = 0; g < (is_tail ? 1 : GROUPS); ++g) {
                 const u32 chunk = is_tail ? mover.tail_chunk : 8 * static_cast<u32>(g) + mover.chunk;
                 Word4& w = stage.chunk[is_tail ? LOADS - 1 : slot * GROUPS + g];
-                if (ANYTHING) w = load_chunk(at, chunk, width, aligned);
-                else if (static_cast<i32>(8 * chunk) < width) w = ldg128_stream(at + 64 * g);
+                if (ANYTHING)
+                    w = load_chunk(at, chunk, width, aligned);
+                else if (static_cast<i32>(8 * chunk) < width)
+                    w = ldg128_stream(at + 64 * g);
             }
         }
     }

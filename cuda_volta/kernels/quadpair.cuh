@@ -14,9 +14,8 @@ VOLTA_DEVICE u32 operand_row(u32 lane) { return (lane & 3) + (lane >> 4) * 4; }
 VOLTA_DEVICE u32 accumulator_row(u32 lane, u32 r) { return (lane & 1) + 2 * r + (lane >> 4) * 4; }
 VOLTA_DEVICE u32 accumulator_column(u32 lane, u32 i) { return (i & 4) + (lane & 2) + (i & 1); }
 
-// The sum, or maximum, of a row of accumulators: lanes l and l ^ 2 share it.
+// The sum of a row of an 8x8 tile of accumulators: lanes l and l ^ 2 share it.
 VOLTA_DEVICE float row_sum(float x) { return x + shuffle_xor(x, 2); }
-VOLTA_DEVICE float row_max(float x) { return fmaxf(x, shuffle_xor(x, 2)); }
 
 // An 8x8 tile of accumulators as two row operands of 4 columns, rounded to half. A lane has two rows of 4
 // columns and needs all 8 of one row: it sends those of its partner's row to lane ^ 2.

@@ -87,7 +87,7 @@ TILES: dict[int, dict[tuple[bool, int, int], Tile]] = {
         (True, 128, 2): Tile(64, 64, 4, 3),
         (True, 256, 2): Tile(64, 32, 4, 3),
         (True, 64, 4): Tile(32, 64, 4, 3),
-        (True, 128, 4): Tile(32, 32, 4, 3),
+        (True, 128, 4): Tile(32, 16, 4, 3),
         (True, 256, 4): Tile(16, 16, 4, 3),
     },
 }

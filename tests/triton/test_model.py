@@ -19,14 +19,7 @@ from ..models.quantized import save_quantized
 from ..quant.stored import Spec
 from .calls import DEVICE
 
-# On a GPU, fastattn generates with models that it holds in host memory only: see docs/triton.md.
-pytestmark = [
-    pytest.mark.emulate("triton"),
-    pytest.mark.toolchain,
-    pytest.mark.skipif(
-        DEVICE == "cuda", reason="models are loaded on the CPU, where this backend is emulated"
-    ),
-]
+pytestmark = [pytest.mark.emulate("triton"), pytest.mark.toolchain, pytest.mark.gpu]
 
 BENCH = Path(__file__).parents[2] / "bench" / "llm.py"
 OPS = {"attention", "append_kv", "rotary", "rms_norm", "swiglu", "linear", "embedding"}
@@ -48,7 +41,7 @@ def test_generate_runs_every_op_here(directory: Path, capsys: pytest.CaptureFixt
         "--dtype", "float16", "--max-tokens", "4", "--ignore-eos", "--json",
     ]  # fmt: skip
     before = dispatch.calls.copy()
-    assert cli.main(command) == 0
+    assert cli.main([*command, "--device", DEVICE]) == 0
     ran = dispatch.calls - before
     ours = json.loads(capsys.readouterr().out)["completions"]
     assert {backend for backend, _ in ran} == {"triton"}
@@ -61,14 +54,17 @@ def test_generate_runs_every_op_here(directory: Path, capsys: pytest.CaptureFixt
 def test_logits_are_as_exact_as_on_the_cpu(directory: Path) -> None:
     def logits(backend: str, dtype: str) -> list[torch.Tensor]:
         with use_backend(backend):
-            found = fastattn.load(str(directory), dtype=dtype).logits([list(range(5, 24)), [7]])
-        return [t.double() for t in found]
+            model = fastattn.load(
+                str(directory), dtype=dtype, device=DEVICE if backend == "triton" else "cpu"
+            )
+            return [t.double().cpu() for t in model.logits([list(range(5, 24)), [7]])]
 
     exact, ours, theirs = logits("cpu", "float32"), logits("triton", "float16"), logits("cpu", "float16")
     for a, b, oracle in zip(ours, theirs, exact, strict=True):
         assert (a - oracle).abs().max() <= 2 * (b - oracle).abs().max() + 2**-10 * oracle.abs().max()
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="bench/llm.py computes on the CPU")
 def test_the_benchmark_runs_every_op_here(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,12 @@ from fastattn import dispatch
 from fastattn.backends import volta
 
 
+@pytest.fixture(autouse=True)
+def _ptx_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test allows to newer GPUs ends with it."""
+    monkeypatch.setattr(runtime, "_ptx_on_newer", runtime._ptx_on_newer)  # noqa: SLF001
+
+
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The backend as FASTATTN_EMULATE=volta makes it: it also takes tensors on the CPU."""

@@ -20,6 +20,7 @@ struct LaunchArguments {
     u32 threads;
     u32 shared_bytes;
     u32 workers;
+    u32 blocks_may_collide;
 };
 extern "C" int volta_launch(const LaunchArguments* arguments);
 extern "C" const char* volta_failure();
@@ -35,7 +36,7 @@ int main() {
         const u64 written[2] = {b, b + 5 * 512 + 4};
         for (const u32 workers : {1u, 3u}) {
             out[5 * 128] = 0;
-            const LaunchArguments arguments{&params, spans, written, 2, 1, {5, 1, 1}, 64, 256, workers};
+            const LaunchArguments arguments{&params, spans, written, 2, 1, {5, 1, 1}, 64, 256, workers, 0};
             const int failed = volta_launch(&arguments);
             if (workers == 1) std::printf("%u %s\n", plant, failed ? volta_failure() : "sound");
         }

@@ -24,6 +24,7 @@ const char* journal_text() { return journal.c_str(); }
 void journal_clear() { journal.clear(); }
 void set_version(int v) { version = v; }
 void forget_context() { current = nullptr; }
+void start_anew() { journal.clear(), version = 12020, current = nullptr; }
 
 int cuInit(unsigned) { return 0; }
 int cuDriverGetVersion(int* v) { *v = version; return 0; }

@@ -6,8 +6,9 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -28,6 +29,9 @@ KEYS = {
 }  # fmt: skip
 
 
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
 def _has_nvrtc() -> bool:
     try:
         nvrtc.nvrtc()
@@ -36,7 +40,11 @@ def _has_nvrtc() -> bool:
     return True
 
 
-needs_nvrtc = pytest.mark.skipif(not _has_nvrtc(), reason="NVRTC 12 is not installed")
+def needs_nvrtc(test: Test) -> Test:
+    """Marks a test that compiles for a GPU."""
+    return pytest.mark.toolchain(
+        pytest.mark.skipif(not _has_nvrtc(), reason="NVRTC 12 is not installed")(test)
+    )
 
 
 @pytest.fixture
@@ -266,7 +274,6 @@ def test_the_catalog_is_complete_and_small() -> None:
 
 
 @needs_nvrtc
-@pytest.mark.toolchain
 def test_every_instantiation_fits_a_volta_sm(tmp_path: Path) -> None:
     """Compiles all of them (or takes them from the cache of a former run of the same sources)."""
     variants = catalog.variants()
@@ -291,7 +298,6 @@ def _has_ptxas() -> bool:
 
 
 @needs_nvrtc
-@pytest.mark.toolchain
 @pytest.mark.skipif(not _has_ptxas(), reason="no ptxas of CUDA 12")
 def test_the_ptx_is_code_for_newer_gpus_of_the_oldest_isa(tmp_path: Path) -> None:
     """One variant of each source: ptxas refuses what the ISA version that a file names does not have."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import fastattn
-from cuda_volta import runtime
 from fastattn import dispatch, ops, reference, reference_ops
 from fastattn.backends import torch_ops, volta
 from fastattn.quant import packed
@@ -60,7 +59,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """The same record, its tensors on ``device``; strides are kept."""
+    """The same record, its tensors on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, PackedWeight):
@@ -158,7 +157,6 @@ def on_newer_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if reasons := volta.BACKEND.available():
         pytest.skip("; ".join(reasons))
     yield
-    runtime.use_ptx(False)
     for cache in caches:
         cache.cache_clear()
 

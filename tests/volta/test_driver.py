@@ -36,14 +36,20 @@ class StandIn:
         return lines
 
 
-@pytest.fixture
-def cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    library = tmp_path / "libcuda.so"
+    path = tmp_path_factory.mktemp("driver") / "libcuda.so"
     source = Path(__file__).parent / "stand_in_cuda.cpp"
-    subprocess.run(["g++", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
+    return path
+
+
+@pytest.fixture
+def cuda(library: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     found = StandIn(library)
+    found.lib.start_anew()
     monkeypatch.setattr(driver_module, "driver", lambda: Driver(found.path))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0x50 + index))
@@ -143,19 +149,13 @@ def _gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-@pytest.fixture
-def newer_gpus() -> object:
-    runtime.use_ptx(True)
-    yield
-    runtime.use_ptx(False)
-
-
 def _axpy(kernel: Kernel, variant: Variant, x: torch.Tensor, y: torch.Tensor, a: float) -> None:
     params = AxpyParams(x.data_ptr(), y.data_ptr(), a, x.numel())
     blocks = -(-x.numel() // variant.threads)
     kernel.launch((blocks, 1, 1), params, reads=(x,), writes=(y,))
 
 
+@pytest.mark.toolchain
 def test_a_kernel_runs_in_the_emulator(tmp_path: Path) -> None:
     variant = axpy(tmp_path)
     x, y = torch.randn(1000), torch.randn(1000)
@@ -165,9 +165,9 @@ def test_a_kernel_runs_in_the_emulator(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("newer_gpus")
 def test_a_kernel_runs_on_the_gpu_and_in_a_graph(tmp_path: Path) -> None:
     device, variant = _gpu(), axpy(tmp_path)
+    runtime.use_ptx(True)
     x, y = torch.randn(1000, device=device), torch.randn(1000, device=device)
     expected, graph = y + 0.5 * x, torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # loads during the capture, too

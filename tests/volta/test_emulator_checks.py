@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from cuda_volta.emulator import EmulationError
+from cuda_volta.emulator import EmulationError, blocks_may_collide
 
 from .planted import PLANTS, SOURCE, Params, kernel, plant
 
@@ -79,6 +79,15 @@ def test_the_same_without_the_fault_passes(name: str) -> None:
 def test_a_fault_between_blocks_is_caught(name: str) -> None:
     with pytest.raises(EmulationError, match=f"(?s)^planted: {FAULTS_OF_TWO_BLOCKS[name]}"):
         plant(name, blocks=2)
+
+
+def test_collisions_of_blocks_can_be_allowed() -> None:
+    with blocks_may_collide():
+        assert plant("TWO_BLOCKS_STORE", blocks=2).shape == (4, 64)
+        with pytest.raises(EmulationError, match="race"):
+            plant("STORE_AFTER_OTHERS_LOAD")
+    with pytest.raises(EmulationError, match="race"):
+        plant("TWO_BLOCKS_STORE", blocks=2)
 
 
 def test_blocks_may_meet_at_a_fence_and_an_atomic() -> None:

@@ -153,7 +153,7 @@ def reciprocal(form: Form) -> Step:
         value = form.data[0](warp)
         if value is UNKNOWN or form.item.modifiers != ("RCP",):
             return UNKNOWN
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             inverse = np.float32(1) / (value & MASK).astype(np.uint32).view(np.float32)
         return inverse.view(np.uint32).astype(np.int64)
 

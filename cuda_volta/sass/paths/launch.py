@@ -177,7 +177,9 @@ class _Follower:
         elif item.base in ("BSYNC", "WARPSYNC"):
             return self._meet(item, last, mask)
         elif item.base in ("BRA", "BRX", "EXIT", "RET", "CALL"):
-            taken = mask
+            # BRA.DIV leaves for code that treats diverged lanes one by one.
+            together = bool((mask == self.alive).all())
+            taken = ~TRUE if together and "DIV" in item.modifiers else mask
             for fetch in self.program.condition(item):
                 taken = taken & fetch(self.warp)
             if taken is UNKNOWN:

@@ -86,6 +86,29 @@ def compare(form: Form) -> Step:
     return run
 
 
+def compare_floats(form: Form) -> Step:
+    """FSETP: a comparison whose name ends in U also holds for NaN."""
+    names, modifiers = form.item.operands[:2], form.item.modifiers
+    test = _COMPARE.get(modifiers[0].removesuffix("U"))
+    if test is None:
+        return forget(form)
+    unordered, combine = modifiers[0].endswith("U"), _COMBINE[next(m for m in modifiers if m in _COMBINE)]
+    a, b = (ops.single(text) for text in form.texts[:2])
+
+    def run(warp: Warp, mask: Value) -> None:
+        x, y = a(warp), b(warp)
+        holds: Value = UNKNOWN
+        if known(x, y):
+            unclear = np.isnan(x) | np.isnan(y)
+            holds = (test(x, y) & ~unclear) | (unclear & unordered)
+        chained = form.conditions[0](warp)
+        for name, value in zip(names, (holds, ~holds), strict=True):
+            if name != "PT":
+                warp.set_predicate(int(name[1:]), combine(value, chained), mask)
+
+    return run
+
+
 def choose(form: Form) -> Step:
     return store(form, lambda w: select(form.conditions[0](w), form.data[0](w), form.data[1](w)))
 
@@ -114,11 +137,11 @@ def to_register(form: Form) -> Step:
     """P2R: the predicates under a mask into a byte of a register."""
     shift = next((8 * int(m[1]) for t in form.item.operands for m in re.findall(r"\.(B\d)", t)), 0)
     base = ops.source(re.sub(r"\.B\d", "", form.texts[1]))
-    chosen = form.texts[2]
+    chosen = int(form.texts[2], 16)
 
     def run(warp: Warp) -> Value:
-        bits = int(chosen, 16) << shift
-        return (base(warp) & (MASK ^ bits)) | ((warp.packed_predicates() << shift) & bits)
+        others = base(warp) & (MASK ^ chosen << shift)
+        return others | (warp.packed_predicates(chosen) << shift)
 
     return store(form, run)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cuda_volta.sass.listing import Instruction
-from cuda_volta.sass.paths.lanes import FALSE, MASK, TRUE, UNKNOWN, ZERO, Value, uniform
+from cuda_volta.sass.paths.lanes import FALSE, MASK, TRUE, UNKNOWN, WARP, ZERO, Value, uniform
 
 if TYPE_CHECKING:
     from cuda_volta.sass.paths.warp import Warp
@@ -151,6 +154,26 @@ def _register(name: str) -> Fetch:
         return lambda _: ZERO
     number = int(name)
     return lambda warp: warp.registers[number]
+
+
+def single(text: str) -> Fetch:
+    """Fetches a float32 operand as float64 values: a register, a constant or a literal like "-INF"."""
+    found = re.fullmatch(r"(-)?(\|)?([^|]+)\|?", text.removesuffix(".reuse"))
+    assert found  # every text but an empty one
+    sign, absolute = -1.0 if found[1] else 1.0, bool(found[2])
+    with suppress(ValueError):
+        literal = np.full(WARP, sign * float(found[3]))
+        return lambda _: literal
+    bits = source(found[3])
+
+    def fetch(warp: Warp) -> Value:
+        held = bits(warp)
+        if held is UNKNOWN:
+            return UNKNOWN
+        value = held.astype(np.uint32).view(np.float32).astype(np.float64)
+        return sign * (np.abs(value) if absolute else value)
+
+    return fetch
 
 
 def high(text: str) -> Fetch:

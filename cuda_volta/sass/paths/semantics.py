@@ -20,6 +20,7 @@ _OPS: dict[str, Callable[[Form], Step]] = {
     "LOP3": logic.logic,
     "PLOP3": logic.predicate_logic,
     "ISETP": logic.compare,
+    "FSETP": logic.compare_floats,
     "SEL": logic.choose,
     "IMNMX": arithmetic.minmax,
     "IABS": arithmetic.absolute,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cuda_volta.sass.paths.lanes import FALSE, MASK, TRUE, UNKNOWN, ZERO, Value, select, uniform
+from cuda_volta.sass.paths.lanes import FALSE, TRUE, UNKNOWN, ZERO, Value, select, uniform
 
 PARAMETERS = 0x160  # where a kernel's parameters begin in constant bank 0
 _STACK = 0x28  # where bank 0 keeps the initial stack pointer
@@ -64,11 +64,11 @@ class Warp:
         """Writes the lanes of ``mask``."""
         self.predicates[number] = select(mask, value, self.predicates[number])
 
-    def packed_predicates(self) -> Value:
-        """P0 to P6 as bits of an integer; unknown if any is."""
+    def packed_predicates(self, chosen: int) -> Value:
+        """Those of P0 to P6 in the mask ``chosen`` as bits of an integer; unknown if any of them is."""
         total = ZERO
         for number in range(7):
-            if self.predicates[number] is UNKNOWN:
-                return UNKNOWN
-            total = total + (self.predicates[number].astype(np.int64) << number)
-        return total & MASK
+            if chosen >> number & 1:
+                value = self.predicates[number]
+                total = total + (UNKNOWN if value is UNKNOWN else value.astype(np.int64) << number)
+        return total

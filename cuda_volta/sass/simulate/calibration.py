@@ -21,7 +21,7 @@ class Calibrated(NamedTuple):
     latency: Latency
 
 
-#: The first is the most pessimistic about loops that the cache does not hold.
+#: The first is the most pessimistic about loops that the cache does not hold, the last about shared memory.
 CALIBRATED = (
     Calibrated("on demand", Machine(), Latency()),
     Calibrated("random replacement", Machine(random_replacement=1, fetch_latency=25), Latency()),
@@ -29,6 +29,11 @@ CALIBRATED = (
         "prefetch",
         Machine(random_replacement=1, fetch_latency=40, fetch_interval=14, prefetch_lines=2),
         Latency(),
+    ),
+    Calibrated(
+        "slow memory pipes",
+        Machine(mio_interval=2, fetch_latency=16, fetch_interval=10),
+        Latency(shared=30, shuffle=28, xu=24, global_load=500),
     ),
 )
 #: The same without an instruction cache's misses: what is left are pipes, dependencies, barriers and memory.

@@ -1,0 +1,66 @@
+"""Machine code of prefill: what each variant needs of an SM, and loops that `test_sass_gate` leaves out."""
+
+from __future__ import annotations
+
+import pytest
+
+from cuda_volta import runtime
+from cuda_volta.prefill import ANYTHING, HEAD_DIMS, PREFILL, VARIANTS
+from cuda_volta.variant import Variant
+from lib.volta_cases import CASES
+from lib.volta_model import compiled
+
+from .sass_code import needs_cuda_12
+
+pytestmark = [pytest.mark.toolchain, needs_cuda_12]
+
+SM_REGISTERS, SM_SHARED_BYTES = 64 * 1024, 96 * 1024
+CASE = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_eight_warps_fit_on_an_sm_and_nothing_spills(variant: Variant) -> None:
+    built = runtime.machine_code(variant, "sm_70")
+    assert built.spill_bytes == 0
+    assert built.stack_bytes == 0
+    blocks = min(
+        SM_REGISTERS // (-(-built.registers // 8) * 8 * variant.threads),
+        SM_SHARED_BYTES // variant.shared_bytes,
+    )
+    assert blocks >= variant.min_blocks
+    assert blocks * variant.threads // 32 >= 8
+
+
+@pytest.mark.parametrize("head_dim", [96, 160, 192])
+def test_main_loops_between_the_powers_of_two(head_dim: int) -> None:
+    """As tight as at 64, 128 and 256; and small enough for the cache next to a sub-core."""
+    for name, kmac, instructions in (("plain", 7.82, 1.9), ("softcap", 8.2, 2.1), ("paged", 8.2, 2.1)):
+        found = compiled(CASE[name], head_dim)
+        assert found.tally.cycles_per_kmac <= kmac
+        assert found.tally.instructions_per_hmma <= instructions
+        assert found.tally.barriers <= 2
+        assert found.tally.local_accesses == 0
+        assert found.tally.loop_bytes <= (12 * 1024 if name == "plain" else 16 * 1024)
+
+
+def test_head_dim_32_is_bound_by_issue() -> None:
+    """Seven instructions of softmax a score, eight of products: the tensor cores cannot be the bound."""
+    found = compiled(CASE["plain"], 32)
+    assert found.tally.cycles_per_kmac <= 9.2
+    assert found.tally.instructions_per_hmma <= 2.35
+    assert found.tally.local_accesses == 0
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_shared_memory_is_what_the_kernel_lays_out(head_dim: int) -> None:
+    """One tile of K and of V, rows padded to 128 bytes, and the part of Q that registers do not hold."""
+    for features in range(ANYTHING + 1):
+        v = PREFILL[head_dim, features]
+        macros = dict(v.defines)
+        wide = v.threads == 256
+        q_rows_of_warp = 16 if wide else 32
+        steps = head_dim // (16 if wide else 8) - macros["HELD"]
+        assert steps % macros["TRIP"] == 0
+        q_bytes = v.threads // 32 * steps * 512
+        assert v.threads // 32 * q_rows_of_warp == v.block_q
+        assert v.shared_bytes == 2 * v.block_k * -(-2 * head_dim // 128) * 128 + q_bytes
