@@ -167,8 +167,9 @@ def _without_kernels(s: OpSignature, choose: Callable[[router.Chip], small_ops.C
 
 
 def _norm_reasons(s: OpSignature) -> list[str]:
-    weight, *residual = (_meta(d, *s.dims) for d in s.other_dtypes)
-    x = _meta(s.dtype, 1, *s.dims)
+    hidden = int(s.dims[0])
+    weight, *residual = (_meta(d, hidden) for d in s.other_dtypes)
+    x = _meta(s.dtype, 1, hidden)
     other = residual[0][None] if residual else None
     return _without_kernels(s, lambda chip: small_ops.rms_norm(x, weight, 1e-5, other, chip))
 
@@ -198,10 +199,12 @@ def _append_reasons(s: OpSignature) -> list[str]:
     if out or compiles_kernels():
         return out
     page, dim, v_dim, layout = s.dims
-    caches = (_meta(s.other_dtypes[0], 1, int(page), 1, int(d)) for d in (dim, v_dim))
-    rows = (_meta(s.dtype, 1, 1, int(d)) for d in (dim, v_dim))
+    k_cache, v_cache = (_meta(s.other_dtypes[0], 1, int(page), 1, int(d)) for d in (dim, v_dim))
+    k, v = (_meta(s.dtype, 1, 1, int(d)) for d in (dim, v_dim))
     slots = torch.zeros(1, dtype=torch.int64)
-    return _without_kernels(s, lambda chip: small_ops.append_kv(*caches, *rows, slots, str(layout), chip))
+    return _without_kernels(
+        s, lambda chip: small_ops.append_kv(k_cache, v_cache, k, v, slots, str(layout), chip)
+    )
 
 
 APPEND_FEATURES = frozenset({"cos", "sin", "positions", "interleaved", "kv_layout"})
