@@ -1,10 +1,10 @@
 """Linear layers of grouped low-bit weights (W4A16, W8A16).
 
-A call of few rows reads W once, as integers: 0.5 bytes a weight and its group's share of the scales. A call
-of many rows is better off with cuBLAS: per 1000 weights, reading the integers, writing halves and reading
-them again moves 4.5 KB (5 ns at 900 GB/s), and the product runs at about 90 TFLOP/s (0.022 ns a row), while
-the kernel of few rows, which uses a third of the tensor cores, spends at least 0.4 ns on every 16 rows. The
-two meet far beyond 1000 rows by that floor; `FEW_ROWS` stays well below it, since none of it is measured.
+A call of few rows reads W once, as integers: 0.5 bytes a weight and its group's share of the scales. For
+many rows cuBLAS on a copy in halves is better: per 1000 weights of 4 bits, reading the integers, writing
+halves and reading them again moves 4.5 KB (5 ns at 900 GB/s), and the product takes 0.022 ns a row at 90
+TFLOP/s; the kernel of few rows takes 1.3 ns for every 16 rows (issue simulator, README.md). The two meet at
+86 rows, at 55 where x is permuted: `FEW_ROWS` lies between, and nothing of this is measured.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from .runtime import load
 from .variant import Variant
 from .weights import GroupedWeight, WeightParams, dequantize, expect, perm_stride, weight_params
 
-FEW_ROWS = 256
+FEW_ROWS = 64
 ROWS = 16  # of x in a block
 COLUMNS = 64  # of the result in a block
 SMS = 80  # of a V100, which the emulator stands for
+_WIDE_GROUP = 1 << 15  # from which a division by multiplication would not be exact
 _TILE = 1 << 24  # weights that are dequantized at a time
 # x's operands and sums of 4 steps, and the scales of up to 17 groups: kernels/linear.cu.
 LINEAR = {
@@ -46,6 +47,7 @@ class LinearParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "x_perm", "bias", "out", "partial")),
         ("x_row", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("rows", "perm_stride", "wide", "bias_is_float", "splits")),
+        ("group_inverse", ctypes.c_uint32),
     ]
 
 
@@ -81,7 +83,12 @@ def reads_whole_quads(w: GroupedWeight) -> bool:
     """What the kernel of few rows takes: rows of aligned 16 bytes of codes whose columns share a group."""
     columns = 128 // w.bits
     whole = w.group_size % columns == 0 and w.group_offset % columns == 0 and w.shape[1] % columns == 0
-    return whole and w.g_idx is None and in_octets(w.codes)
+    divisible = w.group_size < _WIDE_GROUP or _has_one_group(w)
+    return whole and divisible and w.g_idx is None and in_octets(w.codes)
+
+
+def _has_one_group(w: GroupedWeight) -> bool:
+    return w.group_offset + w.shape[1] <= w.group_size
 
 
 def num_splits(blocks: int, columns: int, sms: int) -> int:
@@ -100,6 +107,7 @@ def _few_rows(x: Tensor, w: GroupedWeight) -> Tensor:
         p.x_perm, p.perm_stride = w.x_perm.data_ptr(), perm_stride(w.x_perm)
     if w.bias is not None:
         p.bias, p.bias_is_float = w.bias.data_ptr(), w.bias.dtype == torch.float32
+    p.group_inverse = 0 if _has_one_group(w) else -(-(1 << 32) // w.group_size)
     p.out = out.data_ptr()
     blocks = -(-x.shape[0] // ROWS) * -(-w.shape[0] // COLUMNS)
     p.splits = num_splits(blocks, w.shape[1], _sms(x.device))

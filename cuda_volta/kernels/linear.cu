@@ -27,6 +27,7 @@ struct LinearParams {
     i64 x_row;
     i32 rows, perm_stride, wide;  // wide: rows of x begin at multiples of 16 bytes and are not permuted
     i32 bias_is_float, splits;
+    u32 group_inverse;  // ceil(2^32 / group_size); 0: there is one group
 };
 
 constexpr i32 QUAD_COLUMNS = 128 / BITS;  // of the 16 bytes that a lane loads
@@ -38,7 +39,7 @@ constexpr i32 OPERANDS = QUAD_COLUMNS / 8;  // 128-bit words of x a lane needs f
 // same rows meet no bank twice.
 constexpr u32 GROUP_PITCH = (64 + 4) * 8;
 constexpr u32 X_BYTES = PANEL * 2 * OPERANDS * 512;
-constexpr u32 SUM_BYTES = PANEL * 2 * 2 * 128;  // halves of x's sums over each quadpair's columns
+constexpr u32 SUM_BYTES = PANEL * 2 * 2 * 128;              // halves of x's sums over each quadpair's columns
 constexpr float ZERO_CODE = BITS == 4 ? 1024.0f : 1152.0f;  // what the exponent trick adds
 
 // Columns c..c+7 of a row of x, those behind the last 0. Loads of a permuted row do not wait for one another.
@@ -114,9 +115,9 @@ VOLTA_DEVICE Word4 load_codes(const WeightParams& w, const u8* row, i32 c) {
     return codes;
 }
 
-// x / group_size for x < 2^22.
-VOLTA_DEVICE i32 groups_before(i32 x, float inverse_group_size) {
-    return static_cast<i32>((static_cast<float>(x) + 0.5f) * inverse_group_size);
+// x / group_size, x below group_size + COLUMNS.
+VOLTA_DEVICE i32 groups_before(i32 x, u32 inverse) {
+    return static_cast<i32>(static_cast<u64>(static_cast<u32>(x)) * inverse >> 32);
 }
 
 // A word of codes as column operands, two of nibbles or one of bytes, each value ZERO_CODE too large.
@@ -135,10 +136,12 @@ VOLTA_DEVICE void column_operands(Word2 (&b)[2], u32 codes) {
 }
 
 // Adds a step's products of 8 rows of x, scaled, to the sums: columns n, n + 1, n + 4, n + 5 of a lane.
-VOLTA_DEVICE void add_scaled(float (&sums)[8], const float (&products)[8], const Word4 (&grids)[2], u32 x_sums) {
+VOLTA_DEVICE void add_scaled(float (&sums)[8], const float (&products)[8], const Word4 (&grids)[2],
+                             u32 x_sums) {
     const Word2 first = lds64(x_sums);
     const Word2 second = lds64(x_sums + 128);
-    const float x[2] = {bits_float(first.x) + bits_float(second.x), bits_float(first.y) + bits_float(second.y)};
+    const float x[2] = {bits_float(first.x) + bits_float(second.x),
+                        bits_float(first.y) + bits_float(second.y)};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         const Word4 g = grids[i >> 2];
@@ -174,8 +177,6 @@ VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
     const i32 end = begin + share < panels ? begin + share : panels;
     const i32 my_quad = static_cast<i32>(quadpair(lane)) * QUAD_COLUMNS;
 
-    const float inverse = rcp_approx(static_cast<float>(p.w.group_size));
-
     float sums[2][8] = {};
     Word4 codes[PANEL];
 #pragma unroll
@@ -188,39 +189,37 @@ VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
         const i32 first_group = (first + p.w.group_offset) / p.w.group_size;
         const i32 inside = first + p.w.group_offset - first_group * p.w.group_size;  // of the first group
         store_x(p, shared_base(), first_row, operands, panel);
-        store_grids(p.w, grids, first_n, first_group, groups_before(last - first + inside, inverse) + 1);
+        store_grids(p.w, grids, first_n, first_group,
+                    groups_before(last - first + inside, p.group_inverse) + 1);
         barrier();
 #pragma unroll
         for (int t = 0; t < PANEL; ++t) {
             const i32 c = first + t * STEP + my_quad;
-            const i32 group = groups_before((c < p.w.in ? c : last) - first + inside, inverse);
+            const i32 group = groups_before((c < p.w.in ? c : last) - first + inside, p.group_inverse);
             const u32 grid = my_grids + static_cast<u32>(group) * GROUP_PITCH;
             const Word4 scaling[2] = {lds128(grid), lds128(grid + 32)};
             const u32 words[4] = {codes[t].x, codes[t].y, codes[t].z, codes[t].w};
             codes[t] = load_codes(p.w, codes_row, panel + 1 < end ? c + COLUMNS : p.w.in);
-            float products[2][8] = {};
+            Word2 b[4][2];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                Word2 b[2];
-                column_operands(b, words[j]);
-#pragma unroll
-                for (int m = 0; m < 2; ++m) {
-                    if (m == operands) continue;
-                    const u32 at = shared_base() + (t * 2 + m) * OPERANDS * 512 + lane * 16;
-#if BITS == 4
-                    const Word4 x = lds128(at + j * 512);
-                    mma_rc(products[m], {x.x, x.y}, b[0]);
-                    mma_rc(products[m], {x.z, x.w}, b[1]);
-#else
-                    const Word4 x = lds128(at + j / 2 * 512);
-                    mma_rc(products[m], j % 2 ? Word2{x.z, x.w} : Word2{x.x, x.y}, b[0]);
-#endif
-                }
-            }
+            for (int j = 0; j < 4; ++j) column_operands(b[j], words[j]);
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
                 if (m == operands) continue;
-                add_scaled(sums[m], products[m], scaling, my_x_sums + (t * 2 + m) * 256);
+                const u32 at = shared_base() + (t * 2 + m) * OPERANDS * 512 + lane * 16;
+                float products[8] = {};
+#pragma unroll
+                for (int j = 0; j < OPERANDS; ++j) {
+                    const Word4 x = lds128(at + j * 512);
+#if BITS == 4
+                    mma_rc(products, {x.x, x.y}, b[j][0]);
+                    mma_rc(products, {x.z, x.w}, b[j][1]);
+#else
+                    mma_rc(products, {x.x, x.y}, b[2 * j][0]);
+                    mma_rc(products, {x.z, x.w}, b[2 * j + 1][0]);
+#endif
+                }
+                add_scaled(sums[m], products, scaling, my_x_sums + (t * 2 + m) * 256);
             }
         }
         barrier();

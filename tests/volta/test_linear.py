@@ -103,6 +103,14 @@ def test_an_act_order_weight_of_float32_scales():
         check(w._replace(x_perm=w.x_perm.int()), random(rows, 1024, seed=rows, dtype=HALF))
 
 
+def test_groups_of_any_size():
+    for group, offset, inn in ((96, 32, 1600), (4096, 4064, 1024), (1 << 15, 0, 640), (1 << 20, 64, 640)):
+        w = make("int4", 20, inn, group=group, offset=offset)
+        assert reads_whole_quads(grouped(w))
+        check(w, random(3, inn, seed=1, dtype=HALF))
+    assert not reads_whole_quads(grouped(make("int4", 1, 640, group=1 << 15, offset=(1 << 15) - 32)))
+
+
 def test_splits_are_added_in_order_and_the_bias_once():
     w = make("int4", 64, 4096, group=128, bias=torch.float32)
     x = random(3, 4096, seed=1, dtype=HALF)
