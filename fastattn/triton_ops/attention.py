@@ -1,4 +1,4 @@
-"""Attention: from the call's record to launches of the kernels in `kernels.attention`."""
+"""Attention: from the call's record to launches of the kernels `attention` and `combine`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..spec import AttentionArgs
 from . import launch
 from .device import chip
-from .kernels.attention import attention_kernel, combine_kernel
+from .kernels.attention import attention_kernel
+from .kernels.combine import combine_kernel
 from .launch import Launch
 from .plan import Plan, batch, has_absent_keys, plan
 

@@ -3,16 +3,13 @@
 One text serves prefill and decode. A program takes ``BLOCK_M`` rows of one sequence and walks the keys that
 any of them sees in blocks of ``BLOCK_N``. ``PACK`` query heads of a KV head share a program as neighbouring
 rows (row r is query ``r // PACK`` of head ``r % PACK``), so decode reads each key once for all of them. With
-``SPLITS`` > 1 a sequence's keys are cut into as many pieces, whose results `combine_kernel` merges
+``SPLITS`` > 1 a sequence's keys are cut into as many pieces, whose results `combine.combine_kernel` merges
 (Flash-Decoding).
 
 The keys of a block of rows are walked in three phases: blocks at the window's left edge, blocks that every
 row sees whole, and blocks at the right edge or the end of the keys. Only the outer two compute visibility.
 With ``SPECIALIZE`` (Hopper: one warpgroup loads, two multiply, as FlashAttention-3 has it) all are one phase
 that does: Triton 3.6 specializes the warps of a single loop only, and of nothing that loads by pointers.
-
-Lengths, page tables and row indices live on the device. Each is clamped to what its tensor holds: a wrong
-one gives wrong numbers, never an access out of bounds.
 """
 
 from __future__ import annotations
@@ -21,49 +18,10 @@ import triton
 import triton.language as tl
 
 from .maths import LN2, LOG2E, NEGATIVE_INFINITY, clamp, tanh
+from .spans import diagonal, key_span, query_span
 
 # Positions are compared as int32; a window or offset past this is as good as unbounded.
 FAR = tl.constexpr(1 << 30)
-
-
-@triton.jit
-def query_span(cu_q, b, max_q, total_q):
-    """First row and number of queries of sequence ``b``."""
-    if cu_q is None:
-        first = 0
-        length = max_q
-    else:
-        first = clamp(tl.load(cu_q + b), 0, total_q)
-        length = clamp(tl.load(cu_q + b + 1), first, total_q) - first
-    return first, length
-
-
-@triton.jit
-def key_span(cu_k, used, leftpad, b, kv_len):
-    """First row and number of valid keys of sequence ``b``, and the index of that row in its storage."""
-    if cu_k is None:
-        base = 0
-        end = kv_len
-    else:
-        base = clamp(tl.load(cu_k + b), 0, kv_len)
-        end = clamp(tl.load(cu_k + b + 1), base, kv_len) - base
-    if used is not None:
-        end = clamp(tl.load(used + b), 0, end)
-    first = 0
-    if leftpad is not None:
-        first = clamp(tl.load(leftpad + b), 0, end)
-    return base + first, end - first, first
-
-
-@triton.jit
-def diagonal(q_pos0, k_pos0, b, q_len, k_len):
-    """Position of query 0 less that of key 0: bottom-right aligned unless told."""
-    offset = (k_len - q_len).to(tl.int64)
-    if q_pos0 is not None:
-        offset = tl.load(q_pos0 + b).to(tl.int64)
-        if k_pos0 is not None:
-            offset -= tl.load(k_pos0 + b).to(tl.int64)
-    return offset
 
 
 @triton.jit(
@@ -300,50 +258,3 @@ def attention_kernel(
         value = tl.where(total == 0.0, NEGATIVE_INFINITY, (peak + tl.log2(divisor)) * LN2)
         lse_at = lse + split.to(tl.int64) * lse_split + batch * lse_batch + head * lse_head + at
         tl.store(lse_at, value, mask=live)
-
-
-@triton.jit(do_not_specialize=["max_q", "total_q", "part_split", "part_lse_split"])
-def combine_kernel(
-    part, part_lse,  # float32 (splits, batch, row, head, V_HEAD_DIM) and (splits, batch, head, row)
-    out, lse, sinks, cu_q,
-    max_q, total_q,
-    part_split, part_batch, part_row, part_head, part_lse_split, part_lse_batch, part_lse_head,
-    out_batch, out_row, out_head, lse_batch, lse_head,
-    HEADS: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Merges the pieces of one query and head by their log-sum-exp; a sink enters once, here."""
-    pid = tl.program_id(0)
-    head = pid % HEADS
-    i = pid // HEADS % max_q
-    b = pid // HEADS // max_q
-    q_first, q_len = query_span(cu_q, b, max_q, total_q)
-    if i >= q_len:
-        return
-    batch = b.to(tl.int64)
-    at = (q_first + i).to(tl.int64)
-    piece = tl.arange(0, BLOCK_SPLITS)
-    there = piece < SPLITS
-    dv = tl.arange(0, BLOCK_DV)
-    pieces = piece.to(tl.int64)
-    lse_at = part_lse + pieces * part_lse_split + batch * part_lse_batch + head * part_lse_head + at
-    parts = tl.load(lse_at, mask=there, other=NEGATIVE_INFINITY)
-    peak = tl.max(parts, 0)
-    if sinks is not None:
-        sink = tl.load(sinks + head)
-        peak = tl.maximum(peak, sink)
-    shift = tl.where(peak == NEGATIVE_INFINITY, 0.0, peak)
-    weight = tl.exp2((parts - shift) * LOG2E)
-    total = tl.sum(weight, 0)
-    if sinks is not None:
-        total += tl.exp2((sink - shift) * LOG2E)
-    part_at = part + pieces * part_split + batch * part_batch + at * part_row + head * part_head
-    inside = there[:, None] & (dv < V_HEAD_DIM)[None, :]
-    values = tl.load(part_at[:, None] + dv[None, :], mask=inside, other=0.0)
-    divisor = tl.where(total == 0.0, 1.0, total)
-    merged = tl.sum(values * weight[:, None], 0) / divisor
-    out_at = out + batch * out_batch + at * out_row + head * out_head + dv
-    tl.store(out_at, merged.to(out.dtype.element_ty), mask=dv < V_HEAD_DIM)
-    if lse is not None:
-        value = tl.where(total == 0.0, NEGATIVE_INFINITY, shift + tl.log2(divisor) * LN2)
-        tl.store(lse + batch * lse_batch + head * lse_head + at, value)
