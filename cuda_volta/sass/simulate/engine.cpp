@@ -6,14 +6,14 @@
 #include <algorithm>
 #include <array>
 #include <deque>
-#include <limits>
 #include <vector>
+
+#include "instruction_cache.hpp"
 
 namespace volta::sass {
 namespace {
 
 constexpr int sub_cores = 4, scoreboards = 6, pipes = 8;
-constexpr std::int64_t never = std::numeric_limits<std::int64_t>::max();
 
 struct Warp {
     const std::int32_t* indices = nullptr;
@@ -48,8 +48,7 @@ struct SubCore {
     std::deque<Access> mio, global;
     int last = -1;  // the warp that issued last
     bool greedy = false;
-    std::vector<std::int64_t> line_ready, line_used;  // of the L0 instruction cache
-    int lines_held = 0;
+    InstructionCache cache;
 };
 
 struct Slot {  // of a resident block
@@ -67,11 +66,7 @@ public:
             warps[w].slot = w / paths.warps;
             cores[w % sub_cores].warps.push_back(w);
         }
-        const int lines = m.l0_lines ? instructions / m.line_instructions + 2 + m.prefetch_lines : 0;
-        for (SubCore& core : cores) {
-            core.line_ready.assign(lines, never);
-            core.line_used.assign(lines, -1);
-        }
+        for (SubCore& core : cores) core.cache.prepare(m, instructions);
         slot_block.resize(slots.size());
     }
 
@@ -88,6 +83,7 @@ public:
             ++now;
         }
         result.cycles = now;
+        result.fetched_lines = port.lines;
         return true;
     }
 
@@ -115,7 +111,8 @@ private:
                 warp.pending.fill(0);
                 warp.waits = false;
                 warp.active = true;
-                warp.fetched = fetch(cores[(s * paths.warps + w) % sub_cores], warp.indices[0]);
+                SubCore& core = cores[(s * paths.warps + w) % sub_cores];
+                warp.fetched = core.cache.fetch(m, port, now, warp.indices[0]);
             }
             ++next_block;
         }
@@ -279,7 +276,7 @@ private:
         }
         const std::int32_t next = warp.indices[warp.at];
         if (next != index + 1) warp.ready += m.branch_latency;
-        warp.fetched = fetch(core, next);
+        warp.fetched = core.cache.fetch(m, port, now, next);
     }
 
     void arrive(Warp& warp) {
@@ -311,44 +308,6 @@ private:
         slot.starts = now + m.launch_latency;
     }
 
-    // When the line of an instruction is in the sub-core's cache; asks for it and for those after it.
-    std::int64_t fetch(SubCore& core, std::int32_t index) {
-        if (!m.l0_lines) return now;
-        const int line = index / m.line_instructions;
-        core.line_used[line] = now;
-        for (int n = 0; n <= m.prefetch_lines; ++n)
-            if (core.line_ready[line + n] == never) ask(core, line + n);
-        return core.line_ready[line];
-    }
-
-    // The line to give up: the one used longest ago, or any but those used in this very cycle.
-    int victim(const SubCore& core) {
-        const int lines = static_cast<int>(core.line_ready.size());
-        if (m.random_replacement)
-            for (;;) {
-                random = random * 6364136223846793005u + 1442695040888963407u;
-                const int line = static_cast<int>((random >> 33) % lines);
-                if (core.line_ready[line] != never && core.line_used[line] != now) return line;
-            }
-        int found = -1;
-        for (int line = 0; line < lines; ++line)
-            if (core.line_ready[line] != never && (found < 0 || core.line_used[line] < core.line_used[found]))
-                found = line;
-        return found;
-    }
-
-    void ask(SubCore& core, int line) {
-        if (core.lines_held == m.l0_lines) {
-            core.line_ready[victim(core)] = never;
-        } else {
-            ++core.lines_held;
-        }
-        fetch_free = std::max(fetch_free, now) + m.fetch_interval;
-        core.line_ready[line] = std::max(now + m.fetch_latency, fetch_free);
-        core.line_used[line] = now;
-        ++result.fetched_lines;
-    }
-
     const Machine& m;
     const Instruction* code;
     const Paths& paths;
@@ -363,9 +322,9 @@ private:
     std::vector<Warp> warps;
     std::vector<Release> releases;
     std::int64_t now = 0, oldest = 0, quiet = 0;
-    std::int64_t port_free = 0, fetch_free = 0;
+    std::int64_t port_free = 0;
+    FetchPort port;
     std::int64_t way_free = 0, memory_free = 0, missed = 0;  // in thousandths
-    std::uint64_t random = 1;
     int next_turn = 0, next_block = 0, done = 0;
 };
 

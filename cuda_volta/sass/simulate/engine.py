@@ -15,7 +15,7 @@ from cuda_volta.cache import Cache, digest
 from cuda_volta.emulator.build import compile_with, compiler_version, host_flags
 from cuda_volta.sass.paths import Path
 
-_SOURCES = tuple(File(__file__).with_name(name) for name in ("engine.hpp", "engine.cpp"))
+_SOURCES = tuple(File(__file__).with_name(name) for name in ("engine.hpp", "instruction_cache.hpp", "engine.cpp"))
 REASONS = ("idle", "stalled", "scoreboard", "barrier", "fetching", "pipe busy", "queue full", "issued")
 _cache = Cache("sass")
 _INT = ctypes.c_int32
@@ -62,7 +62,7 @@ class _Result(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    options = ["-shared", str(_SOURCES[1])]
+    options = ["-shared", str(_SOURCES[-1])]
     key = digest(compiler_version(), *host_flags(), *(file.read_bytes() for file in _SOURCES))[:24]
     return ctypes.CDLL(str(_cache.path(f"engine-{key}.so", lambda: compile_with(options))))
 
