@@ -60,12 +60,13 @@ struct Prefill {
 
     VOLTA_DEVICE void start(i32 key0, i32 next_key0) {
         rows.locate(p, sequence, mover, batch, key0);
+        Stage first_values = stage;
         k_source.load(stage, rows, mover);
+        v_source.load(first_values, rows, mover);
         mover.store(k_tile, stage);
-        v_source.load(stage, rows, mover);
-        mover.store(v_tile, stage);
         rows.locate(p, sequence, mover, batch, next_key0);
         k_source.load(stage, rows, mover);
+        mover.store(v_tile, first_values);
         barrier();
     }
 
