@@ -1,6 +1,6 @@
 """The tiling-mask: one small matrix from which every causal or banded block's mask is a shifted window.
 
-FastAttention (arXiv 2410.16663, section 4.1) replaces the S x S mask by an M-mask of twice the block's
+FastAttention (arXiv 2410.16663) replaces the S x S mask by an M-mask of twice the block's
 sides. Ours has BLOCK_Q rows, and as many columns as the band's edge can pass a block in ways: a few hundred
 KiB, whatever the length of the sequences. It is float32, although one bit would do, because a narrower one
 needs a widened copy beside it in the Unified Buffer, the scarcest memory (docs/ascend.md has the figures).

@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--head-dim", type=sweep, default=(64, 128, 256), metavar="D,...", help="default: 64,128,256"
     )
-    known = [case.name for case in CASES]
+    known = [*(case.name for case in CASES), "decode"]
     p.add_argument("--case", type=names(known), default=tuple(known), metavar="NAME,...", help="default: all")
     p.add_argument("--peer", action="store_true", help="fetch xformers' kernels and model them as well")
     p.add_argument("--json", metavar="FILE", help="write the records of docs/benchmarks.md")
@@ -219,7 +219,9 @@ def main() -> None:
             ours = figures(case, head_dim)
             print(row(case.name, head_dim, *ours, None), flush=True)
             written += records(case.name, head_dim, ours, peers.get(head_dim), shared)
-    written += decode_rows(a.head_dim, shared) + gpu_rows(a.head_dim, shared)
+    if "decode" in a.case:
+        written += decode_rows(a.head_dim, shared)
+    written += gpu_rows(a.head_dim, shared)
     if a.json:
         write(a.json, written)
 

@@ -90,6 +90,7 @@ class Child:
 
 def _key(item: pytest.Item) -> str:
     """A test as junit's XML names it."""
-    file, *names = item.nodeid.split("::")
+    path, bracket, parameters = item.nodeid.partition("[")
+    file, *names = path.split("::")
     module = file.removesuffix(".py").replace("/", ".")
-    return f"{'.'.join((module, *names[:-1]))} {names[-1]}"
+    return f"{'.'.join((module, *names[:-1]))} {names[-1]}{bracket}{parameters}"

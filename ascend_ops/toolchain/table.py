@@ -109,7 +109,7 @@ def small_calls() -> Iterator[SmallCall]:
     x, weight = torch.empty(8, 4096, dtype=torch.float16), torch.empty(4096, dtype=torch.float16)
     heads, table = torch.empty(8, 32, 128, dtype=torch.float16), torch.empty(16, 64)
     cache, slots = torch.empty(4, 128, 32, 128, dtype=torch.float16), torch.zeros(8, dtype=torch.int64)
-    rotation = {"cos": table, "sin": table, "positions": slots}
+    rotation: dict[str, Any] = {"cos": table, "sin": table, "positions": slots}
     yield SmallCall("RMSNorm", lambda: ops.rms_norm(x, weight, 1e-5))
     yield SmallCall("residual + RMSNorm", lambda: ops.rms_norm(x, weight, 1e-5, x))
     yield SmallCall("SwiGLU", lambda: ops.swiglu(x))
@@ -158,7 +158,8 @@ def _biases() -> dict[str, dict[str, torch.Tensor]]:
 
 def plans(python: Path, root: Path) -> list[tuple[str, Instance, dict[str, Any]]]:
     """(name of the call, kernel, target -> fields of its `plan.Plan`) of the whole table."""
-    found = [(call.name, kernel) for call in (*calls(), *small_calls()) for kernel in call.instances()]
+    kinds: list[Call | SmallCall] = [*calls(), *small_calls()]
+    found = [(kind.name, kernel) for kind in kinds for kernel in kind.instances()]
     distinct = list(dict.fromkeys(kernel for _, kernel in found))
     requests = [kernel.planning(*TARGETS) for kernel in distinct]
     answers = call_all(python, [root], "ascend_ops.toolchain.worker:plan_kernel", requests)

@@ -1,6 +1,4 @@
-"""The kernels' PTX on a GPU newer than Volta, timed against torch's attention: a check, not a V100's
-speed.
-"""
+"""The PTX of the kernels on a GPU newer than Volta, timed against torch's attention: not a V100's speed."""
 
 from __future__ import annotations
 

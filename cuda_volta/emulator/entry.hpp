@@ -14,6 +14,6 @@ Entry<Params> entry_of(void (*)(Params));
 
 }  // namespace volta::emulator
 
-#define VOLTA_ENTRY(kernel)                                                   \
+#define VOLTA_ENTRY(kernel)                                                 \
     using VoltaParams = decltype(volta::emulator::entry_of(&kernel))::Type; \
     extern "C" void volta_invoke(const void* params) { kernel(*static_cast<const VoltaParams*>(params)); }

@@ -44,34 +44,44 @@ void Machine::describe_divergence(const char* check, Wait mine, Wait other, cons
 }
 
 void Machine::describe_global(u64 address, u32 width, bool stores, const Region& region, Site site) {
-    const std::string what = (stores ? "stores " : "loads ") + std::to_string(width) + " bytes at global " + hex(address);
+    const std::string what =
+        (stores ? "stores " : "loads ") + std::to_string(width) + " bytes at global " + hex(address);
     const u64 size = region.end - region.begin;
     if (address % width)
         describe("misaligned access", site, what);
     else if (size == 0)
-        describe("global memory out of bounds", site, what + ", which is in no tensor that the launch may touch so");
-    else
         describe("global memory out of bounds", site,
-                 what + ", which runs over the end of " + std::to_string(size) + " bytes at " + hex(region.begin));
+                 what + ", which is in no tensor that the launch may touch so");
+    else
+        describe(
+            "global memory out of bounds", site,
+            what + ", which runs over the end of " + std::to_string(size) + " bytes at " + hex(region.begin));
 }
 
 void Machine::describe_race(u64 address, u32 width, bool stores, const Collision& collision, Site site) {
-    const std::string what = (stores ? "stores " : "loads ") + std::to_string(width) + " bytes at global " + hex(address);
+    const std::string what =
+        (stores ? "stores " : "loads ") + std::to_string(width) + " bytes at global " + hex(address);
     const bool elsewhere = collision.other.block != lane().now.block;
-    const std::string other = "thread " + std::to_string(collision.other.thread) + " of " +
-                              (elsewhere ? "block " + std::to_string(collision.other.block - 1) : "its block");
+    const std::string other =
+        "thread " + std::to_string(collision.other.thread) + " of " +
+        (elsewhere ? "block " + std::to_string(collision.other.block - 1) : "its block");
     describe("race", site,
              what + ", which " + other + (collision.kind == Collision::STORE ? " stored" : " loaded") +
                  (elsewhere ? " without a fence and an atomic in between" : " without a barrier in between"));
 }
 
-void Machine::describe_shared(SharedMemory::Finding finding, const char* verb, u32 address, u32 width, Site site) {
+void Machine::describe_shared(SharedMemory::Finding finding, const char* verb, u32 address, u32 width,
+                              Site site) {
     using Verdict = SharedMemory::Verdict;
-    const std::string what = std::string(verb) + " " + std::to_string(width) + " bytes at shared " + hex(address);
+    const std::string what =
+        std::string(verb) + " " + std::to_string(width) + " bytes at shared " + hex(address);
     const std::string other = "thread " + std::to_string(finding.other);
     switch (finding.verdict) {
-        case Verdict::FINE: break;
-        case Verdict::MISALIGNED: describe("misaligned access", site, what); break;
+        case Verdict::FINE:
+            break;
+        case Verdict::MISALIGNED:
+            describe("misaligned access", site, what);
+            break;
         case Verdict::OUT_OF_BOUNDS:
             describe("shared memory out of bounds", site,
                      what + "; the block has [" + hex(SharedMemory::BASE) + ", " +

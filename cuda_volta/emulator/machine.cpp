@@ -36,7 +36,8 @@ void Machine::work(Launch& launch) {
     } catch (const std::bad_alloc&) {
         const std::lock_guard<std::mutex> guard(launch.mutex);
         launch.failed = true;
-        launch.failure = "the host has no memory for a block of " + std::to_string(launch.threads) + " threads";
+        launch.failure =
+            "the host has no memory for a block of " + std::to_string(launch.threads) + " threads";
         return;
     }
     enter_machine(this);

@@ -125,7 +125,7 @@ private:
     Meeting block_meeting_{};
     Site block_site_{};
     u32 block_epoch_ = 0;
-    bool acquired_ = false;  // the block has run an atomic
+    bool acquired_ = false;                // the block has run an atomic
     Region last_read_{}, last_written_{};  // where the access before was
     SharedMemory shared_;
     Counters counters_;

@@ -24,7 +24,9 @@ void thread_main() {
 u32 thread_index() { return machine->thread(); }
 u32 block_index(int axis) { return machine->block(axis); }
 u32 grid_size(int axis) { return machine->launch().grid[axis]; }
-const void* shared_load(u32 address, u32 bytes, Site site) { return machine->shared_load(address, bytes, site); }
+const void* shared_load(u32 address, u32 bytes, Site site) {
+    return machine->shared_load(address, bytes, site);
+}
 void shared_store(u32 address, const void* value, u32 bytes, Site site) {
     machine->shared_store(address, value, bytes, site);
 }

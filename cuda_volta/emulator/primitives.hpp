@@ -123,7 +123,9 @@ VOLTA_DEVICE u32 float_bits(float x) { return emulator::bits<u32>(x); }
 VOLTA_DEVICE float bits_float(u32 x) { return emulator::bits<float>(x); }
 VOLTA_DEVICE u16 to_half(float x) { return emulator::bits<u16>(static_cast<emulator::Half>(x)); }
 VOLTA_DEVICE float from_half(u16 h) { return static_cast<float>(emulator::bits<emulator::Half>(h)); }
-VOLTA_DEVICE u32 pack_half2(float low, float high) { return to_half(low) | static_cast<u32>(to_half(high)) << 16; }
+VOLTA_DEVICE u32 pack_half2(float low, float high) {
+    return to_half(low) | static_cast<u32>(to_half(high)) << 16;
+}
 VOLTA_DEVICE float low_half(u32 v) { return from_half(static_cast<u16>(v & 0xffff)); }
 VOLTA_DEVICE float high_half(u32 v) { return from_half(static_cast<u16>(v >> 16)); }
 // A product of halves is exact in float; the sum with a third half is not, but it is in double.

@@ -66,10 +66,12 @@ u32 global_sectors(const Request& request) {
 
 u32 Counters::index(Site site, Access access) {
     const size_t size = table_.size();
-    size_t slot = (reinterpret_cast<size_t>(site.file) / 8 + site.line * 8u + static_cast<u32>(access)) % size;
+    size_t slot =
+        (reinterpret_cast<size_t>(site.file) / 8 + site.line * 8u + static_cast<u32>(access)) % size;
     for (; table_[slot]; slot = (slot + 1) % size) {
         const LineCounts& known = lines_[table_[slot] - 1];
-        if (known.line == site.line && known.file == site.file && known.access == access) return table_[slot] - 1;
+        if (known.line == site.line && known.file == site.file && known.access == access)
+            return table_[slot] - 1;
     }
     lines_.push_back(LineCounts{site.file, site.line, access, 0, 0, 0, 0, 0});
     table_[slot] = static_cast<u32>(lines_.size());
@@ -99,7 +101,8 @@ void Counters::count(const Request& request) {
 void Counters::add_to(std::vector<LineCounts>& total) const {
     for (const LineCounts& counts : lines_) {
         const auto same = [&](const LineCounts& t) {
-            return t.line == counts.line && t.access == counts.access && std::strcmp(t.file, counts.file) == 0;
+            return t.line == counts.line && t.access == counts.access &&
+                   std::strcmp(t.file, counts.file) == 0;
         };
         auto known = std::find_if(total.begin(), total.end(), same);
         if (known == total.end()) {

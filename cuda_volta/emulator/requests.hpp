@@ -76,8 +76,8 @@ private:
         Access access;
     };
     bool fits(u32 i, u32 lane, Site site, Access access, u32 width) const {
-        return keys_[i].site.line == site.line && keys_[i].site.file == site.file && keys_[i].access == access &&
-               requests_[i].width == width && !(requests_[i].mask >> lane & 1);
+        return keys_[i].site.line == site.line && keys_[i].site.file == site.file &&
+               keys_[i].access == access && requests_[i].width == width && !(requests_[i].mask >> lane & 1);
     }
     void join(u32 i, u32 lane, u64 address) {
         requests_[i].mask |= 1u << lane;

@@ -39,7 +39,9 @@ private:
     // Blocks that ran here before are over.
     struct Order {
         const Stamp& now;
-        bool operator()(const Stamp& earlier) const { return earlier.block != now.block || now.follows(earlier); }
+        bool operator()(const Stamp& earlier) const {
+            return earlier.block != now.block || now.follows(earlier);
+        }
     };
 
     static Finding finding(const Collision& collision) {

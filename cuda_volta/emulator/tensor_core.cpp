@@ -24,8 +24,8 @@ float half(Word2 w, u32 i) {
     return static_cast<float>(h);
 }
 
-// d + sum of a[k] b[k] as Fasi et al., "Numerical behavior of NVIDIA tensor cores" (2021), section 3, found it
-// on the V100: products are exact; the five summands are aligned to the largest exponent among them and
+// d + sum of a[k] b[k] as Fasi et al., "Numerical behavior of NVIDIA tensor cores" (2021), section 3, found
+// it on the V100: products are exact; the five summands are aligned to the largest exponent among them and
 // truncated to 24 bits; their sum is rounded towards zero.
 Row truncated_sum(Row d, const Row (&products)[4]) {
     const auto magnitude = [](Row x) { return (RowBits)x & 0x7fffffff; };
@@ -85,7 +85,8 @@ void mma_m8n8k4(const MmaOperands& operands, bool b_is_row) {
         }
         for (u32 i = 0; i < LANES_OF_QUADPAIR; i++)
             for (u32 e = 0; e < 8; e++)
-                operands.d[lane_of(q, i)][e] = d[(i & 1) + (e & 2) + 4 * (i / 4)][(e & 4) + (i & 2) + (e & 1)];
+                operands.d[lane_of(q, i)][e] =
+                    d[(i & 1) + (e & 2) + 4 * (i / 4)][(e & 4) + (i & 2) + (e & 1)];
     }
 }
 

@@ -31,7 +31,9 @@ struct Site {
     const char* file;
     u32 line;
 
-    static Site here(const char* file = __builtin_FILE(), u32 line = __builtin_LINE()) { return {file, line}; }
+    static Site here(const char* file = __builtin_FILE(), u32 line = __builtin_LINE()) {
+        return {file, line};
+    }
 };
 
 }  // namespace emulator

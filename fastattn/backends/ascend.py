@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ascend_ops import router
+from ascend_ops.attention import DTYPES, MAX_HEAD_DIM
 
 from ..indices import check_indices
 from ..settings import settings
@@ -20,8 +21,6 @@ from ..spec import AttentionArgs, AttentionSignature, Backend, Op, UnsupportedEr
 from .interpreter import reasons_against_emulating
 
 _EMULATED = "ascend" in settings.emulate
-HALVES = (torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
 
 
 def _available() -> list[str]:
@@ -84,7 +83,7 @@ def kernel_reasons(s: AttentionSignature) -> list[str]:
     if not compiles_kernels():
         return [f"no compiler for {router.current().family}"]
     out = []
-    if s.dtype not in HALVES:
+    if s.dtype not in DTYPES:
         out.append(f"dtype {s.dtype}, they take float16 and bfloat16")
     elif s.kv_dtype != s.dtype:
         out.append(f"k and v are {s.kv_dtype}, they take q's {s.dtype}")

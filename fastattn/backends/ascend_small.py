@@ -153,6 +153,34 @@ def _float_reasons(s: OpSignature) -> list[str]:
     return [] if s.dtype in FLOATS else [f"dtype {s.dtype}: only float16, bfloat16 and float32"]
 
 
+def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _without_kernels(s: OpSignature, choose: Callable[[router.Chip], small_ops.Choice]) -> list[str]:
+    """Where our kernels do not compile: torch_npu's reason against a call of this signature."""
+    against = _float_reasons(s)
+    if against or compiles_kernels():
+        return against
+    choice = choose(router.current())
+    return [] if isinstance(choice, router.Invocation) else [choice]
+
+
+def _norm_reasons(s: OpSignature) -> list[str]:
+    hidden = int(s.dims[0])
+    weight, *residual = (_meta(d, hidden) for d in s.other_dtypes)
+    x = _meta(s.dtype, 1, hidden)
+    other = residual[0][None] if residual else None
+    return _without_kernels(s, lambda chip: small_ops.rms_norm(x, weight, 1e-5, other, chip))
+
+
+def _rotary_reasons(s: OpSignature) -> list[str]:
+    dim, half = (int(d) for d in s.dims)
+    x, table, positions = _meta(s.dtype, 1, 1, dim), _meta(torch.float32, 1, half), _meta(torch.int64, 1)
+    pairs = "interleaved" in s.features
+    return _without_kernels(s, lambda chip: small_ops.rotary(x, table, table, positions, pairs, chip))
+
+
 def _kernel_only(s: OpSignature) -> list[str]:
     compiled = [] if compiles_kernels() else [f"no compiler for {router.current().family}"]
     return compiled + _float_reasons(s)
@@ -168,14 +196,22 @@ def _append_reasons(s: OpSignature) -> list[str]:
         out.append(f"cache dtype {s.other_dtypes[0]}: only float16, bfloat16 and float32")
     if "npu_nz" in s.dims and compiles_kernels():
         out.append("kv_layout: nhd; NZ is for 310P")
-    return out
+    if out or compiles_kernels():
+        return out
+    page, dim, v_dim, layout = s.dims
+    k_cache, v_cache = (_meta(s.other_dtypes[0], 1, int(page), 1, int(d)) for d in (dim, v_dim))
+    k, v = (_meta(s.dtype, 1, 1, int(d)) for d in (dim, v_dim))
+    slots = torch.zeros(1, dtype=torch.int64)
+    return _without_kernels(
+        s, lambda chip: small_ops.append_kv(k_cache, v_cache, k, v, slots, str(layout), chip)
+    )
 
 
 APPEND_FEATURES = frozenset({"cos", "sin", "positions", "interleaved", "kv_layout"})
 OPS: dict[str, Op] = {
     "append_kv": Op(append_kv, APPEND_FEATURES, _append_reasons),
-    "rotary": Op(rotary, frozenset({"interleaved"}), _float_reasons),
-    "rms_norm": Op(rms_norm, frozenset({"residual"}), _float_reasons),
+    "rotary": Op(rotary, frozenset({"interleaved"}), _rotary_reasons),
+    "rms_norm": Op(rms_norm, frozenset({"residual"}), _norm_reasons),
     "swiglu": Op(swiglu, reasons=_kernel_only),
     "linear": Op(linear, frozenset({"g_idx", "x_perm", "bias", "group_offset"}), _linear_reasons),
     "embedding": Op(embedding, frozenset({"g_idx", "x_perm"}), _kernel_only),

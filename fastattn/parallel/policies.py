@@ -31,7 +31,7 @@ from ..quant.codec import Codec
 from ..spec import Schedule, SyncPolicy
 from .schedule import Plain, TokenWeave
 
-_ALL = (Exact, MatmulSum, Direct, Star, Compressed, Tiled, FusedNorm, Dropped)
+_ALL = (Exact, Direct, Star, Compressed, MatmulSum, Tiled, FusedNorm, Dropped)
 POLICIES: dict[str, Any] = {c.name: c for c in _ALL}
 SCHEDULES: dict[str, Any] = {c.name: c for c in (Plain, TokenWeave)}
 _INNER = {Tiled: Sum, FusedNorm: Pairwise}  # what ``of`` may be

@@ -29,6 +29,7 @@ class Report(NamedTuple):
     registers: int  # of a thread
     spills: int  # bytes of a thread's local memory
     shared_bytes: int  # of a program
+    scratch_bytes: int  # of global memory that a launch would have to allocate
     ptx: str
 
 
@@ -40,7 +41,7 @@ def compile_for(launch: Launch, chip: Chip) -> Report:
     }  # fmt: skip
     made = triton.compile(source, target=GPUTarget("cuda", chip.capability, 32), options=options)
     registers, spills = _usage(made.asm["cubin"], made.metadata.name)
-    return Report(registers, spills, made.metadata.shared, made.asm["ptx"])
+    return Report(registers, spills, made.metadata.shared, made.metadata.global_scratch_size, made.asm["ptx"])
 
 
 def _source(launch: Launch) -> ASTSource:

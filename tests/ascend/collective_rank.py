@@ -1,7 +1,7 @@
 """One rank of a tiny model under tiled+matmul_sum: collective_rank.py MODEL FOLDER.
 
 The ranks meet over gloo on the CPU; HCCL and the chip are stood in for: each call of npu_mm_all_reduce_base
-is written down and computed as documented, product and sum. Prints the logits' difference from `exact` as JSON.
+is written down and computed as documented, product and sum. Prints the logits' difference from `exact`.
 """
 
 from __future__ import annotations

@@ -68,13 +68,33 @@ def test_910a_takes_no_attention(on_chip):
     on_chip("910a")
     assert "does not exist on 910a" in reasons(args(causal=True))
     norm = ascend_small.OPS["rms_norm"]
-    assert norm.reasons(fastattn.spec.RmsNormArgs(torch.zeros(2, 4), torch.zeros(4), 1e-5).signature()) == []
+    assert norm.reasons(fastattn.spec.RmsNormArgs(torch.zeros(2, 8), torch.zeros(8), 1e-5).signature()) == []
 
 
 def test_small_ops_without_a_compiler_refuse_what_only_kernels_do(on_chip):
     on_chip("310p")
     x = torch.zeros(2, 8, dtype=torch.float16)
     assert "no compiler" in ascend_small.OPS["swiglu"].reasons(fastattn.spec.SwigluArgs(x).signature())[0]
+
+
+def test_what_torch_npu_cannot_do_there_is_left_to_other_backends(on_chip):
+    """On 310P and 910A a reason of torch_npu's operator is a reason of the backend: dispatch goes on."""
+    on_chip("310p")
+    x, cos = torch.zeros(2, 3, 128, dtype=torch.float16), torch.zeros(9, 64)
+    where = torch.tensor([0, 1])
+    turn = fastattn.spec.RotaryArgs(x, cos, cos, where)
+    norm = fastattn.spec.RmsNormArgs(x, x[0, 0], 1e-5)
+    pages = torch.zeros(2, 16, 3, 128, dtype=torch.float16)
+    append = fastattn.spec.AppendKvArgs(pages, pages, x, x, where, kv_layout="npu_nz")
+    table = ascend_small.OPS
+    for name, able in (("rotary", turn), ("rms_norm", norm), ("append_kv", append)):
+        assert table[name].reasons(able.signature()) == []
+    assert "interleaved" in table["rotary"].reasons(turn._replace(interleaved=True).signature())[0]
+    assert "turns all" in table["rotary"].reasons(turn._replace(cos=cos[:, :8]).signature())[0]
+    assert "weight" in table["rms_norm"].reasons(norm._replace(weight=norm.weight.float()).signature())[0]
+    assert "kv_layout" in table["append_kv"].reasons(append._replace(kv_layout="nhd").signature())[0]
+    on_chip("910a")
+    assert "does not exist on 910a" in table["append_kv"].reasons(append.signature())[0]
 
 
 def test_settings():

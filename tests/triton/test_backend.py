@@ -13,6 +13,8 @@ from fastattn import dispatch
 from fastattn.attention import build_args
 from fastattn.info import signature_of
 
+pytestmark = pytest.mark.toolchain
+
 
 def python(program: str, **environment: str) -> str:
     """What a fresh process prints."""
@@ -55,7 +57,6 @@ def test_emulated_backend_comes_before_the_cpu() -> None:
 
 
 @pytest.mark.emulate("triton")
-@pytest.mark.toolchain
 class TestInProcess:
     """What needs the backend's op table."""
 
@@ -101,7 +102,6 @@ class TestInProcess:
 
 # ------------------------------------------------------------------------------------------------ planning
 @pytest.mark.emulate("triton")
-@pytest.mark.toolchain
 class TestPlans:
     """Plans say what the host knows; a graph may replay them on other lengths."""
 

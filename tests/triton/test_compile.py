@@ -36,6 +36,7 @@ def check(job: Job, outcome: Outcome) -> None:
 
     for report in outcome.reports:
         assert report.spills <= SPILLS, f"{job}: {report.spills} bytes spilled by {outcome.plan}"
+        assert report.scratch_bytes == 0, f"{job}: a launch would allocate"
         assert report.shared_bytes <= KNOWN[job.chip].shared_bytes, f"{job}: {outcome.plan}"
 
 

@@ -11,9 +11,10 @@ from fastattn.backends import volta
 
 
 @pytest.fixture(autouse=True)
-def _ptx_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test allows to newer GPUs ends with it."""
-    monkeypatch.setattr(runtime, "_ptx_on_newer", runtime._ptx_on_newer)  # noqa: SLF001
+def _ptx_as_before(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test allows to newer GPUs ends with it; those that take a ``device`` allow them the PTX."""
+    allowed = runtime._ptx_on_newer or "device" in request.fixturenames  # noqa: SLF001
+    monkeypatch.setattr(runtime, "_ptx_on_newer", allowed)
 
 
 @pytest.fixture
@@ -31,13 +32,10 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+def device(request: pytest.FixtureRequest) -> torch.device:
     """Where kernels run: emulated, and on a GPU where there is one, newer ones through PTX."""
     if request.param == "emulator":
-        yield torch.device("cpu")
-        return
+        return torch.device("cpu")
     if not torch.cuda.is_available():
         pytest.skip("torch sees no NVIDIA GPU")
-    runtime.use_ptx(True)
-    yield torch.device("cuda", torch.cuda.current_device())
-    runtime.use_ptx(False)
+    return torch.device("cuda", torch.cuda.current_device())

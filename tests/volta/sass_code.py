@@ -34,7 +34,7 @@ def assemble(*lines: str, control: Control = NEXT) -> Function:
     for index, line in enumerate(lines):
         guard, _, rest = line.rpartition("@")[2].partition(" ") if line.startswith("@") else ("", "", line)
         opcode, _, operands = rest.partition(" ")
-        jumps = opcode in ("BRA", "BSSY")
+        jumps = opcode.partition(".")[0] in ("BRA", "BSSY")
         target = int(operands.split(", ")[-1]) * BYTES if jumps else None
         texts = tuple(operands.split(", ")) if operands else ()
         code.append(Instruction(index * BYTES, guard, opcode, texts, control, target))

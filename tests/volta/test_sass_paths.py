@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 import tempfile
 from pathlib import Path as File
 
@@ -87,6 +88,47 @@ def test_memory_that_the_launch_names_is_known() -> None:
     path = ran(function, params, memory=[(at, words(5, 5, 1))])
     assert 5 in path.indices
     assert not path.guessed
+
+
+@pytest.mark.parametrize(("softcap", "falls"), [(0.0, True), (30.0, False), (math.nan, False)])
+def test_a_branch_on_a_float_parameter(softcap: float, falls: bool) -> None:
+    function = assemble("FSETP.NEU.AND P0, PT, RZ, c[0x0][0x160], PT", "@P0 BRA 3", "NOP", "EXIT")
+    path = ran(function, struct.pack("<f", softcap))
+    assert (2 in path.indices) == falls
+    assert not path.guessed
+
+
+def test_predicates_kept_in_a_register() -> None:
+    function = assemble(
+        "LDG.E.SYS R4, [R2]",
+        "ISETP.EQ.AND P1, PT, R4, RZ, PT",  # unknown
+        "ISETP.EQ.AND P5, PT, RZ, RZ, PT",
+        "P2R R6, PR, RZ, 0x20",
+        "ISETP.NE.AND P5, PT, RZ, RZ, PT",
+        "R2P PR, R6, 0x20",
+        "@P5 BRA 8",
+        "NOP",
+        "EXIT",
+    )
+    path = ran(function, b"")
+    assert 7 not in path.indices
+    assert not path.guessed
+
+
+def test_diverged_lanes_alone_take_bra_div() -> None:
+    apart = assemble(
+        "S2R R0, SR_TID.X",
+        "ISETP.GE.AND P0, PT, R0, 0x5, PT",
+        "BSSY B0, 6",
+        "@P0 BRA 6",
+        "BRA.DIV 6",
+        "NOP",
+        "BSYNC B0",
+        "EXIT",
+    )
+    assert 5 not in ran(apart, b"").indices
+    together = assemble("BRA.DIV 2", "NOP", "EXIT")
+    assert list(ran(together, b"").indices) == [0, 1, 2]
 
 
 def test_a_path_without_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
