@@ -7,7 +7,7 @@ from importlib import import_module
 from .variant import Variant
 
 #: Modules of this package that launch kernels; each lists its own as ``VARIANTS``.
-MODULES = ("prefill", "decode", "append", "rotary", "norm", "gate", "linear", "weights")
+MODULES = ("prefill", "decode", "append", "rotary", "norm", "gate", "linear", "permute", "weights")
 
 
 def variants() -> tuple[Variant, ...]:

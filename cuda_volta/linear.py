@@ -4,7 +4,7 @@ A call of few rows reads W once, as integers: 0.5 bytes a weight and its group's
 many rows cuBLAS on a copy in halves is better: per 1000 weights of 4 bits, reading the integers, writing
 halves and reading them again moves 4.5 KB (5 ns at 900 GB/s), and the product takes 0.022 ns a row at 90
 TFLOP/s; the kernel of few rows takes 1.3 ns for every 16 rows (issue simulator, README.md). The two meet at
-86 rows, at 55 where x is permuted: `FEW_ROWS` lies between, and nothing of this is measured.
+86 rows; `FEW_ROWS` lies below, since nothing of this is measured.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import expect_device, expect_half, in_octets
+from .permute import permuted
 from .runtime import load
 from .variant import Variant
-from .weights import GroupedWeight, WeightParams, dequantize, expect, perm_stride, weight_params
+from .weights import GroupedWeight, WeightParams, dequantize, expect, weight_params
 
 FEW_ROWS = 64
 ROWS = 16  # of x in a block
@@ -44,9 +45,9 @@ class LinearParams(ctypes.Structure):
 
     _fields_ = [
         ("w", WeightParams),
-        *((name, ctypes.c_void_p) for name in ("x", "x_perm", "bias", "out", "partial")),
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "out", "partial")),
         ("x_row", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("rows", "perm_stride", "wide", "bias_is_float", "splits")),
+        *((name, ctypes.c_int32) for name in ("rows", "wide", "bias_is_float", "splits")),
         ("group_inverse", ctypes.c_uint32),
     ]
 
@@ -74,6 +75,8 @@ def linear(x: Tensor, w: GroupedWeight) -> Tensor:
     if w.bias is not None:
         expect("bias", w.bias, w.shape[:1], torch.float16, torch.float32, torch.bfloat16)
         w = w._replace(bias=(w.bias.float() if w.bias.dtype == torch.bfloat16 else w.bias).contiguous())
+    if w.x_perm is not None:
+        x = permuted(x, w.x_perm)
     if x.shape[0] <= FEW_ROWS and reads_whole_quads(w):
         return _few_rows(x, w)
     return _many_rows(x, w)
@@ -102,9 +105,7 @@ def _few_rows(x: Tensor, w: GroupedWeight) -> Tensor:
     if not out.numel():
         return out
     p.x, p.x_row, p.rows = x.data_ptr(), x.stride(0), x.shape[0]
-    p.wide = in_octets(x) and w.x_perm is None
-    if w.x_perm is not None:
-        p.x_perm, p.perm_stride = w.x_perm.data_ptr(), perm_stride(w.x_perm)
+    p.wide = in_octets(x)
     if w.bias is not None:
         p.bias, p.bias_is_float = w.bias.data_ptr(), w.bias.dtype == torch.float32
     p.group_inverse = 0 if _has_one_group(w) else -(-(1 << 32) // w.group_size)
@@ -128,8 +129,6 @@ def _few_rows(x: Tensor, w: GroupedWeight) -> Tensor:
 
 def _many_rows(x: Tensor, w: GroupedWeight) -> Tensor:
     """cuBLAS on tiles of W as halves, in the order of W's stored columns."""
-    if w.x_perm is not None:
-        x = x.index_select(1, w.x_perm)
     out = x.new_empty((x.shape[0], w.shape[0]))
     step = max(1, _TILE // max(w.shape[1], 1))
     for lo in range(0, w.shape[0], step):

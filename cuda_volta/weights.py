@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import expect_device
+from .permute import perm_stride
 from .runtime import load
 from .variant import Variant
 
@@ -104,11 +105,6 @@ def weight_params(w: GroupedWeight) -> WeightParams:
         w.codes.stride(0), w.scales.stride(0), 0 if w.mins is None else w.mins.stride(0),
         out, inn, w.group_size, w.group_offset, groups, w.scales.dtype == torch.float32,
     )  # fmt: skip
-
-
-def perm_stride(x_perm: Tensor | None) -> int:
-    """Distance in 32-bit words of a permutation's entries; kernels read the low word of each."""
-    return 0 if x_perm is None else x_perm.element_size() // 4
 
 
 def dequantize(

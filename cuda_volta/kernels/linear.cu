@@ -20,12 +20,11 @@ namespace volta {
 struct LinearParams {
     WeightParams w;
     const u16* x;
-    const i32* x_perm;  // column c of W meets column x_perm[c * perm_stride] of x; null: c
-    const void* bias;   // halves, or floats; null: none
-    u16* out;           // (rows, out), dense
-    float* partial;     // (splits, rows, out) where splits > 1
+    const void* bias;  // halves, or floats; null: none
+    u16* out;          // (rows, out), dense
+    float* partial;    // (splits, rows, out) where splits > 1
     i64 x_row;
-    i32 rows, perm_stride, wide;  // wide: rows of x begin at multiples of 16 bytes and are not permuted
+    i32 rows, wide;  // wide: rows of x begin at multiples of 16 bytes
     i32 bias_is_float, splits;
     u32 group_inverse;  // ceil(2^32 / group_size); 0: there is one group
 };
@@ -42,23 +41,14 @@ constexpr u32 X_BYTES = PANEL * 2 * OPERANDS * 512;
 constexpr u32 SUM_BYTES = PANEL * 2 * 2 * 128;              // halves of x's sums over each quadpair's columns
 constexpr float ZERO_CODE = BITS == 4 ? 1024.0f : 1152.0f;  // what the exponent trick adds
 
-// Columns c..c+7 of a row of x, those behind the last 0. Loads of a permuted row do not wait for one another.
+// Columns c..c+7 of a row of x, those behind the last 0.
 VOLTA_DEVICE Word4 load_x(const LinearParams& p, i32 row, i32 c) {
     if (row >= p.rows || c >= p.w.in) return {0, 0, 0, 0};
-    const u16* const x = p.x + row * p.x_row;
-    if (p.wide) return ldg(reinterpret_cast<const Word4*>(x + c));
-    i32 from[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) from[i] = c + i < p.w.in ? c + i : p.w.in - 1;
-    if (p.x_perm) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) from[i] = ldg(p.x_perm + static_cast<i64>(from[i]) * p.perm_stride);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) from[i] = from[i] < 0 ? 0 : from[i] < p.w.in ? from[i] : p.w.in - 1;
-    }
+    const u16* const x = p.x + row * p.x_row + c;
+    if (p.wide) return ldg(reinterpret_cast<const Word4*>(x));
     u32 h[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) h[i] = ldg(x + from[i]);
+    for (int i = 0; i < 8; ++i) h[i] = c + i < p.w.in ? ldg(x + i) : 0;
     return {h[0] | h[1] << 16, h[2] | h[3] << 16, h[4] | h[5] << 16, h[6] | h[7] << 16};
 }
 

@@ -92,7 +92,9 @@ def test_widths_that_are_no_whole_chunk(inn):
 def test_many_rows_are_cublas_work(kind):
     w = weight(kind, 37, 208)
     for rows in (FEW_ROWS, FEW_ROWS + 1):
-        names = {r.variant.entry for r in check(w, random(rows, w.shape[1], seed=rows, dtype=HALF))}
+        names = {r.variant.entry for r in check(w, random(rows, w.shape[1], seed=rows, dtype=HALF))} - {
+            "permute"
+        }
         assert names == ({"linear"} if rows == FEW_ROWS and kind in WHOLE else {"dequantize"})
 
 
@@ -231,6 +233,8 @@ BAD = {
     "mins: torch.float32": BASE._replace(mins=BASE.mins.float()),
     "group_size, group_offset: 32, 32": BASE._replace(group_offset=32),
     "g_idx: torch.int64": BASE._replace(g_idx=torch.zeros(64, dtype=torch.int64)),
+    "x_perm: torch.int64 (63,), expected": BASE._replace(x_perm=torch.arange(63)),
+    "x_perm: stride 2, expected 1": BASE._replace(x_perm=torch.arange(128)[::2]),
     "bias: torch.float32 (7,)": BASE._replace(bias=torch.zeros(7)),
 }
 
