@@ -15,7 +15,8 @@ from cuda_volta.cache import Cache, digest
 from cuda_volta.emulator.build import compile_with, compiler_version, host_flags
 from cuda_volta.sass.paths import Path
 
-_SOURCES = tuple(File(__file__).with_name(name) for name in ("engine.hpp", "instruction_cache.hpp", "engine.cpp"))
+_FOLDER = File(__file__).parent
+_SOURCES = tuple(_FOLDER / name for name in ("engine.hpp", "instruction_cache.hpp", "engine.cpp"))
 REASONS = ("idle", "stalled", "scoreboard", "barrier", "fetching", "pipe busy", "queue full", "issued")
 _cache = Cache("sass")
 _INT = ctypes.c_int32
