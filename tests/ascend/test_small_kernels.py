@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.emulate("ascend"), pytest.mark.toolchain]
 
 @pytest.fixture
 def ops() -> Mapping[str, Op]:
-    assert not unavailable("ascend")
-    return op_table("ascend")
+    """The Ascend backend's; in the process that only reports what the emulating one found, none."""
+    return {} if unavailable("ascend") else op_table("ascend")
 
 
 test_ids_outside_are_refused = embedding_tests.test_ids_outside_are_refused
