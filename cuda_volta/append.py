@@ -74,6 +74,8 @@ def append_kv(
             new.data_ptr(), cache.data_ptr(), None, *new.stride()[:2], *cache.stride()[:3], new.shape[2]
         )
         if scale is not None:
+            if tuple(scale.shape) != (new.shape[1],):
+                raise ValueError(f"{name}_scale: {tuple(scale.shape)}, expected ({new.shape[1]},)")
             tensors.append(scale.float().contiguous())
             rows.scale = tensors[-1].data_ptr()
         setattr(p, name, rows)
