@@ -162,12 +162,14 @@ def _without_pointers(c: AttentionCall, out: Tensor, lse: Tensor) -> AttentionPa
     p.batch, p.heads, p.kv_heads = c.batch, c.q.shape[-2], c.k.shape[-2]
     p.head_dim, p.v_head_dim = c.q.shape[-1], c.v.shape[-1]
     p.q_rows, p.max_seqlen_q = c.q.shape[-3], c.longest_q
-    p.k_rows, p.k_batches = c.k.shape[-3], 1 if packed_k else c.k.shape[0]
+    p.k_batches = 1 if packed_k else c.k.shape[0]
+    p.k_rows = c.k.shape[-3] if p.k_batches else 0  # whatever the indices say, an empty cache has no row
     if c.block_table is not None:
         p.max_pages = c.block_table.shape[1]
         p.page_rows = _page_rows(c)
-        p.page_shift = (p.k_rows - 1).bit_length()
-        p.page_magic = -(-(1 << (31 + p.page_shift)) // p.k_rows)
+        page = max(p.k_rows, 1)
+        p.page_shift = (page - 1).bit_length()
+        p.page_magic = -(-(1 << (31 + p.page_shift)) // page)
     if c.alibi_slopes is not None and c.alibi_slopes.ndim == 2:
         p.alibi_batch = c.alibi_slopes.stride(0)
     left, right = c.window[0], 0 if c.causal else c.window[1]

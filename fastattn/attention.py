@@ -204,6 +204,8 @@ def _check_qkv(
         raise ValueError(f"v: {tuple(v.shape)}, expected k's {tuple(k.shape[:-1])} and its own head_dim")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"k: {kv_heads} heads, expected a divisor of q's {heads}")
+    if block_table is not None and k.shape[1] == 0:
+        raise ValueError("k: pages of 0 rows, expected at least 1")
     return heads, kv_heads, head_dim
 
 

@@ -27,14 +27,13 @@ VOLTA_KERNEL(combine, 256, 4)(AttentionParams p) {
         const float other = shuffle_xor(top, mask);
         top = other > top ? other : top;
     }
-    const bool empty = top == -infinity();
+    const float base = top == -infinity() ? 0.0f : top;
 
     float sum = 0.0f;
     float out[2][4] = {};
     for (i32 first = 0; first < p.splits; first += 32) {
         const i32 mine = first + static_cast<i32>(lane);
-        const float weight =
-            mine < p.splits && !empty ? exp2_approx(ldg(p.partial_lse + place + mine) - top) : 0.0f;
+        const float weight = mine < p.splits ? exp2_approx(ldg(p.partial_lse + place + mine) - base) : 0.0f;
         for (i32 i = first; i < p.splits && i < first + 32; ++i) {
             const float w = shuffle(weight, static_cast<u32>(i - first));
             sum += w;
@@ -52,8 +51,9 @@ VOLTA_KERNEL(combine, 256, 4)(AttentionParams p) {
         }
     }
 
-    const Sunk sunk = add_sink(p, head, row_lse({top, sum}));
-    float factor = empty ? 0.0f : sunk.factor * rcp_approx(sum);
+    const RowTotal total{top, sum};
+    const Sunk sunk = add_sink(p, head, row_lse(total));
+    float factor = saw_nothing(total) ? 0.0f : sunk.factor * rcp_approx(sum);
     if (p.v_scale) factor *= ldg(p.v_scale + head / (p.heads / p.kv_heads));
     if (lane == 0) write_lse(p, s, b, at, sunk.lse);
 #pragma unroll

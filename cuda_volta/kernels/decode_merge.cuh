@@ -15,7 +15,7 @@ constexpr u32 MERGE_STATS = MERGE_WARPS * 16 * 8;  // (maximum, sum) of every wa
 
 VOLTA_DEVICE u32 merge_word(u32 row, u32 column) { return row * MERGE_PITCH + (column ^ (column >> 5 << 2)); }
 
-// Maximum and sum of a row over all warps.
+// Maximum and sum of a row over all warps. A maximum of -inf has a sum of 0, or NaN, which stays.
 VOLTA_DEVICE RowTotal merge_stats(u32 base, u32 row) {
     RowTotal total{-infinity(), 0.0f};
 #pragma unroll
@@ -26,8 +26,8 @@ VOLTA_DEVICE RowTotal merge_stats(u32 base, u32 row) {
 #pragma unroll
     for (u32 w = 0; w < MERGE_WARPS; ++w) {
         const Word2 x = lds64(base + (w * 16 + row) * 8);
-        if (bits_float(x.x) > -infinity())
-            total.sum += bits_float(x.y) * exp2_approx(bits_float(x.x) - total.max);
+        const bool finite = bits_float(x.x) > -infinity();
+        total.sum += bits_float(x.y) * (finite ? exp2_approx(bits_float(x.x) - total.max) : 1.0f);
     }
     return total;
 }

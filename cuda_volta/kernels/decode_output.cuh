@@ -5,14 +5,16 @@
 
 namespace volta {
 
-// Maximum of a row's scores, and the sum of 2^(score - maximum); (-inf, 0) where it saw no key.
+// Maximum of a row's scores, and the sum of 2^(score - maximum); (-inf, 0) where it saw no key, (-inf, NaN)
+// where it saw nothing else but NaN.
 struct RowTotal {
     float max, sum;
 };
+VOLTA_DEVICE bool saw_nothing(RowTotal t) { return t.max == -infinity() && t.sum == 0.0f; }
 
 // The log-sum-exp, base 2.
 VOLTA_DEVICE float row_lse(RowTotal t) {
-    return t.max == -infinity() ? -infinity() : t.max + log2_approx(t.sum);
+    return saw_nothing(t) ? -infinity() : t.max + log2_approx(t.sum);
 }
 
 // What a head's sink makes of a row of this lse: it takes part in the denominator only.

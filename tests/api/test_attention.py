@@ -254,6 +254,10 @@ BAD_ARGUMENTS = {
         {"block_table": int32([[0], [1]]), "cache_seqlens": 3, "cu_seqlens_k": int32([0, 1, 2])},
         "cu_seqlens_k: k is paged",
     ),
+    "page-size": (
+        {"k": torch.ones(3, 0, 2, 16), "v": torch.ones(3, 0, 2, 16)} | PAGED,
+        "k: pages of 0 rows, expected at least 1",
+    ),
     "table-rank": ({"block_table": int32([0, 1]), "cache_seqlens": 3}, r"block_table: \(2,\)"),
     "rows-of-pages": (
         {"block_table": int32([[0], [1]]), "cache_seqlens": 3, "cache_batch_idx": int32([0, 1])},

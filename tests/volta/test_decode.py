@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_volta import emulator
+from cuda_volta.attention_params import AttentionCall
 from cuda_volta.decode import decode, num_splits
+from cuda_volta.prefill import prefill
 from fastattn import reference
 from fastattn.attention import build_args
 from fastattn.spec import AttentionArgs
@@ -183,6 +185,37 @@ def test_nothing_to_attend():
     for empty in (q[:0], q[:, :0]):
         keys = normal(empty.shape[0], 5, 2, 64)
         assert decode(attention_call(build_args(empty, keys, keys)))[0].shape == empty.shape
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape", [(0, 16, 2, 64), (4, 0, 2, 64)], ids=["no pages", "empty pages"])
+def test_a_cache_without_rows(shape, splits):
+    """Lengths and pages that claim keys all the same: none is read, none is seen."""
+    q, k = normal(2, 1, 4, 64), normal(*shape)
+    base = AttentionCall(q, k, k, 0.125, seqused_k=int32([16, 3]), return_lse=True)
+    calls = [base._replace(block_table=torch.zeros(2, 3, dtype=torch.int32))]
+    if not shape[0]:
+        calls.append(base._replace(cache_batch_idx=int32([0, 1])))
+    for call in calls:
+        for run in (lambda c: decode(c, splits), prefill):
+            out, lse = run(call)
+            assert not out.any()
+            assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_nan_is_not_lost(splits):
+    """A query that is not a number makes its own row so, whether or not it saw a key beside."""
+    q, k, v = normal(1, 1, 4, 64), normal(1, 1000, 2, 64, seed=1), normal(1, 1000, 2, 64, seed=2)
+    q[0, 0, 2, 5] = torch.nan
+    clean = q.nan_to_num(0.0)
+    for options in ({}, {"sinks": torch.zeros(4)}, {"window": (600, 0)}):
+        out, lse = decode(attention_call(build_args(q, k, v, **options, return_lse=True)), splits)
+        want, want_lse = decode(attention_call(build_args(clean, k, v, **options, return_lse=True)), splits)
+        assert out[0, 0, 2].isnan().all()
+        assert lse[0, 2].isnan().all()
+        assert torch.equal(out[0, 0, [0, 1, 3]], want[0, 0, [0, 1, 3]])
+        assert torch.equal(lse[0, [0, 1, 3]], want_lse[0, [0, 1, 3]])
 
 
 BASE = build_args(normal(1, 1, 2, 64), normal(1, 9, 1, 64), normal(1, 9, 1, 64))
