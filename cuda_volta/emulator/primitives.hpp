@@ -119,6 +119,17 @@ VOLTA_DEVICE float exp2_approx(float x) { return emulator::flush(::exp2f(emulato
 VOLTA_DEVICE float log2_approx(float x) { return ::log2f(emulator::flush(x)); }
 VOLTA_DEVICE float rcp_approx(float x) { return emulator::flush(1.0f / emulator::flush(x)); }
 VOLTA_DEVICE float rsqrt_approx(float x) { return 1.0f / ::sqrtf(emulator::flush(x)); }
+// A product of floats is exact in double. Where the sum is not, its error decides (Knuth, TAOCP 4.2.2,
+// theorem B).
+VOLTA_DEVICE float multiply_add_up(float a, float b, float c) {
+    const double product = static_cast<double>(a) * b;
+    const double sum = product + c;
+    const double part = sum - product;
+    const double error = (product - (sum - part)) + (c - part);
+    const float near = static_cast<float>(sum);
+    const bool below = near < sum || (near == sum && error > 0.0);
+    return below ? ::nextafterf(near, __builtin_inff()) : near;
+}
 VOLTA_DEVICE u32 float_bits(float x) { return emulator::bits<u32>(x); }
 VOLTA_DEVICE float bits_float(u32 x) { return emulator::bits<float>(x); }
 VOLTA_DEVICE u16 to_half(float x) { return emulator::bits<u16>(static_cast<emulator::Half>(x)); }

@@ -25,7 +25,8 @@ using Scores = float[SCORE_ROWS][SCORE_COLS][8];
 using Output = float[2][OUT_COLS][8];
 
 // P = 2^(scale s - reference - (SHIFT - IN_REFERENCE)). `reference` is the same in every lane that holds the
-// row, `sum` is of the lane's own columns.
+// row, `sum` is of the lane's own columns. References are rounded up: however large the scores, P stays below
+// 2^16 as a half. Up to scores of 2^28 rounding lifts them by less than 32, and the largest P is no denormal.
 struct Softmax {
     float reference[ROWS];
     float sum[ROWS];
@@ -61,7 +62,7 @@ VOLTA_DEVICE void rescale(Softmax& softmax, Output& out, const float (&maximum)[
     for (int r = 0; r < ROWS; ++r) {
         float top = fmaxf(maximum[r], shuffle_xor(maximum[r], 2));
         top = fmaxf(top, shuffle_xor(top, 4));
-        const float next = fmaxf(softmax.reference[r], top * scale + IN_REFERENCE);
+        const float next = fmaxf(softmax.reference[r], multiply_add_up(top, scale, IN_REFERENCE));
         factor[r] = exp2_approx(softmax.reference[r] - next);
         softmax.reference[r] = next;
         softmax.sum[r] *= factor[r];

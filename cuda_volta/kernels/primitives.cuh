@@ -145,6 +145,8 @@ VOLTA_DEVICE float rsqrt_approx(float x) {
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// a b + c, rounded up.
+VOLTA_DEVICE float multiply_add_up(float a, float b, float c) { return __fmaf_ru(a, b, c); }
 VOLTA_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 VOLTA_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
 VOLTA_DEVICE u16 to_half(float x) {

@@ -240,7 +240,7 @@ VOLTA_KERNEL(one_mma, 32, 1)(MmaParams p) {
 }
 
 struct ArithmeticParams {
-    u32* out;  // [threads][12]
+    u32* out;  // [threads][13]
     const u32* a;
     const u32* b;
     const u32* c;
@@ -250,7 +250,7 @@ VOLTA_KERNEL(arithmetic, 32, 1)(ArithmeticParams p) {
     const u32 t = thread_index() + 32 * block_x();
     const u32 a = ldg(p.a + t), b = ldg(p.b + t), c = ldg(p.c + t);
     const float x = bits_float(a);
-    const u32 results[12] = {float_bits(exp2_approx(x)),
+    const u32 results[13] = {float_bits(exp2_approx(x)),
                              float_bits(log2_approx(x)),
                              float_bits(rcp_approx(x)),
                              float_bits(rsqrt_approx(x)),
@@ -261,6 +261,7 @@ VOLTA_KERNEL(arithmetic, 32, 1)(ArithmeticParams p) {
                              half2_mul(a, b),
                              half2_sub(a, b),
                              byte_permute(a, b, c),
-                             lop3<0xca>(a, b, c)};
-    for (u32 i = 0; i < 12; i++) stg(p.out + 12 * t + i, results[i]);
+                             lop3<0xca>(a, b, c),
+                             float_bits(multiply_add_up(x, bits_float(b), bits_float(c)))};
+    for (u32 i = 0; i < 13; i++) stg(p.out + 13 * t + i, results[i]);
 }

@@ -145,6 +145,18 @@ def test_large_scores_neither_overflow_nor_vanish(device: torch.device) -> None:
     check(build_args(q, k.flip(1), v, causal=True, return_lse=True), device)
 
 
+@pytest.mark.parametrize("value", [500.0, 4000.0, 4793.0])
+def test_scores_whose_floats_are_far_apart(value: float, device: torch.device) -> None:
+    """From 2^24 on a reference cannot hold its shift exactly: here up to 2^27.98, where halves overflow."""
+    q, k = torch.full((1, 40, 1, 64), value).half(), torch.full((1, 70, 1, 64), value).half()
+    k[:, ::3] *= 0.5
+    a = build_args(q, k, half(1, 70, 1, 64), return_lse=True)
+    out, lse = prefill(attention_call(a, device))
+    exact, exact_lse = reference.attention(a)
+    torch.testing.assert_close(out.cpu().double(), exact, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(lse.cpu().double(), exact_lse, rtol=2**-20, atol=0.0)
+
+
 # ------------------------------------------------------------------------------------------- work, counted
 def tiles(q_len: int, k_len: int, left: int | None, right: int | None) -> int:
     """Tiles of keys that hold one that a block of queries may see, over all blocks."""

@@ -156,7 +156,7 @@ def test_mma_of_infinities_and_nans(layout: str, device: torch.device) -> None:
 
 OPERATIONS = (
     "exp2", "log2", "rcp", "rsqrt", "to_half", "low_half", "pack_half2", "half2_fma", "half2_mul",
-    "half2_sub", "byte_permute", "lop3",
+    "half2_sub", "byte_permute", "lop3", "multiply_add_up",
 )  # fmt: skip
 
 
@@ -169,6 +169,21 @@ def run_arithmetic(device: torch.device, *arrays: np.ndarray) -> dict[str, np.nd
         (len(out) // 32, 1, 1), params, reads=inputs, writes=(out,)
     )
     return dict(zip(OPERATIONS, out.cpu().numpy().view(np.uint32).T, strict=True))
+
+
+def rounded_up(a: float, b: float, c: float) -> np.float32:
+    """The least float that is not below a b + c."""
+    if not np.isfinite([a, b, c]).all():
+        return np.float32(a * b + c)
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    limit = Fraction(float(np.finfo(np.float32).max))
+    if exact > limit:
+        return np.float32(np.inf)
+    near = np.float32(float(max(exact, -limit)))
+    if Fraction(float(near)) < exact:
+        return np.nextafter(near, np.float32(np.inf))
+    below = np.nextafter(near, np.float32(-np.inf))
+    return below if np.isfinite(below) and Fraction(float(below)) >= exact else near
 
 
 @settings(max_examples=30)
@@ -199,6 +214,9 @@ def test_arithmetic_of_any_bits(
             mine = got[name].view(np.float32)
             near_one = 2.0**-21 if name == "log2" else 2.0**-126
             np.testing.assert_allclose(mine, exact.astype(np.float32), rtol=2.0**-21, atol=near_one)
+        z = c.view(np.float32)
+        up = [rounded_up(*map(float, abc)) for abc in zip(x, y, z, strict=True)]
+        np.testing.assert_array_equal(got["multiply_add_up"].view(np.float32), np.array(up, np.float32))
     assert (got["lop3"] == ((a & b) | (~a & c))).all()
     both = b.astype(np.uint64) << np.uint64(32) | a
     for i in range(4):
