@@ -20,10 +20,18 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 def user_folder() -> Path:
-    """The folder of this user's caches: ``fastattn`` below XDG_CACHE_HOME, by default below ~/.cache."""
+    """The folder of this user's caches: ``fastattn`` below XDG_CACHE_HOME, by default below ~/.cache.
+
+    Raises FileNotFoundError where the user has no home.
+    """
     root = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification asks for relative paths to be ignored.
-    return (Path(root) if Path(root).is_absolute() else Path("~/.cache").expanduser()) / "fastattn"
+    if Path(root).is_absolute():
+        return Path(root) / "fastattn"
+    try:
+        return Path("~/.cache/fastattn").expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from error
 
 
 def digest(*parts: str | bytes) -> str:
@@ -93,8 +101,9 @@ class Cache:
         return data if hashlib.sha256(data).digest() == stored[-_DIGEST:] else None
 
     def _write(self, key: str, data: bytes) -> None:
-        file, temporary = self._file(key), None
+        temporary = None
         try:
+            file = self._file(key)
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".new-", delete=False) as new:
                 temporary = Path(new.name)

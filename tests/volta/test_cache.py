@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import pwd
 import resource
 import shutil
 import signal
@@ -114,6 +115,21 @@ def test_a_full_disk_keeps_the_entry_in_memory(tmp_path: Path) -> None:
 def test_an_unwritable_folder_keeps_the_entry_in_memory(where: str) -> None:
     cache, build = Cache("a", Path(where)), Builds(b"z")
     assert cache.fetch("k", build) == cache.fetch("k", build) == b"z"
+    assert build.count == 1
+
+
+def test_a_user_without_a_home_keeps_entries_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user id has no entry in the password file."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    cache, build = Cache("a"), Builds(b"z")
+    assert cache.fetch("k", build) == cache.fetch("k", build) == b"z"
+    assert cache.path("k", build).read_bytes() == b"z"
     assert build.count == 1
 
 
