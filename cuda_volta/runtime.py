@@ -12,11 +12,13 @@ from .build import has_shipped, shipped
 from .nvrtc import NvrtcMissing, nvrtc, version_text
 from .variant import Kernel, Variant
 
+#: Turing, between, gives a block 64 KB of shared memory; the kernels ask for up to 96.
+_PTX_FROM = (8, 0)
 _ptx_on_newer = False
 
 
 def use_ptx(allowed: bool) -> None:
-    """Whether GPUs newer than Volta run the kernels, from PTX: for testing, not for speed. Process-wide."""
+    """Whether GPUs from 8.0 on run the kernels, from PTX: for testing, not for speed. Process-wide."""
     global _ptx_on_newer  # noqa: PLW0603
     _ptx_on_newer = allowed
 
@@ -31,7 +33,7 @@ def against(device: torch.device) -> list[str]:
     arch = _arch(capability)
     if arch is None:
         text = f"compute capability {capability[0]}.{capability[1]}, the Volta kernels are for 7.0 and 7.2"
-        return [f"{text} (newer GPUs can run their PTX, for testing)" if capability > (7, 2) else text]
+        return [f"{text} (newer GPUs can run their PTX, for testing)" if capability >= _PTX_FROM else text]
     from .driver import DriverError, driver
 
     try:
@@ -105,4 +107,4 @@ def _arch(capability: tuple[int, int]) -> str | None:
     native = f"sm_{capability[0]}{capability[1]}"
     if native in ARCHITECTURES:
         return native
-    return ARCHITECTURES[0] if _ptx_on_newer and capability > (7, 2) else None
+    return ARCHITECTURES[0] if _ptx_on_newer and capability >= _PTX_FROM else None

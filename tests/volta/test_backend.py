@@ -81,11 +81,14 @@ def test_the_gpus_that_it_runs_on(gpus: list[tuple[int, int]]) -> None:
 
 def test_a_setting_allows_newer_gpus(gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(volta, "settings", SimpleNamespace(volta_ptx=True))
-    gpus[:] = [(9, 0), (6, 1)]
+    gpus[:] = [(9, 0), (6, 1), (7, 5), (8, 0)]
     assert volta.BACKEND.available() == []
     assert volta.device_reasons(torch.device("cuda", 1)) != []
+    turing = "compute capability 7.5, the Volta kernels are for 7.0 and 7.2"
+    assert volta.device_reasons(torch.device("cuda", 2)) == [turing]
+    assert volta.device_reasons(torch.device("cuda", 3)) == []
     monkeypatch.setattr(volta, "settings", SimpleNamespace(volta_ptx=False))
-    assert len(volta.BACKEND.available()) == 2
+    assert len(volta.BACKEND.available()) == 4
 
 
 def test_neither_kernels_nor_compiler(gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
