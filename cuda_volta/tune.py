@@ -35,9 +35,10 @@ def best(
         return first
     key = (kind, device, tuple(candidates))
     if key not in _chosen:
-        if not _times_count(device):
-            return first
-        _chosen[key] = _remembered(kind, candidates, launch, device)
+        with torch.cuda.device(device):  # whose stream the events time, and which may capture
+            if not _times_count(device):
+                return first
+            _chosen[key] = _remembered(kind, candidates, launch, device)
     return _chosen[key]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from fastattn.attention import build_args
 
 from .kernels import axpy
 
-DEVICE = torch.device("cuda", 0)
+DEVICE = torch.device("cuda", 1)
 
 
 class Machine:
@@ -28,6 +30,8 @@ class Machine:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: self.capability)
         patch.setattr(torch.cuda, "get_device_name", lambda device: self.name)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        patch.setattr(torch.cuda, "device", self._as_current)
+        self.current: torch.device | None = None
         patch.setattr(tune, "_milliseconds", self._milliseconds)
         self.restart()
 
@@ -35,7 +39,14 @@ class Machine:
         """As a new process, which knows only what is on disk."""
         tune._chosen.clear()  # noqa: SLF001
 
+    @contextmanager
+    def _as_current(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
     def _milliseconds(self, launch: object, variant: Variant) -> float:
+        assert self.current == DEVICE  # events are of the current device
         self.launch(variant)
         return self.times[variant]
 
