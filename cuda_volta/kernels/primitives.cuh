@@ -39,7 +39,7 @@ VOLTA_DEVICE u32 grid_x() { return gridDim.x; }
 // ------------------------------------------------------------------------------------------ shared memory
 // Addresses are bytes in the shared window; a block's dynamic memory begins at shared_base().
 VOLTA_DEVICE u32 shared_base() {
-    extern __shared__ u32 shared_words[];
+    extern __shared__ __align__(128) u32 shared_words[];
     return static_cast<u32>(__cvta_generic_to_shared(shared_words));
 }
 VOLTA_DEVICE u32 lds32(u32 address) {
