@@ -38,6 +38,8 @@ HEAD_DIMS = tuple(TILINGS)
 #: What variants know beside bounds and lengths. SOFTCAP and ALIBI know pages too; ANYTHING knows all of it,
 #: masks and any layout, and is slower.
 FEATURES = PLAIN, SOFTCAP, ALIBI, ANYTHING = tuple(range(4))
+#: Scores of the SOFTCAP variants are softcap times what has an error of 2^-22.
+_SOFTCAP_LIMIT = 1024.0
 _ROW_STRIDE_LIMIT = 1 << 31  # elements: the other variants count a row's bytes in 32 bits
 
 
@@ -109,7 +111,7 @@ def choose(call: AttentionCall, page_rows: int) -> Variant:
     irregular = not aligned(call) or v_head_dim > head_dim or (call.block_table is not None and not page_rows)
     irregular |= max(call.k.stride(-3), call.v.stride(-3)) >= _ROW_STRIDE_LIMIT
     both = bool(call.softcap) and call.alibi_slopes is not None
-    if irregular or both or call.attn_mask is not None:
+    if irregular or both or call.attn_mask is not None or call.softcap > _SOFTCAP_LIMIT:
         return PREFILL[width, ANYTHING]
     if call.softcap:
         return PREFILL[width, SOFTCAP]

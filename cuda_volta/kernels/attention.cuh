@@ -126,8 +126,11 @@ VOLTA_DEVICE KeyPlace key_place(const AttentionParams& p, const Sequence& s, i32
     return {clamp(stored, 0, p.k_batches - 1), row - static_cast<i32>(page) * p.k_rows};
 }
 
-// softcap * tanh(x / softcap)
+// softcap * tanh(x / softcap). Small quotients take the series: the exponential errs in proportion to the cap.
 VOLTA_DEVICE float soft_cap(float x, float cap, float inverse_cap) {
+    const float t = x * inverse_cap;
+    const float t2 = t * t;
+    if (t2 < 0.0625f) return x + x * t2 * (-1.0f / 3.0f + t2 * (2.0f / 15.0f - t2 * (17.0f / 315.0f)));
     const float e = exp2_approx(2.0f * LOG2_E * inverse_cap * x);
     return cap - 2.0f * cap * rcp_approx(e + 1.0f);
 }

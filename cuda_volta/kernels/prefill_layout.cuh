@@ -14,7 +14,7 @@ constexpr int BLOCK_K = 32;
 // odd head dims, rows that are not 16-byte aligned, pages of any stride.
 constexpr bool PAGED = FEATURES > 0;
 constexpr bool ANYTHING = FEATURES == 3;
-constexpr bool SOFTCAP = FEATURES == 1 || ANYTHING;
+constexpr bool SOFTCAP_ALONE = FEATURES == 1;
 constexpr bool ALIBI = FEATURES == 2 || ANYTHING;
 
 // Up to 128 columns a warp holds 32 rows of O, two quadpairs by two. Above, 16 rows: its quadpairs split the

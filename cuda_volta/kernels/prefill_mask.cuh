@@ -45,13 +45,12 @@ struct ScoreRules {
     float scale;  // base-2 logits are this times what `apply` leaves, plus `offset`
     float offset;
     float cap;           // in base 2
-    float cap_exponent;  // 2^(cap_exponent s) = e^(2 scale s / softcap)
+    float cap_exponent;  // SOFTCAP_ALONE: 2^(cap_exponent s) = e^(2 scale s / softcap)
     float slope;         // in units of what `apply` leaves
 
     VOLTA_DEVICE ScoreRules(const AttentionParams& p, float logit_scale, u32 batch, u32 head)
         : scale(logit_scale), offset(0.0f), cap(p.softcap * LOG2_E), cap_exponent(0.0f), slope(0.0f) {
-        if (SOFTCAP && cap > 0.0f) cap_exponent = 2.0f * LOG2_E * logit_scale / cap;
-        if (FEATURES == 1) scale = 2.0f * cap, offset = cap;
+        if (SOFTCAP_ALONE) cap_exponent = 2.0f * LOG2_E * logit_scale / cap, scale = 2.0f * cap, offset = cap;
         if (ANYTHING) scale = 1.0f;
         if (ALIBI && p.alibi_slopes) {
             slope = ldg(p.alibi_slopes + static_cast<i64>(batch) * p.alibi_batch + head) * LOG2_E / scale;
@@ -60,9 +59,9 @@ struct ScoreRules {
 
     // softcap tanh(x / softcap) = softcap - 2 softcap r, r = 1 / (e^(2 x / softcap) + 1). Where nothing else
     // joins in, the scores become -r, and `scale` and `offset` do the rest.
-    VOLTA_DEVICE void apply_softcap(float& s) const {
-        s = -rcp_approx(exp2_approx(s * cap_exponent) + 1.0f);
-        if (ANYTHING) s = cap + 2.0f * cap * s;
+    VOLTA_DEVICE float capped(float s, float logit_scale) const {
+        if (SOFTCAP_ALONE) return -rcp_approx(exp2_approx(s * cap_exponent) + 1.0f);
+        return soft_cap(s * logit_scale, cap, rcp_approx(cap));
     }
 
     VOLTA_DEVICE void apply(Scores& s, const AttentionParams& p, const Sequence& sequence, const Lane& lane,
@@ -76,8 +75,8 @@ struct ScoreRules {
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     float& x = s[m][n][i];
-                    if (FEATURES == 1 || (ANYTHING && cap > 0.0f))
-                        apply_softcap(x);
+                    if (SOFTCAP_ALONE || (ANYTHING && cap > 0.0f))
+                        x = capped(x, logit_scale);
                     else if (ANYTHING)
                         x *= logit_scale;
                     if (ALIBI)

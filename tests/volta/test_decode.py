@@ -203,6 +203,18 @@ def test_a_cache_without_rows(shape, splits):
             assert (lse == -torch.inf).all()
 
 
+@pytest.mark.parametrize("cap", [0.5, 3.0, 50.0, 1e4, 1e7])
+def test_a_cap_far_above_the_scores_changes_nothing_else(cap):
+    """The error of tanh must not grow with the cap that multiplies it."""
+    q, k, v = normal(1, 2, 4, 64), normal(1, 300, 2, 64, seed=1), normal(1, 300, 2, 64, seed=2)
+    a = build_args(q, k, v, softcap=cap, return_lse=True)
+    exact, exact_lse = reference.attention(a)
+    for run in (decode, prefill):
+        out, lse = run(attention_call(a))
+        torch.testing.assert_close(out.double(), exact, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=0.0, atol=2e-5)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 3])
 def test_nan_is_not_lost(splits):
     """A query that is not a number makes its own row so, whether or not it saw a key beside."""
