@@ -15,5 +15,5 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     Decode, which packs the query heads of a KV group into the rows of one tile, takes calls whose rows fit
     one: it then reads each key and value once. Raises ValueError for what the kernels cannot take.
     """
-    rows = call.longest_q * (call.q.shape[-2] // call.k.shape[-2])
+    rows = call.longest_q * (call.q.shape[-2] // max(call.k.shape[-2], 1))  # `prefill` refuses 0 heads
     return decode(call) if rows <= ROWS else prefill(call)

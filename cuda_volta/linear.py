@@ -65,8 +65,8 @@ class SplitSumParams(ctypes.Structure):
 def linear(x: Tensor, w: GroupedWeight) -> Tensor:
     """``x @ W^T + bias`` of ``x`` (N, in) float16; returns (N, out) float16.
 
-    Sums are float32 in an order that depends on shapes only. Raises ValueError for what the kernels cannot
-    take.
+    Of up to `FEW_ROWS` rows sums are float32, in an order that depends on shapes only. Raises ValueError for
+    what the kernels cannot take.
     """
     expect_half("x", x)
     expect_device(x, codes=w.codes, bias=w.bias)

@@ -65,6 +65,8 @@ def rotary_table(
                 f"{name}: {t.dtype} {tuple(t.shape)}, "
                 f"expected float32 (max_position, at most {x.shape[-1] // 2})"
             )
+    if x.shape[0] and not cos.shape[0]:
+        raise ValueError(f"cos: {tuple(cos.shape)}, expected at least one position")
     if positions.dtype != torch.int64 or tuple(positions.shape) != tuple(x.shape[:1]):
         raise ValueError(
             f"positions: {positions.dtype} {tuple(positions.shape)}, expected int64 ({x.shape[0]},)"

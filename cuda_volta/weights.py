@@ -90,6 +90,8 @@ def weight_params(w: GroupedWeight) -> WeightParams:
         )
     if w.g_idx is None and inn and (inn - 1 + w.group_offset) // w.group_size >= groups:
         raise ValueError(f"scales: {groups} groups of {w.group_size} columns, fewer than {inn} columns need")
+    if inn and not groups:
+        raise ValueError(f"scales: no groups, {inn} columns need one")
     if w.mins is not None:
         expect("mins", w.mins, (out, groups), w.scales.dtype)
     for name in ("g_idx", "x_perm"):

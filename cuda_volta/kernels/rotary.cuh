@@ -18,7 +18,7 @@ struct Angles {
     const float* sin;
 };
 VOLTA_DEVICE Angles row_angles(const RotaryTable& t, i64 row) {
-    if (!t.cos || t.positions == 0) return {nullptr, nullptr};
+    if (!t.cos) return {nullptr, nullptr};
     i64 position = ldg(t.at + row);
     position = position < 0 ? 0 : position >= t.positions ? t.positions - 1 : position;
     return {t.cos + position * t.half, t.sin + position * t.half};

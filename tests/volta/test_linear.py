@@ -230,6 +230,9 @@ BAD = {
     "scales: torch.float16 (4, 2), expected": BASE._replace(scales=BASE.scales[:4]),
     "scales: last stride 8, expected 1": BASE._replace(scales=BASE.scales.T.contiguous().T),
     "scales: 2 groups of 16 columns": BASE._replace(group_size=16),
+    "scales: no groups, 64 columns need one": BASE._replace(
+        scales=BASE.scales[:, :0], mins=None, g_idx=torch.zeros(64, dtype=torch.int32)
+    ),
     "mins: torch.float32": BASE._replace(mins=BASE.mins.float()),
     "group_size, group_offset: 32, 32": BASE._replace(group_offset=32),
     "g_idx: torch.int64": BASE._replace(g_idx=torch.zeros(64, dtype=torch.int64)),

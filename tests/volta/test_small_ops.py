@@ -115,6 +115,9 @@ BAD = {
     "cos: torch.float32 (50, 5), expected float32 (max_position, at most 4)": lambda: rotary(
         torch.zeros(2, 1, 8, dtype=HALF), *angles(10), torch.zeros(2, dtype=torch.int64)
     ),
+    "cos: (0, 4), expected at least one position": lambda: rotary(
+        torch.zeros(2, 1, 8, dtype=HALF), *torch.zeros(2, 0, 4), torch.zeros(2, dtype=torch.int64)
+    ),
 }
 
 
