@@ -22,12 +22,13 @@ _STRIDES = (
     "mask_batch", "mask_head", "mask_row", "mask_key",
 )  # fmt: skip
 _INTS = (
-    "batch", "heads", "kv_heads", "head_dim", "v_head_dim", "q_rows", "max_seqlen_q", "k_rows", "k_batches",
-    "max_pages", "page_rows", "page_magic", "page_shift", "alibi_batch", "mask_kind", "left", "right",
-    "splits", "partial_width",
+    "batch", "first_batch", "heads", "kv_heads", "head_dim", "v_head_dim", "q_rows", "max_seqlen_q", "k_rows",
+    "k_batches", "max_pages", "page_rows", "page_magic", "page_shift", "alibi_batch", "mask_kind", "left",
+    "right", "splits", "partial_width",
 )  # fmt: skip
 _FAR = 1 << 29  # FAR of attention.cuh
 _MASK_KINDS = {torch.bool: 1, torch.float16: 2, torch.float32: 3}
+GRID_LIMIT = 65535  # blocks along y and z
 _ROW_LIMIT = 1 << 29  # rows are 32-bit integers on the device
 
 
@@ -204,6 +205,8 @@ def check(c: AttentionCall) -> None:
     batch, heads, kv_heads = c.batch, c.q.shape[-2], c.k.shape[-2]
     if not kv_heads or heads % kv_heads:
         raise ValueError(f"k: {kv_heads} heads, expected a divisor of q's {heads}")
+    if heads > GRID_LIMIT:
+        raise ValueError(f"q: {heads} heads, expected at most {GRID_LIMIT}")
     if c.k.shape[:-1] != c.v.shape[:-1] or c.k.shape[-1] != c.q.shape[-1]:
         raise ValueError(
             f"q, k, v: {tuple(c.q.shape)}, {tuple(c.k.shape)}, {tuple(c.v.shape)} do not fit together"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .attention_params import AttentionCall, aligned, attention_params, new_results
+from .attention_params import GRID_LIMIT, AttentionCall, aligned, attention_params, new_results
 from .runtime import load
 from .tune import best
 from .variant import Variant
@@ -81,10 +81,14 @@ def prefill(call: AttentionCall) -> tuple[Tensor, Tensor]:
     blocks = -(-p.max_seqlen_q // BLOCK_Q)
     if not out.numel() or not blocks:
         return out, lse
-    device, grid = call.q.device, (blocks, p.heads, p.batch)
+    device = call.q.device
 
     def launch(variant: Variant) -> None:
-        load(variant, device).launch(grid, p, reads=call.tensors(), writes=(out, lse))
+        kernel = load(variant, device)
+        for first in range(0, p.batch, GRID_LIMIT):
+            p.first_batch = first
+            grid = (blocks, p.heads, min(p.batch - first, GRID_LIMIT))
+            kernel.launch(grid, p, reads=call.tensors(), writes=(out, lse))
 
     launch(best(kind(call), candidates(call, p.page_rows), launch, device))
     return out, lse

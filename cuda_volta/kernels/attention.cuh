@@ -36,7 +36,9 @@ struct AttentionParams {
     i64 out_batch, out_row, out_head;
     i64 lse_batch, lse_head;
     i64 mask_batch, mask_head, mask_row, mask_key;
-    i32 batch, heads, kv_heads;
+    i32 batch;
+    i32 first_batch;          // of a launch of prefill
+    i32 heads, kv_heads;
     i32 head_dim, v_head_dim;
     i32 q_rows;               // of a sequence; packed: of all
     i32 max_seqlen_q;
@@ -126,7 +128,7 @@ VOLTA_DEVICE KeyPlace key_place(const AttentionParams& p, const Sequence& s, i32
     return {clamp(stored, 0, p.k_batches - 1), row - static_cast<i32>(page) * p.k_rows};
 }
 
-// softcap * tanh(x / softcap). Small quotients take the series: the exponential errs in proportion to the cap.
+// softcap * tanh(x / softcap). A small quotient takes the series: the exponential errs by a part of the cap.
 VOLTA_DEVICE float soft_cap(float x, float cap, float inverse_cap) {
     const float t = x * inverse_cap;
     const float t2 = t * t;

@@ -97,7 +97,7 @@ VOLTA_KERNEL(prefill, volta::THREADS, volta::MIN_BLOCKS)(volta::AttentionParams 
     using namespace volta;
     // Later queries see more keys under a causal bound: their blocks start first.
     const i32 block0 = static_cast<i32>(grid_x() - 1 - block_x()) * BLOCK_Q;
-    const u32 batch = block_z(), head = block_y();
+    const u32 batch = static_cast<u32>(p.first_batch) + block_z(), head = block_y();
     const Sequence sequence = find_sequence(p, batch);
     if (block0 >= sequence.q_len) return;
     const TileRange range(p, sequence, block0);

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_volta import emulator
+from cuda_volta.attention import attention
 from cuda_volta.attention_params import AttentionCall
 from cuda_volta.decode import decode, num_splits
 from cuda_volta.prefill import prefill
@@ -236,6 +237,8 @@ BAD = {
         "q": BASE.q.bfloat16()
     },
     "k: torch.float32, expected torch.float16": {"k": BASE.k.float()},
+    "q: 65536 heads, expected at most 65535": {"q": normal(1, 1, 1, 64).expand(1, 1, 65536, 64)},
+    "k: 0 heads, expected a divisor of q's 2": {"k": BASE.k[:, :, :0], "v": BASE.v[:, :, :0]},
     "v: head_dim 257, expected 1..256": {"v": normal(1, 9, 1, 257)},
     "q: stride 2 in the last dimension, expected 1": {"q": normal(1, 1, 2, 128)[..., ::2]},
     "attn_mask: torch.float64": {"attn_mask": torch.zeros(1, 2, 1, 9).double()},
@@ -247,4 +250,4 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_arguments_are_named(message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
-        decode(attention_call(BASE._replace(**BAD[message])))
+        attention(attention_call(BASE._replace(**BAD[message])))

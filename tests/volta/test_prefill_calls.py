@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cuda_volta import emulator
+from cuda_volta import prefill as prefill_calls
 from cuda_volta.prefill import BLOCK_K, BLOCK_Q, FEATURES, HEAD_DIMS, PREFILL, prefill
 from fastattn import reference
 from fastattn.attention import build_args
@@ -143,6 +144,20 @@ def test_large_scores_neither_overflow_nor_vanish(device: torch.device) -> None:
     v[:, ::7] = 60000.0
     check(build_args(q, k, v, return_lse=True), device)
     check(build_args(q, k.flip(1), v, causal=True, return_lse=True), device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_sequences_than_a_grid_has_blocks(
+    layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """65535 along z; lowered here, since the emulator runs every block."""
+    monkeypatch.setattr(prefill_calls, "GRID_LIMIT", 1)
+    drawn = (random_case(seed, layout, HALF, 64).args() for seed in range(20))
+    a = next(a for a in drawn if attention_call(a).batch > 1)
+    with emulator.record() as reports:
+        check(a, device)
+    batch = attention_call(a).batch
+    assert [r.grid[2] for r in reports] == [1] * (batch if device.type == "cpu" else 0)
 
 
 @pytest.mark.parametrize("value", [500.0, 4000.0, 4793.0])
