@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cuda_volta import append, decode, gate, linear, norm, prefill, rotary, weights
+from cuda_volta import append, decode, gate, linear, norm, permute, prefill, rotary, weights
 from cuda_volta.emulator import EmulatedKernel, build
 from cuda_volta.variant import Variant
 from tests.api.cases import LAYOUTS, random_case
@@ -42,7 +42,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Emula
             kernels[variant] = EmulatedKernel(variant, build.library(variant))
         return kernels[variant]
 
-    for module in (append, decode, gate, linear, norm, prefill, rotary, weights):
+    for module in (append, decode, gate, linear, norm, permute, prefill, rotary, weights):
         monkeypatch.setattr(module, "load", load)
     return load
 
@@ -66,6 +66,8 @@ def test_attention(function: Callable[..., object], capfd: pytest.CaptureFixture
         for seed in range(5):
             head_dim = random.Random(f"{layout} {seed}").choice((40, 64))  # noqa: S311
             function(attention_call(random_case(seed, layout, torch.float16, head_dim).args()))
+    call = attention_call(random_case(0, "dense", torch.float16, 64).args())
+    decode.decode(call, splits=3)
     assert capfd.readouterr().err == ""
 
 
@@ -79,5 +81,9 @@ def test_the_other_ops(capfd: pytest.CaptureFixture[str]) -> None:
     norm.rms_norm(torch.randn(3, 100).half(), torch.ones(100).half(), 1e-6)
     gate.swiglu(torch.randn(3, 70).half())
     cos, sin = torch.randn(9, 8), torch.randn(9, 8)
-    rotary.rotary(torch.randn(3, 2, 20).half(), cos, sin, torch.tensor([0, 8, 3]))
+    positions = torch.tensor([0, 8, 3])
+    rotary.rotary(torch.randn(3, 2, 20).half(), cos, sin, positions)
+    cache, rows = torch.zeros(2, 2, 4, 2, 20).half(), torch.randn(3, 2, 20).half()
+    slots = torch.tensor([5, -(1 << 62), (1 << 63) - 1])
+    append.append_kv(cache[0], cache[1], rows, rows, slots, cos=cos, sin=sin, positions=positions)
     assert capfd.readouterr().err == ""
