@@ -76,11 +76,14 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
     def widen(t: Tensor) -> Tensor:
         found = t.index_select(0, index).float()
         wide = found.repeat_interleave(2, 1) if interleaved else torch.cat((found, found), 1)
-        return wide[:, None].contiguous()
+        return wide[None, :, None].contiguous()
 
     mode = "interleave" if interleaved else "half"
-    args = (x.float().contiguous(), widen(cos), widen(sin))
-    return Invocation("npu", "npu_rotary_mul", args, {"rotary_mode": mode}, lambda found: found.to(x.dtype))
+    # Four dimensions are wanted: BSND with one sequence.
+    args = (x.float().contiguous()[None], widen(cos), widen(sin))
+    return Invocation(
+        "npu", "npu_rotary_mul", args, {"rotary_mode": mode}, lambda found: found[0].to(x.dtype)
+    )
 
 
 def append_kv(

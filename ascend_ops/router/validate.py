@@ -174,10 +174,9 @@ def _norm(args: tuple[Any, ...], kw: Named) -> list[str]:
 
 def _rotary(args: tuple[Any, ...], kw: Named) -> list[str]:
     x, cos, sin = args
-    wanted = (x.shape[0], 1, x.shape[2])
-    return _expect("cos, sin", (cos.shape, sin.shape), (wanted, wanted)) + _expect(
-        "dtype", cos.dtype, x.dtype
-    )
+    out = _expect("dtype", cos.dtype, x.dtype) + _expect("dimensions of input", x.ndim, 4)
+    wanted = (1, x.shape[1], 1, x.shape[-1])  # BSND, the cosines of one sequence for all
+    return out + _expect("cos, sin", (cos.shape, sin.shape), (wanted, wanted))
 
 
 def _scatter(args: tuple[Any, ...], kw: Named) -> list[str]:

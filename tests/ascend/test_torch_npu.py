@@ -100,6 +100,12 @@ def test_what_is_called_computes_what_was_asked(name):
             assert_accurate(ours, same, true.double())
 
 
+def test_validator_finds_what_schemas_miss():
+    rotary = choices()[f"rotary {HALF} False"][1]
+    flat = rotary._replace(args=tuple(t[0] for t in rotary.args))
+    assert any("dimensions of input: 3" in f for f in faults(flat))
+
+
 REASONS = {
     "no operator": (lambda: small_ops.swiglu(values(2, 8), P310), "npu_swiglu does not exist on 310p"),
     "mixed norm": (
