@@ -206,6 +206,23 @@ def test_lengths_are_read_once_per_version():
     assert host(lens) == (5, 4)
 
 
+class OnDevice(torch.Tensor):
+    """Values of the CPU that say they are on a device."""
+
+    device = torch.device("meta")
+
+
+def test_captures_freeze_no_lengths():
+    """Lengths that an earlier call has read are constants in a graph that is replayed with other ones."""
+    lens = torch.tensor([9, 9], dtype=torch.int32).as_subclass(OnDevice)
+    call = paged()._replace(seqused_k=lens)
+    assert host(lens) == (9, 9)
+    assert not unsupported(call, chip_of("910b"))
+    assert "lengths: on the device" in unsupported(call, chip_of("910b"), capturing=True)[0]
+    on_host = call._replace(seqused_k=torch.tensor([9, 9], dtype=torch.int32))
+    assert not unsupported(on_host, chip_of("910b"), capturing=True)
+
+
 def test_empty_calls_need_no_operator():
     call = call_of(sk=0, return_lse=True)
     assert choose(call, chip_of("910b")) is None
