@@ -233,6 +233,19 @@ def test_empty_calls_need_no_operator():
     assert (lse == -torch.inf).all()
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float16])
+def test_a_mask_per_head_has_every_sequence(kind):
+    """The operator takes BNSS, B1SS and 11SS; (1, N, Sq, Sk) is none of them."""
+    mask = torch.rand(1, 4, 4, 9) > 0.5
+    mask = (mask if kind == torch.bool else torch.zeros(1, 4, 4, 9).masked_fill(~mask, -torch.inf)).to(kind)
+    i = choose(call_of(attn_mask=mask.expand(2, -1, -1, -1)), chip_of("910b"))
+    assert i.name == "npu_fusion_attention_v2"
+    assert i.kwargs["atten_mask"].shape == (2, 4, 4, 9)
+    assert faults(i) == []
+    one = i._replace(kwargs={**i.kwargs, "atten_mask": i.kwargs["atten_mask"][:1]})
+    assert any("atten_mask: (1, 4, 4, 9)" in f for f in faults(one))
+
+
 def test_no_square_mask_for_long_sequences():
     """Causal and banded calls carry the same 2048 x 2048 triangle at any length."""
     for o in ({"right": 0}, {"left": 4096, "right": 0}):
