@@ -100,6 +100,10 @@ def append_kv(
         return f"dtypes: {k.dtype} into {k_cache.dtype}, one of float16 and bfloat16 for all"
     if nz and (k.shape != v.shape or k.shape[1:].numel() % 16):
         return f"k, v: {tuple(k.shape)} and {tuple(v.shape)}, equal and of 16 values to a fractal row"
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        return (
+            f"k_cache, v_cache: strides {k_cache.stride()} and {v_cache.stride()}, contiguous ones are taken"
+        )
     if not slots.numel():
         return "slots: empty"
     if any(s < 0 for s in host(slots)):
