@@ -35,8 +35,8 @@ _TND_HEAD_DIMS = ((128, 128), (192, 128), (192, 192))
 _PAGES = (128, 256, 384, 512)
 
 
-def static_reasons(call: AttentionCall, chip: Chip) -> list[str]:
-    """Against the call, whatever its lengths."""
+def static_reasons(call: AttentionCall, chip: Chip, *, capturing: bool = False) -> list[str]:
+    """Against the call, whatever its lengths. ``capturing``: into a graph, during which no value is read."""
     if V1 not in chip.operators and V2 not in chip.operators:
         return chip.lacks(V2)
     d, dv = call.head_dim, call.v_head_dim
@@ -63,7 +63,7 @@ def static_reasons(call: AttentionCall, chip: Chip) -> list[str]:
         out.append("cache_seqlens: TND counts packed keys by their ends, shorter ones cannot be said")
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is None and not call.page_size:
         out.append("cu_seqlens_q: packed queries need packed or paged keys")
-    return out + _mask_reasons(call) + _sink_reasons(call, chip)
+    return out + _mask_reasons(call) + _sink_reasons(call, chip, capturing=capturing)
 
 
 def _mask_reasons(call: AttentionCall) -> list[str]:
@@ -79,7 +79,7 @@ def _mask_reasons(call: AttentionCall) -> list[str]:
     return []
 
 
-def _sink_reasons(call: AttentionCall, chip: Chip) -> list[str]:
+def _sink_reasons(call: AttentionCall, chip: Chip, *, capturing: bool) -> list[str]:
     if call.sinks is None:
         return []
     if V2 not in chip.operators:
@@ -88,7 +88,10 @@ def _sink_reasons(call: AttentionCall, chip: Chip) -> list[str]:
         return ["sinks: only in layout TND, without attn_mask, and with v's head_dim up to 128"]
     if call.return_lse:
         return ["sinks: whether FIA's lse counts them is not documented"]
-    if not _is_bfloat16(call.sinks):
+    exact = _known_bfloat16(call.sinks)
+    if exact is None and capturing and call.sinks.device.type != "cpu":
+        return ["sinks: whether they are exact in bfloat16 cannot be read while a graph is captured"]
+    if not (_is_bfloat16(call.sinks) if exact is None else exact):
         return ["sinks: FIA takes bfloat16, these float32 values are not exact there"]
     return []
 
@@ -252,11 +255,19 @@ def _band_bites(call: AttentionCall, lens: Lengths) -> bool:
     return call.left is not None and call.left < max(lens.k) - 1
 
 
-_exact = WeakTensorKeyDictionary()  # sinks are parameters: looked at once
+_exact = WeakTensorKeyDictionary()  # tensor: (version, exact); sinks are parameters: looked at once
+
+
+def _known_bfloat16(t: Tensor) -> bool | None:
+    """What `_is_bfloat16` found for these values; None if it has not seen them."""
+    if t.is_inference():  # has no version, which would tell a change
+        return None
+    version, found = _exact.get(t, (None, None))
+    return found if version == t._version else None  # noqa: SLF001
 
 
 def _is_bfloat16(t: Tensor) -> bool:
-    found = _exact.get(t)
-    if found is None:
-        found = _exact[t] = bool((t.to(torch.bfloat16).float() == t).all())
-    return bool(found)
+    found = bool((t.to(torch.bfloat16).float() == t).all())
+    if not t.is_inference():
+        _exact[t] = (t._version, found)  # noqa: SLF001
+    return found

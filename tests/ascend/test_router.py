@@ -223,6 +223,21 @@ def test_captures_freeze_no_lengths():
     assert not unsupported(on_host, chip_of("910b"), capturing=True)
 
 
+def test_sinks_are_read_once_per_version_and_never_in_a_capture():
+    def against(sinks, **o):
+        call = call_of(left=2, right=0, sinks=sinks)
+        return "; ".join(reasons_against(call, chip_of("910b"), **o)["fused_infer"])
+
+    sinks = torch.ones(4)
+    assert against(sinks) == ""
+    sinks[1] = 0.1
+    assert "not exact" in against(sinks)
+    there = torch.ones(4).as_subclass(OnDevice)
+    assert "cannot be read" in against(there, capturing=True)
+    assert against(there) == ""
+    assert against(there, capturing=True) == ""
+
+
 def test_empty_calls_need_no_operator():
     call = call_of(sk=0, return_lse=True)
     assert choose(call, chip_of("910b")) is None
