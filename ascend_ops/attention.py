@@ -94,8 +94,10 @@ def attention(
         capacity, rows_k = k.shape[1], k.shape[0]
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.view(torch.int8)
-    if attn_mask is not None and attn_mask.stride(-1) != 1:
-        attn_mask = _rows(attn_mask)
+    if attn_mask is not None:
+        # Decoding counts from head to head of a group in int32.
+        far = seqlen_q == 1 and group * attn_mask.stride(1) >= 1 << 31
+        attn_mask = _rows(attn_mask) if far or attn_mask.stride(-1) != 1 else attn_mask
     slopes = None if alibi_slopes is None else alibi_slopes.expand(batch, q.shape[-2])
 
     # Arguments that the two kernels share, by name.

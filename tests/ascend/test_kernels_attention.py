@@ -142,6 +142,20 @@ def test_pages(page: int, longest: int) -> None:
         check(Case(q, k, v, {**options, "causal": True}))
 
 
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("q_len", [1, 20])
+def test_heads_far_apart(q_len: int, kv_heads: int) -> None:
+    """Heads 2^30 elements from each other: past int32 from the third. Memory that nothing touches is free."""
+    far, shape = 1 << 30, (1, 20, 3, 16)
+    k = torch.empty(2 * far + 20 * 16, dtype=torch.float16).as_strided(shape, (0, 16, far, 1))
+    mask = torch.empty(2 * far + q_len * 20, dtype=torch.bool)
+    mask = mask.as_strided((1, 3, q_len, 20), (0, far, 20, 1))
+    k.copy_(torch.randn(shape))
+    mask.copy_(torch.rand(mask.shape) > 0.3)
+    q = torch.randn(1, q_len, 3, 16).half()
+    check(Case(q, k[:, :, :kv_heads], k[:, :, :kv_heads], {"attn_mask": mask, "return_lse": True}))
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"sinks": torch.randn(2)}, {"q_pos0": int32([7, 4, 2, 0])}], ids=list
 )
