@@ -107,12 +107,20 @@ def reasons(call: AttentionCall, lens: Lengths, chip: Chip) -> list[str]:
     most = 262144 if longest_q == 1 and not tnd else 20971520
     if longest_k > most:
         out.append(f"k: {longest_k} keys, at most {most}")
+    if tnd and max(sum(lens.q), 0 if call.page_size else sum(lens.k)) > 1 << 20:
+        out.append(
+            f"cu_seqlens: {sum(lens.q)} queries, {sum(lens.k)} keys, at most 2^20 together in layout TND"
+        )
+    if longest_q > 1 and not tnd and call.heads * call.head_dim >= 65535:
+        out.append(f"heads: {call.heads} of {call.head_dim}, their product is below 65535 in layout BSND")
     if longest_q == 1 and not tnd:
         if _band_bites(call, lens):
             out.append("window: FIA ignores pre_tokens with one query row, except in layout TND")
         if call.attn_mask is not None and longest_k > 512:
             out.append(f"attn_mask: one query row and {longest_k} keys, past 512 it is ignored")
     if call.page_size:
+        if max(call.k.numel(), call.v.numel()) >= 1 << 31:
+            out.append(f"k, v: {call.k.numel()} and {call.v.numel()} elements, fewer than 2^31 in pages")
         pages = (p for p in range(16, 513, 16)) if longest_q == 1 and not tnd else _PAGES
         if call.page_size not in pages:
             rule = "a multiple of 16 up to 512" if longest_q == 1 and not tnd else "128, 256, 384 or 512"

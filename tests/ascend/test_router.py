@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
+from itertools import accumulate
 
 import pytest
 import torch
@@ -116,6 +117,12 @@ def paged(page=128, d=128, heads=(4, 2), sq=4, pages=4, lens=(9, 9), **o) -> Att
     return AttentionCall(q, k, k, 0.1, block_table=table, seqused_k=used, **o)
 
 
+def packed(*lens) -> AttentionCall:
+    rows = torch.empty(sum(lens), 1, 128, dtype=torch.float16, device="meta")
+    ends = torch.tensor([0, *accumulate(lens)], dtype=torch.int32)
+    return AttentionCall(rows, rows, rows, 0.1, right=0, cu_seqlens_q=ends, cu_seqlens_k=ends)
+
+
 LIMITS = {
     "softcap": (call_of(softcap=5.0), "fused_infer", "softcap: not an argument"),
     "alibi": (call_of(alibi_slopes=torch.ones(4)), "fused_infer", "alibi_slopes: not an argument"),
@@ -128,6 +135,12 @@ LIMITS = {
     "page 640": (paged(page=640), "fused_infer", "page size: 640"),
     "decode page 24": (paged(page=24, sq=1), "fused_infer", "page size: 24"),
     "wide pages": (paged(heads=(512, 512)), "fused_infer", "512 KV heads of 128"),
+    "all pages": (
+        paged()._replace(k=torch.empty(1 << 16, 128, 2, 128, dtype=torch.float16, device="meta")),
+        "fused_infer", "fewer than 2^31 in pages",
+    ),
+    "wide rows": (call_of(heads=(256, 4), d=256), "fused_infer", "256 of 256, their product"),
+    "long packed": (packed((1 << 20) - 7, 8), "fused_infer", "at most 2^20 together"),
     "shared pages": (paged(pages=1), "fused_infer", "shared pages are refused"),
     "one row, band": (call_of(sq=1, left=3, right=0, d=64), "fused_infer", "ignores pre_tokens"),
     "one row, mask": (
@@ -181,6 +194,11 @@ def test_nothing_runs_on_910a():
     assert "does not exist on 910a" in "\n".join(unsupported(call_of(), chip_of("910a")))
     with pytest.raises(ValueError, match="on 910a can run this call"):
         choose(call_of(), chip_of("910a"))
+
+
+def test_the_longest_that_is_allowed():
+    for call in (packed((1 << 20) - 8, 8), call_of(heads=(255, 255), d=256), paged()):
+        assert reasons_against(call, chip_of("910b"))["fused_infer"] == []
 
 
 def test_refusal_says_everything():
