@@ -13,7 +13,6 @@ from ..capture import made_once
 
 COMPRESSED = 2048
 NZ_BLOCK = 16  # columns of a fractal block of 16-bit values
-FRACTAL_NZ = 29  # ACL_FORMAT_FRACTAL_NZ
 
 
 @made_once(8)
