@@ -94,8 +94,10 @@ def attention(
         capacity, rows_k = k.shape[1], k.shape[0]
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.view(torch.int8)
-    if attn_mask is not None and attn_mask.stride(-1) != 1:
-        attn_mask = _rows(attn_mask)
+    if attn_mask is not None:
+        # Decoding counts from head to head of a group in int32.
+        far = seqlen_q == 1 and group * attn_mask.stride(1) >= 1 << 31
+        attn_mask = _rows(attn_mask) if far or attn_mask.stride(-1) != 1 else attn_mask
     slopes = None if alibi_slopes is None else alibi_slopes.expand(batch, q.shape[-2])
 
     # Arguments that the two kernels share, by name.
@@ -140,7 +142,22 @@ def attention(
         biased = attn_mask is not None or slopes is not None
         tiles = tiles or decode_tiles(chip, q.shape[-1], v.shape[-1], seqlen_q * group, page, biased=biased)
         assert isinstance(tiles, DecodeTiles)
-        return _decode(q, k, v, (left, right), sinks, shared, tiles, cores, return_lse=return_lse)
+        if cu_seqlens_q is None:
+            return _decode(q, k, v, (left, right), sinks, shared, tiles, cores, return_lse=return_lse)
+        # That the rows would fit does not say that each sequence has seqlen_q of them: the end of the tensor
+        # may belong to none. Sequences with fewer queries get spare ones before their first.
+        total = q.shape[0]
+        ends = cu_seqlens_q.clamp(0, total).long()
+        tokens = ends[1:, None] + torch.arange(-seqlen_q, 0, device=q.device)
+        if q_pos0 is not None:
+            shared["q_pos0"] = (q_pos0 - seqlen_q + ends.diff()).int()
+        dense = q[tokens.clamp(0, total - 1)]
+        tokens = torch.where(tokens >= ends[:-1, None], tokens, total).flatten()
+        out, lse = _decode(dense, k, v, (left, right), sinks, shared, tiles, cores, return_lse=return_lse)
+        out = _placed(out.flatten(0, 1), tokens, total, 0.0)
+        if return_lse:
+            lse = _placed(lse.transpose(1, 2).flatten(0, 1), tokens, total, -torch.inf).t().contiguous()
+        return out, lse
     tiles = tiles or prefill_tiles(
         chip,
         q.shape[-1],
@@ -178,6 +195,9 @@ def _prefill(
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse_shape = (heads, q.shape[0]) if q.ndim == 3 else (q.shape[0], heads, q.shape[1])
     lse = q.new_empty(lse_shape if return_lse else (0,), dtype=torch.float32)
+    if cu_seqlens_q is not None:  # rows past the last sequence
+        out.zero_()
+        lse.fill_(-torch.inf)
     band = None if bounds == (None, None) else tiling_mask(tiles.block_q, tiles.edge_k, *bounds, q.device)
     work = -(-seqlen_q // tiles.block_q) * shared["batch"] * heads
     if work == 0:
@@ -231,8 +251,7 @@ def _decode(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, v_dim = shared["batch"], k.shape[-2], v.shape[-1]
-    queries = q.shape[-3] if q.ndim == 4 else q.shape[0] // max(batch, 1)
-    heads = q.shape[-2]
+    queries, heads = q.shape[1:3]
     group = heads // kv_heads
     count = queries * group
     # (B, Hkv, rows, D): a view for one query, a copy of a few rows otherwise.
@@ -284,8 +303,12 @@ def _decode(
     out = out.transpose(1, 2).reshape(*q.shape[:-1], v_dim)
     if not return_lse:
         return out, lse.new_empty((0,))
-    lse = lse.permute(0, 1, 3, 2).reshape(batch, heads, queries)
-    return out, lse if q.ndim == 4 else lse.permute(1, 0, 2).reshape(heads, -1)
+    return out, lse.permute(0, 1, 3, 2).reshape(batch, heads, queries)
+
+
+def _placed(values: Tensor, rows: Tensor, total: int, rest: float) -> Tensor:
+    """(total, ...) of ``values`` (N, ...) at ``rows``, those at ``total`` dropped; ``rest`` elsewhere."""
+    return values.new_full((total + 1, *values.shape[1:]), rest).index_copy_(0, rows, values)[:total]
 
 
 def chip_of(device: torch.device) -> Chip:

@@ -2,7 +2,7 @@
 
 The model names the buffers that are alive together at each of a kernel's tightest moments and adds them up;
 the few bytes a row or a key are statistics and masks, fitted to the planner's own figures (ascendnpu-ir
-1.2.0). tests/ascend/plans.json holds those for 345 instantiations, docs/ascend.md how far the model is off.
+1.2.0). tests/ascend/plans.json holds those for 261 instantiations, docs/ascend.md how far the model is off.
 
 The compiler tries twice. First with two buffers of everything that moves, and the scores of a full block cut
 into two slices of rows; then, if any memory overflows, with one buffer and no slices. A tile that needs the

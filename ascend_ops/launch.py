@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -38,8 +39,25 @@ _on_cpu: Executor = interpreted
 
 def kernel(name: str, device: torch.device) -> Any:
     """The kernel ``name`` ("prefill:prefill_kernel", in `kernels`) for tensors on ``device``."""
-    load = _on_cpu if device.type == "cpu" else jit
-    return load(f"ascend_ops.kernels.{name}")
+    path = f"ascend_ops.kernels.{name}"
+    return _on_cpu(path) if device.type == "cpu" else _On(device, jit(path))
+
+
+@dataclass(frozen=True)
+class _On:
+    """A kernel on the tensors' device, which need not be the thread's current one: Triton takes that."""
+
+    device: torch.device
+    function: Any
+
+    def __getitem__(self, grid: Any) -> Any:
+        launch = self.function[grid]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch.get_device_module(self.device).device(self.device):
+                return launch(*args, **kwargs)
+
+        return run
 
 
 @contextmanager

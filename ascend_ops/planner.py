@@ -1,8 +1,8 @@
 """Tiles for a chip and a call: the fewest Cube-Vector synchronisations that the memories hold.
 
-Cube and Vector cores of an Ascend chip exchange data through global memory, and wait for each other twice
-for every block: scores one way, weights back, products one way again. So the first-level tile is the one
-with the most scores in it (arXiv 2410.16663), of those that fit with two buffers of everything
+Cube and Vector cores of an Ascend chip exchange data through global memory, and wait for each other at each
+of three crossings a block: scores one way, weights back, products one way again. So the first-level tile is
+the one with the most scores in it (arXiv 2410.16663), of those that fit with two buffers of everything
 (`capacity`); among equals the one with the most queries, which reads K and V the fewest times. The second
 level, the cuts for L0A, L0B and the vector registers, is the vendor compiler's.
 """

@@ -1,4 +1,4 @@
-"""The report of an NPU's owner: what ran, how exact it was and how long it took, as a table to send back.
+"""The report of an NPU's owner on attention: what ran, how exact it was, how long it took; a table to send.
 
 Each case runs on torch_npu's operator, if the router finds one, and on our kernel, if there is a compiler for
 the chip; both are compared with torch's own attention in float64 on the CPU. What raises is a line too.
@@ -158,6 +158,13 @@ def versions() -> Iterator[str]:
         yield f"{package} {next((d.version for d in distributions(name=package)), 'is not installed')}"
 
 
+def npu(torch_npu: Any, chip: Chip) -> Iterator[str]:
+    """Lines that say what the NPU and its software are."""
+    cann = getattr(torch.version, "cann", "unknown")  # where torch_npu notes it
+    yield f"{torch_npu.npu.get_device_name()} ({chip.family}), CANN {cann}"
+    yield f"operators: {', '.join(sorted(chip.operators))}"
+
+
 def run(*, full: bool = False, emulate: bool = False) -> int:
     """Prints the report; 0 if everything that ran was right.
 
@@ -178,8 +185,7 @@ def run(*, full: bool = False, emulate: bool = False) -> int:
             print("\nThere is no NPU to report on: torch_npu sees none")
             return 1
         device, chip = torch.device("npu"), router.current()
-        print(f"- {torch_npu.npu.get_device_name()} ({chip.family}), CANN {torch_npu.version.cann}")
-        print(f"- operators: {', '.join(sorted(chip.operators))}\n")
+        print("\n".join(f"- {line}" for line in npu(torch_npu, chip)), end="\n\n")
     print("| case | torch_npu | error, time | our kernel |")
     print("|---|---|---|---|")
     everything = True

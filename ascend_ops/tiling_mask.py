@@ -14,11 +14,12 @@ no mask and none is read for them.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .capture import made_once
 
 #: Past any position: sums of a position and two such bounds fit int32.
 UNBOUNDED = 1 << 29
@@ -53,10 +54,11 @@ def tiling_mask(
     return TilingMask(matrix, origin, width - kept, lo, hi)
 
 
-@lru_cache(maxsize=64)
+@made_once(64)
 def _matrix(block_q: int, block_k: int, width: int, origin: int, device: torch.device) -> Tensor:
     # reach goes from -block_q, all hidden, to origin.
-    i = torch.arange(block_q)[:, None]
-    x = torch.arange(origin + block_q + block_k)[None, :]
-    seen = (origin - x + i >= 0) & (origin - x + i <= width)
-    return torch.where(seen, 0.0, -torch.inf).to(device)
+    # Made where it is used: a capture refuses copies from the host.
+    i = torch.arange(block_q, device=device)[:, None]
+    x = torch.arange(origin + block_q + block_k, device=device)[None, :]
+    hidden = (origin - x + i < 0) | (origin - x + i > width)
+    return torch.zeros(hidden.shape, dtype=torch.float32, device=device).masked_fill_(hidden, -torch.inf)

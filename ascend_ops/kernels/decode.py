@@ -84,8 +84,8 @@ def decode_kernel(
             aligned = lo // BLOCK_K * BLOCK_K  # blocks of pages lie on a grid; the first may begin inside one
         blocks = (tl.maximum(hi - aligned, 0) + BLOCK_K - 1) // BLOCK_K
         share = (blocks + splits - 1) // splits
-        k_base = k + kh * stride_kh
-        v_base = v + kh * stride_vh
+        k_base = k + tl.cast(kh, tl.int64) * stride_kh
+        v_base = v + tl.cast(kh, tl.int64) * stride_vh
         if block_table is None:
             k_base += tl.cast(cache_row, tl.int64) * stride_kb + tl.cast(k_first, tl.int64) * stride_ks
             v_base += tl.cast(cache_row, tl.int64) * stride_vb + tl.cast(k_first, tl.int64) * stride_vs
@@ -126,7 +126,8 @@ def decode_kernel(
                 ]
                 s -= slopes[:, None] * tl.abs(distance)
             if attn_mask is not None:  # of one query a head
-                mask_rows = attn_mask + tl.cast(b, tl.int64) * stride_mb + kh * GROUP * stride_mh + slot
+                mask_rows = attn_mask + tl.cast(b, tl.int64) * stride_mb + slot
+                mask_rows += tl.cast(kh * GROUP, tl.int64) * stride_mh
                 visible = (rows < count)[:, None] & (columns < present)[None, :]
                 tile = tl.load(
                     mask_rows + rows[:, None] * stride_mh + columns[None, :], mask=visible, other=0

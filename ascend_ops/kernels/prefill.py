@@ -4,9 +4,10 @@ First level: BLOCK_K keys cross from Cube to Vector and back at a time, so that 
 level: the vendor's compiler cuts each matmul into L0A, L0B and L0C tiles and each vector step into row slices
 of the Unified Buffer. A tile of queries runs over two kinds of keys in loops of their own:
 
-- *full* blocks, seen by all of its rows: BLOCK_K keys, no mask; - *edge* blocks, where the band's edge or
-the last key passes, or all blocks when the call has a mask or ALiBi:
-  EDGE_K keys. Their mask is a window of one small matrix (`tiling_mask`), shifted to where the edge passes.
+- *full* blocks, seen by all of its rows: BLOCK_K keys, no mask;
+- *edge* blocks, where the band's edge or the last key passes, or all blocks when the call has a mask or
+  ALiBi: EDGE_K keys. Their mask is a window of one small matrix (`tiling_mask`), shifted to where the edge
+  passes.
 """
 
 import triton
@@ -118,12 +119,11 @@ def prefill_kernel(
         if cu_seqlens_q is not None:
             q_batch = 0
         q_row = tl.cast(q_first + q0, tl.int64)
-        q_rows = (
-            queries - q0
-        )  # of this tile, when below BLOCK_Q; not positive past the end of a short sequence
+        # Of this tile when below BLOCK_Q; not positive past the end of a short sequence.
+        q_rows = queries - q0
         kh = h // group
-        k_base = k + kh * stride_kh
-        v_base = v + kh * stride_vh
+        k_base = k + tl.cast(kh, tl.int64) * stride_kh
+        v_base = v + tl.cast(kh, tl.int64) * stride_vh
         if block_table is None:
             k_base += tl.cast(cache_row, tl.int64) * stride_kb + tl.cast(k_first, tl.int64) * stride_ks
             v_base += tl.cast(cache_row, tl.int64) * stride_vb + tl.cast(k_first, tl.int64) * stride_vs
@@ -155,7 +155,7 @@ def prefill_kernel(
         if k_scale is not None:
             score_scale = scale * tl.load(k_scale + kh)
         q_tile = load_tile(
-            q + tl.cast(q_batch, tl.int64) * stride_qb + q_row * stride_qs + h * stride_qh,
+            q + tl.cast(q_batch, tl.int64) * stride_qb + q_row * stride_qs + tl.cast(h, tl.int64) * stride_qh,
             stride_qs,
             rows,
             d,
@@ -215,7 +215,7 @@ def prefill_kernel(
                 s += tl.load(band + (band_origin - reach) + window)
             if attn_mask is not None:
                 visible = (rows < q_rows)[:, None] & (edge_columns < present)[None, :]
-                mask_rows = attn_mask + tl.cast(b, tl.int64) * stride_mb + h * stride_mh
+                mask_rows = attn_mask + tl.cast(b, tl.int64) * stride_mb + tl.cast(h, tl.int64) * stride_mh
                 mask_rows += tl.cast(q0, tl.int64) * stride_mq + slot
                 tile = tl.load(
                     mask_rows + rows[:, None] * stride_mq + edge_columns[None, :], mask=visible, other=0

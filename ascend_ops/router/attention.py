@@ -40,7 +40,7 @@ def reasons_against(call: AttentionCall, chip: Chip, *, capturing: bool = False)
 
 def _static(call: AttentionCall, chip: Chip, *, capturing: bool) -> Reasons:
     return {
-        "fused_infer": fused_infer.static_reasons(call, chip),
+        "fused_infer": fused_infer.static_reasons(call, chip, capturing=capturing),
         "fusion": fusion.static_reasons(call, chip, capturing=capturing),
         "310p": atlas_310p.static_reasons(call, chip),
     }

@@ -96,9 +96,9 @@ def lengths(call: AttentionCall) -> Lengths:
 
 
 def on_device(call: AttentionCall) -> bool:
-    """Whether `lengths` would read from a device what it has not read before."""
+    """Whether the lengths are on a device: known or not, a graph must not keep them as constants."""
     needed = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k)
-    return any(t is not None and t.device.type != "cpu" and _known(t) is None for t in needed)
+    return any(t is not None and t.device.type != "cpu" for t in needed)
 
 
 # A forward passes the same tensors to every layer: one synchronisation then serves them all.

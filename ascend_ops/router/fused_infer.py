@@ -35,8 +35,8 @@ _TND_HEAD_DIMS = ((128, 128), (192, 128), (192, 192))
 _PAGES = (128, 256, 384, 512)
 
 
-def static_reasons(call: AttentionCall, chip: Chip) -> list[str]:
-    """Against the call, whatever its lengths."""
+def static_reasons(call: AttentionCall, chip: Chip, *, capturing: bool = False) -> list[str]:
+    """Against the call, whatever its lengths. ``capturing``: into a graph, during which no value is read."""
     if V1 not in chip.operators and V2 not in chip.operators:
         return chip.lacks(V2)
     d, dv = call.head_dim, call.v_head_dim
@@ -63,7 +63,7 @@ def static_reasons(call: AttentionCall, chip: Chip) -> list[str]:
         out.append("cache_seqlens: TND counts packed keys by their ends, shorter ones cannot be said")
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is None and not call.page_size:
         out.append("cu_seqlens_q: packed queries need packed or paged keys")
-    return out + _mask_reasons(call) + _sink_reasons(call, chip)
+    return out + _mask_reasons(call) + _sink_reasons(call, chip, capturing=capturing)
 
 
 def _mask_reasons(call: AttentionCall) -> list[str]:
@@ -79,7 +79,7 @@ def _mask_reasons(call: AttentionCall) -> list[str]:
     return []
 
 
-def _sink_reasons(call: AttentionCall, chip: Chip) -> list[str]:
+def _sink_reasons(call: AttentionCall, chip: Chip, *, capturing: bool) -> list[str]:
     if call.sinks is None:
         return []
     if V2 not in chip.operators:
@@ -88,7 +88,10 @@ def _sink_reasons(call: AttentionCall, chip: Chip) -> list[str]:
         return ["sinks: only in layout TND, without attn_mask, and with v's head_dim up to 128"]
     if call.return_lse:
         return ["sinks: whether FIA's lse counts them is not documented"]
-    if not _is_bfloat16(call.sinks):
+    exact = _known_bfloat16(call.sinks)
+    if exact is None and capturing and call.sinks.device.type != "cpu":
+        return ["sinks: whether they are exact in bfloat16 cannot be read while a graph is captured"]
+    if not (_is_bfloat16(call.sinks) if exact is None else exact):
         return ["sinks: FIA takes bfloat16, these float32 values are not exact there"]
     return []
 
@@ -104,12 +107,20 @@ def reasons(call: AttentionCall, lens: Lengths, chip: Chip) -> list[str]:
     most = 262144 if longest_q == 1 and not tnd else 20971520
     if longest_k > most:
         out.append(f"k: {longest_k} keys, at most {most}")
+    if tnd and max(sum(lens.q), 0 if call.page_size else sum(lens.k)) > 1 << 20:
+        out.append(
+            f"cu_seqlens: {sum(lens.q)} queries, {sum(lens.k)} keys, at most 2^20 together in layout TND"
+        )
+    if longest_q > 1 and not tnd and call.heads * call.head_dim >= 65535:
+        out.append(f"heads: {call.heads} of {call.head_dim}, their product is below 65535 in layout BSND")
     if longest_q == 1 and not tnd:
         if _band_bites(call, lens):
             out.append("window: FIA ignores pre_tokens with one query row, except in layout TND")
         if call.attn_mask is not None and longest_k > 512:
             out.append(f"attn_mask: one query row and {longest_k} keys, past 512 it is ignored")
     if call.page_size:
+        if max(call.k.numel(), call.v.numel()) >= 1 << 31:
+            out.append(f"k, v: {call.k.numel()} and {call.v.numel()} elements, fewer than 2^31 in pages")
         pages = (p for p in range(16, 513, 16)) if longest_q == 1 and not tnd else _PAGES
         if call.page_size not in pages:
             rule = "a multiple of 16 up to 512" if longest_q == 1 and not tnd else "128, 256, 384 or 512"
@@ -252,11 +263,19 @@ def _band_bites(call: AttentionCall, lens: Lengths) -> bool:
     return call.left is not None and call.left < max(lens.k) - 1
 
 
-_exact = WeakTensorKeyDictionary()  # sinks are parameters: looked at once
+_exact = WeakTensorKeyDictionary()  # tensor: (version, exact); sinks are parameters: looked at once
+
+
+def _known_bfloat16(t: Tensor) -> bool | None:
+    """What `_is_bfloat16` found for these values; None if it has not seen them."""
+    if t.is_inference():  # has no version, which would tell a change
+        return None
+    version, found = _exact.get(t, (None, None))
+    return found if version == t._version else None  # noqa: SLF001
 
 
 def _is_bfloat16(t: Tensor) -> bool:
-    found = _exact.get(t)
-    if found is None:
-        found = _exact[t] = bool((t.to(torch.bfloat16).float() == t).all())
-    return bool(found)
+    found = bool((t.to(torch.bfloat16).float() == t).all())
+    if not t.is_inference():
+        _exact[t] = (t._version, found)  # noqa: SLF001
+    return found

@@ -136,8 +136,11 @@ def _mask(call: AttentionCall, lens: Lengths, kwargs: dict[str, Any]) -> Tensor 
         # pse_type 0 adds to the scaled scores, as here; what is hidden goes into the mask instead.
         kwargs |= {"pse": mask.masked_fill(~keep, 0.0).contiguous(), "pse_type": 0}
     hidden = masks.hidden(keep, call.left, call.right)
+    unseen = hidden.all(-1)
+    if hidden.shape[1] > 1:  # BNSS, B1SS and 11SS are taken, 1NSS is not
+        hidden = hidden.expand(call.q.shape[0], -1, -1, -1).contiguous()
     kwargs |= {"atten_mask": hidden, "sparse_mode": 1, "inner_precise": 2}
-    return hidden.all(-1)
+    return unseen
 
 
 def _pad_packed(out: Tensor, lse: Tensor | None, call: AttentionCall, lens: Lengths) -> Results:

@@ -6,17 +6,16 @@ Causal and banded calls never have an S x S mask on 910B and newer: ``sparse_mod
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from ..capture import made_once
+
 COMPRESSED = 2048
 NZ_BLOCK = 16  # columns of a fractal block of 16-bit values
-FRACTAL_NZ = 29  # ACL_FORMAT_FRACTAL_NZ
 
 
-@lru_cache(maxsize=8)
+@made_once(8)
 def compressed(device: torch.device) -> Tensor:
     """bool (2048, 2048), True above the diagonal: what `sparse_mode` 2, 3 and 4 take (True: hidden)."""
     return torch.ones((COMPRESSED, COMPRESSED), dtype=torch.bool, device=device).triu_(1)

@@ -76,11 +76,14 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
     def widen(t: Tensor) -> Tensor:
         found = t.index_select(0, index).float()
         wide = found.repeat_interleave(2, 1) if interleaved else torch.cat((found, found), 1)
-        return wide[:, None].contiguous()
+        return wide[None, :, None].contiguous()
 
     mode = "interleave" if interleaved else "half"
-    args = (x.float().contiguous(), widen(cos), widen(sin))
-    return Invocation("npu", "npu_rotary_mul", args, {"rotary_mode": mode}, lambda found: found.to(x.dtype))
+    # Four dimensions are wanted: BSND with one sequence.
+    args = (x.float().contiguous()[None], widen(cos), widen(sin))
+    return Invocation(
+        "npu", "npu_rotary_mul", args, {"rotary_mode": mode}, lambda found: found[0].to(x.dtype)
+    )
 
 
 def append_kv(
@@ -97,6 +100,10 @@ def append_kv(
         return f"dtypes: {k.dtype} into {k_cache.dtype}, one of float16 and bfloat16 for all"
     if nz and (k.shape != v.shape or k.shape[1:].numel() % 16):
         return f"k, v: {tuple(k.shape)} and {tuple(v.shape)}, equal and of 16 values to a fractal row"
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        return (
+            f"k_cache, v_cache: strides {k_cache.stride()} and {v_cache.stride()}, contiguous ones are taken"
+        )
     if not slots.numel():
         return "slots: empty"
     if any(s < 0 for s in host(slots)):

@@ -106,6 +106,11 @@ def _fusion(args: tuple[Any, ...], kw: Named) -> list[str]:
         out += _expect(
             "pse", (pse.dtype, kw.get("pse_type"), pse.shape[1:]), (q.dtype, 0, (heads, rows, columns))
         )
+    mask = kw.get("atten_mask")
+    if kw.get("sparse_mode") == 1 and mask is not None:
+        batch = q.shape[0]
+        if tuple(mask.shape[:-2]) not in ((batch, heads), (batch, 1), (1, 1)):
+            out.append(f"atten_mask: {tuple(mask.shape)}, for a batch or one head each, or one for all")
     return out + _sparse(kw, rows, columns, decode=False)
 
 
@@ -174,10 +179,9 @@ def _norm(args: tuple[Any, ...], kw: Named) -> list[str]:
 
 def _rotary(args: tuple[Any, ...], kw: Named) -> list[str]:
     x, cos, sin = args
-    wanted = (x.shape[0], 1, x.shape[2])
-    return _expect("cos, sin", (cos.shape, sin.shape), (wanted, wanted)) + _expect(
-        "dtype", cos.dtype, x.dtype
-    )
+    out = _expect("dtype", cos.dtype, x.dtype) + _expect("dimensions of input", x.ndim, 4)
+    wanted = (1, x.shape[1], 1, x.shape[-1])  # BSND, the cosines of one sequence for all
+    return out + _expect("cos, sin", (cos.shape, sin.shape), (wanted, wanted))
 
 
 def _scatter(args: tuple[Any, ...], kw: Named) -> list[str]:

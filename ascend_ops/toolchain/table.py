@@ -114,6 +114,7 @@ def small_calls() -> Iterator[SmallCall]:
     yield SmallCall("residual + RMSNorm", lambda: ops.rms_norm(x, weight, 1e-5, x))
     yield SmallCall("SwiGLU", lambda: ops.swiglu(x))
     yield SmallCall("rotary", lambda: ops.rotary(heads, table, table, slots))
+    yield SmallCall("rotary of pairs", lambda: ops.rotary(heads, table, table, slots, interleaved=True))
     yield SmallCall("KV append", lambda: ops.append_kv(cache, cache, heads, heads, slots))
     yield SmallCall(
         "KV append with rotary", lambda: ops.append_kv(cache, cache, heads, heads, slots, **rotation)

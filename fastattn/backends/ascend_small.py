@@ -90,11 +90,17 @@ def append_kv(a: AppendKvArgs) -> None:
     if not compiles_kernels() and not bool((a.slots >= 0).any()):
         return  # torch_npu's scatter has no slot for rows that are skipped
     if a.slots.numel() and pages * page:
-        _run(a.k.device, lambda chip: _append_choice(a, chip), lambda: _append_kernel(a))
+        _run(a.k.device, lambda chip: append_choice(a, chip), lambda: _append_kernel(a))
 
 
-def _append_choice(a: AppendKvArgs, chip: router.Chip) -> small_ops.Choice:
-    """torch_npu's scatter; keys that still have to turn go through `rotary` first where we have no kernel."""
+def append_choice(a: AppendKvArgs, chip: router.Chip) -> small_ops.Choice:
+    """torch_npu's scatter where our kernel may not or cannot run; there, keys go through `rotary` first.
+
+    The kernel turns the keys on the way and skips negative slots where they are; the scatter takes none, so
+    that they would be read back on each layer, which no graph can capture.
+    """
+    if compiles_kernels() and settings.ascend != "torch_npu":
+        return "slots: our kernel needs none of them on the host"
     k = a.k
     if a.cos is not None and a.sin is not None and a.positions is not None:
         if compiles_kernels():

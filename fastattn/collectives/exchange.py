@@ -74,6 +74,11 @@ class Pending:
     def __init__(self, g: TPGroup, where: str, works: Sequence[tuple[int | None, Any]] = ()) -> None:
         self._group, self._where, self._works = g, where, list(works)
 
+    @property
+    def on_device(self) -> bool:
+        """Whether `wait` returns at once, and it is the device's current stream that waits (NCCL, HCCL)."""
+        return device_of(self._group).type != "cpu"
+
     def wait(self) -> None:
         """Returns when the results are there; raises `SyncError`. A second call returns at once."""
         while self._works:

@@ -38,8 +38,12 @@ class Exchange(Generic[T]):
         self._advance()
 
     def overlap(self) -> Exchange[T]:
-        """Hands the remaining steps to a thread, for a caller that computes before it waits."""
-        if self._future is None and not self._result:
+        """Hands the remaining steps to a thread, for a caller that computes before it waits.
+
+        Not those on a device: messages go on there by themselves, and a thread that waited for them would
+        have the caller's computations, which are queued behind, wait as well.
+        """
+        if self._future is None and self._pending is not None and not self._pending.on_device:
             self._future = _thread().submit(self._context.run, self._on_thread)
         return self
 

@@ -151,5 +151,7 @@ class PagedKvCache:
 
     def _tensor(self, values: list[int] | list[list[int]], dtype: type[np.integer]) -> Tensor:
         # Through numpy: torch.tensor takes three times as long for a few values.
-        on_host = torch.from_numpy(np.array(values, dtype))
-        return on_host if self.keys.device.type == "cpu" else on_host.to(self.keys.device)
+        # Not an inference tensor, which has no version: backends read lengths back once for each.
+        with torch.inference_mode(False):
+            on_host = torch.from_numpy(np.array(values, dtype))
+            return on_host if self.keys.device.type == "cpu" else on_host.to(self.keys.device)

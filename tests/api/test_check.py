@@ -101,6 +101,14 @@ def test_ops_without_an_oracle_are_named():
     assert str(report) == "mx_pack on cpu: 1 not compared"
 
 
+def test_calls_with_nothing_to_compare_are_named():
+    """Here rows that are all skipped; on 310P also pages in NZ, which the oracle does not read."""
+    heads, pages, skipped = torch.randn(1, 2, 16), torch.zeros(1, 4, 2, 16), torch.tensor([-1])
+    report = fastattn.check(ops.append_kv, pages, pages, heads, heads, skipped)
+    assert str(report) == "append_kv on cpu: 1 not compared"
+    assert not report.ok
+
+
 def test_nothing_ran():
     report = fastattn.check(sum, [1, 2])
     assert report.result == 3

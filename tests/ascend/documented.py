@@ -180,6 +180,7 @@ def _rms(args: tuple[Any, ...], kw: dict[str, Any]) -> tuple[Tensor, ...]:
 
 def _rotary_mul(args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
     x, cos, sin = (t.double() for t in args)
+    assert x.ndim == cos.ndim == sin.ndim == 4
     if kw["rotary_mode"] == "half":
         a, b = x.chunk(2, -1)
         turned = torch.cat((-b, a), -1)

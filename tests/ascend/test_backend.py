@@ -97,6 +97,18 @@ def test_what_torch_npu_cannot_do_there_is_left_to_other_backends(on_chip):
     assert "does not exist on 910a" in table["append_kv"].reasons(append.signature())[0]
 
 
+def test_append_reads_no_slots_where_our_kernel_runs(on_chip, monkeypatch):
+    """Slots on meta cannot be read, as those on a device cannot while a graph is captured."""
+    x, pages = torch.zeros(2, 3, 128).half(), torch.zeros(2, 16, 3, 128).half()
+    a = fastattn.spec.AppendKvArgs(pages, pages, x, x, torch.zeros(2, dtype=torch.int64, device="meta"))
+    on_chip("910b")
+    assert "our kernel" in ascend_small.append_choice(a, chip_of("910b"))
+    monkeypatch.setattr(ascend_small, "settings", Settings.from_env({"FASTATTN_ASCEND": "torch_npu"}))
+    choice = ascend_small.append_choice(a._replace(slots=torch.tensor([3, -1])), chip_of("910b"))
+    assert choice.name == "npu_scatter_pa_kv_cache"
+    assert choice.args[4].tolist() == [3]
+
+
 def test_settings():
     assert Settings.from_env({"FASTATTN_ASCEND": "kernels"}).ascend == "kernels"
     with pytest.raises(ValueError, match="FASTATTN_ASCEND='both': expected auto, kernels or torch_npu"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,18 @@ def test_its_oracle_and_the_documents_agree(family):
         assert float((out.double() - report.exact(call)).abs().max()) <= 4 * torch.finfo(out.dtype).eps * 4
         compared += 1
     assert compared >= 4
+
+
+@pytest.mark.parametrize("cann", ["8.5.0", None])
+def test_it_names_the_machine(cann, monkeypatch):
+    """CANN's version is one of torch's: torch_npu.version has these two names only."""
+    machine = SimpleNamespace(get_device_name=lambda: "Ascend910B3")
+    version = SimpleNamespace(__version__="2.13.0", git_version="c798c65")
+    if cann:
+        monkeypatch.setattr(torch.version, "cann", cann, raising=False)
+    lines = list(report.npu(SimpleNamespace(npu=machine, version=version), chip_of("910b")))
+    assert lines[0] == f"Ascend910B3 (910b), CANN {cann or 'unknown'}"
+    assert "npu_rms_norm" in lines[1]
 
 
 def test_wrong_and_failing_operators_show():

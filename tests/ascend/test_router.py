@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
+from itertools import accumulate
 
 import pytest
 import torch
@@ -116,6 +117,12 @@ def paged(page=128, d=128, heads=(4, 2), sq=4, pages=4, lens=(9, 9), **o) -> Att
     return AttentionCall(q, k, k, 0.1, block_table=table, seqused_k=used, **o)
 
 
+def packed(*lens) -> AttentionCall:
+    rows = torch.empty(sum(lens), 1, 128, dtype=torch.float16, device="meta")
+    ends = torch.tensor([0, *accumulate(lens)], dtype=torch.int32)
+    return AttentionCall(rows, rows, rows, 0.1, right=0, cu_seqlens_q=ends, cu_seqlens_k=ends)
+
+
 LIMITS = {
     "softcap": (call_of(softcap=5.0), "fused_infer", "softcap: not an argument"),
     "alibi": (call_of(alibi_slopes=torch.ones(4)), "fused_infer", "alibi_slopes: not an argument"),
@@ -128,6 +135,12 @@ LIMITS = {
     "page 640": (paged(page=640), "fused_infer", "page size: 640"),
     "decode page 24": (paged(page=24, sq=1), "fused_infer", "page size: 24"),
     "wide pages": (paged(heads=(512, 512)), "fused_infer", "512 KV heads of 128"),
+    "all pages": (
+        paged()._replace(k=torch.empty(1 << 16, 128, 2, 128, dtype=torch.float16, device="meta")),
+        "fused_infer", "fewer than 2^31 in pages",
+    ),
+    "wide rows": (call_of(heads=(256, 4), d=256), "fused_infer", "256 of 256, their product"),
+    "long packed": (packed((1 << 20) - 7, 8), "fused_infer", "at most 2^20 together"),
     "shared pages": (paged(pages=1), "fused_infer", "shared pages are refused"),
     "one row, band": (call_of(sq=1, left=3, right=0, d=64), "fused_infer", "ignores pre_tokens"),
     "one row, mask": (
@@ -183,6 +196,11 @@ def test_nothing_runs_on_910a():
         choose(call_of(), chip_of("910a"))
 
 
+def test_the_longest_that_is_allowed():
+    for call in (packed((1 << 20) - 8, 8), call_of(heads=(255, 255), d=256), paged()):
+        assert reasons_against(call, chip_of("910b"))["fused_infer"] == []
+
+
 def test_refusal_says_everything():
     with pytest.raises(
         ValueError, match=r"(?s)fused_infer: softcap.*fusion: softcap.*310p: _npu_flash"
@@ -206,6 +224,38 @@ def test_lengths_are_read_once_per_version():
     assert host(lens) == (5, 4)
 
 
+class OnDevice(torch.Tensor):
+    """Values of the CPU that say they are on a device."""
+
+    device = torch.device("meta")
+
+
+def test_captures_freeze_no_lengths():
+    """Lengths that an earlier call has read are constants in a graph that is replayed with other ones."""
+    lens = torch.tensor([9, 9], dtype=torch.int32).as_subclass(OnDevice)
+    call = paged()._replace(seqused_k=lens)
+    assert host(lens) == (9, 9)
+    assert not unsupported(call, chip_of("910b"))
+    assert "lengths: on the device" in unsupported(call, chip_of("910b"), capturing=True)[0]
+    on_host = call._replace(seqused_k=torch.tensor([9, 9], dtype=torch.int32))
+    assert not unsupported(on_host, chip_of("910b"), capturing=True)
+
+
+def test_sinks_are_read_once_per_version_and_never_in_a_capture():
+    def against(sinks, **o):
+        call = call_of(left=2, right=0, sinks=sinks)
+        return "; ".join(reasons_against(call, chip_of("910b"), **o)["fused_infer"])
+
+    sinks = torch.ones(4)
+    assert against(sinks) == ""
+    sinks[1] = 0.1
+    assert "not exact" in against(sinks)
+    there = torch.ones(4).as_subclass(OnDevice)
+    assert "cannot be read" in against(there, capturing=True)
+    assert against(there) == ""
+    assert against(there, capturing=True) == ""
+
+
 def test_empty_calls_need_no_operator():
     call = call_of(sk=0, return_lse=True)
     assert choose(call, chip_of("910b")) is None
@@ -214,6 +264,19 @@ def test_empty_calls_need_no_operator():
     assert not out.any()
     assert lse.shape == (2, 4, 4)
     assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float16])
+def test_a_mask_per_head_has_every_sequence(kind):
+    """The operator takes BNSS, B1SS and 11SS; (1, N, Sq, Sk) is none of them."""
+    mask = torch.rand(1, 4, 4, 9) > 0.5
+    mask = (mask if kind == torch.bool else torch.zeros(1, 4, 4, 9).masked_fill(~mask, -torch.inf)).to(kind)
+    i = choose(call_of(attn_mask=mask.expand(2, -1, -1, -1)), chip_of("910b"))
+    assert i.name == "npu_fusion_attention_v2"
+    assert i.kwargs["atten_mask"].shape == (2, 4, 4, 9)
+    assert faults(i) == []
+    one = i._replace(kwargs={**i.kwargs, "atten_mask": i.kwargs["atten_mask"][:1]})
+    assert any("atten_mask: (1, 4, 4, 9)" in f for f in faults(one))
 
 
 def test_no_square_mask_for_long_sequences():

@@ -100,6 +100,12 @@ def test_what_is_called_computes_what_was_asked(name):
             assert_accurate(ours, same, true.double())
 
 
+def test_validator_finds_what_schemas_miss():
+    rotary = choices()[f"rotary {HALF} False"][1]
+    flat = rotary._replace(args=tuple(t[0] for t in rotary.args))
+    assert any("dimensions of input: 3" in f for f in faults(flat))
+
+
 REASONS = {
     "no operator": (lambda: small_ops.swiglu(values(2, 8), P310), "npu_swiglu does not exist on 310p"),
     "mixed norm": (
@@ -125,6 +131,18 @@ REASONS = {
     "nhd on 310p": (lambda: append(P310)[1], "kv_layout"),
     "NZ on 910b": (lambda: append(A2, layout="npu_nz")[1], "kv_layout"),
     "float32 cache": (lambda: append(A2, FLOAT)[1], "dtypes"),
+    "strided cache": (
+        lambda: small_ops.append_kv(
+            values(2, 16, 4, 32)[:, :, :2],
+            values(2, 16, 2, 32),
+            values(4, 2, 32),
+            values(4, 2, 32),
+            SLOTS,
+            "nhd",
+            A2,
+        ),
+        "k_cache, v_cache: strides",
+    ),
     "nothing to write": (lambda: append(A2, slots=torch.full((4,), -1))[1], "none is written"),
     "offsets": (lambda: linear(make("int8", 8, 64), values(2, 64)), "mins"),
     "odd groups": (lambda: linear(make("int8", 8, 64, group=16, mins=False), values(2, 64)), "group_size"),

@@ -205,3 +205,11 @@ def test_parts_merge_to_the_whole(by: str, options: dict) -> None:
         whole = attend(cache, 0, step, q, **options)
         parts = attend(SplitCache(cache, by, at=2), 0, step, q, **options)
     torch.testing.assert_close(parts, whole, rtol=0, atol=2e-6)
+
+
+def test_lengths_have_versions_in_inference_mode() -> None:
+    """By which a backend that reads them back does so once, and not on each layer."""
+    with torch.inference_mode():
+        step = cache_of(4, 2).reserve([0, 1], [3, 1])
+        tensors = (step.cu_seqlens, step.positions, step.slots, step.seqused, step.block_table)
+    assert not any(t.is_inference() for t in tensors)
