@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,18 @@ def test_emulation_needs_triton_to_interpret() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu_or_emulation() -> None:
     assert "torch sees no NVIDIA GPU (FASTATTN_EMULATE=triton" in python(REASONS)
+
+
+def test_an_older_triton_is_a_reason_and_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "triton" / "tools").mkdir(parents=True)
+    (tmp_path / "triton" / "__init__.py").write_text("raise AssertionError('imported')")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {REASONS}"
+    assert python(program).startswith("Triton is older than 3.4 and has no tensor descriptors")
+
+
+def test_a_torch_for_rocm_is_a_reason() -> None:
+    program = f"import torch; torch.version.hip = '6.4'; {REASONS}"
+    assert python(program) == "torch is built for ROCm 6.4, it needs one built for CUDA"
 
 
 def test_emulated_backend_comes_before_the_cpu() -> None:
