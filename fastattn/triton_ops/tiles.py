@@ -94,7 +94,7 @@ TILES: dict[int, dict[tuple[bool, int, int], Tile]] = {
 
 
 def chip_class(capability: int) -> int:
-    """The class whose table serves: sm_86, 87 and 89 and consumer Blackwell have little shared memory."""
+    """The class whose table serves: sm_86, sm_89 and consumer Blackwell have little shared memory."""
     if capability in (86, 89) or capability >= 120:
         return 86
     return max((c for c in TILES if c <= capability and c != 86), default=75)
