@@ -67,6 +67,8 @@ FEATURES = (
     Job("A100", "prefill", 80, "float16", ("bool mask",)),
     Job("A100", "prefill", 128, "float16", ("bias", "leftpad")),
     Job("A100", "paged", 128, "float16", ("int8", "sinks", "lse")),
+    Job("A100", "prefill", 128, "float16", ("int8",)),
+    Job("H100", "prefill", 128, "float16", ("int8",)),
     Job("H100", "prefill", 128, "bfloat16", ("packed", "window", "lse")),
     Job("H100", "prefill", 96, "float16", ("bool mask", "sinks")),
     Job("H100", "prefill", 128, "float16", ("float bias",)),
