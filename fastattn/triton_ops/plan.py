@@ -57,7 +57,7 @@ def _with_tile(a: AttentionArgs, c: Chip, t: Tile, rows: int, pack: bool) -> Pla
 def need(a: AttentionArgs, rows: int) -> Need:
     """What the tile of a call depends on; ``rows`` of queries that share a program's keys."""
     width = next_power_of_2(max(a.q.shape[-1], a.v.shape[-1], 64))
-    return Need(rows <= DECODE_ROWS, width, a.q.element_size())
+    return Need(rows <= DECODE_ROWS, width, max(a.q.element_size(), a.k.element_size()))
 
 
 def batch(a: AttentionArgs) -> int:

@@ -28,7 +28,7 @@ class Need(NamedTuple):
 
     decode: bool  # few rows of queries: bound by the memory that keys come from
     width: int  # the wider head_dim of keys and values, padded to 64, 128 or 256
-    itemsize: int  # of queries
+    itemsize: int  # of queries or of keys and values, whichever are wider
 
 
 #: By class: its lowest compute capability and its tiles, (decode, width, itemsize) to tile.

@@ -125,9 +125,9 @@ def test_every_plan(name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------- particular behaviours
-@pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn", "float8_e5m2", "float16"])
+@pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn", "float8_e5m2", "float16", "float32"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_stored_narrower(dtype: torch.dtype, stored: str) -> None:
+def test_stored_in_another_type(dtype: torch.dtype, stored: str) -> None:
     """Keys and values in another type, with a scale for each KV head."""
     if DEVICE == "cuda" and stored.startswith("float8") and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU converts no float8")
