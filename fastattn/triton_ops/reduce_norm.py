@@ -32,10 +32,11 @@ def reduce_norm(
 ) -> None:
     """Sums, adds and normalises rows ``first_row ...``, as many as ``residual`` has.
 
-    ``buffers``: int64 (world,), the address of each rank's (rows, hidden) of ``dtype``, contiguous; the rows
-    become normalised in all of them. ``residual`` (share, hidden): this rank's, becomes the new residual.
-    Sums are in float32 in the order of the ranks, and so the same whoever computes them. Raises ValueError
-    for a ``residual``, ``weight`` (hidden,) or ``buffers`` that is not contiguous.
+    ``buffers``: int64 (world,), the address of each rank's (rows, hidden) of ``dtype``, contiguous and a
+    multiple of 16 bytes, as symmetric memory is; the rows become normalised in all of them. ``residual``
+    (share, hidden): this rank's, becomes the new residual. Sums are in float32 in the order of the ranks, and
+    so the same whoever computes them. Raises ValueError for a ``residual``, ``weight`` (hidden,) or
+    ``buffers`` that is not contiguous.
     """
     _check(residual, weight)
     if not buffers.is_contiguous():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +148,9 @@ def test_sums_over_symmetric_memory(dtype: torch.dtype, hidden: int, monkeypatch
     assert f"multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.{kind}" in multicast.ptx
     assert f"multimem.st.relaxed.sys.global.v4.{kind}" in multicast.ptx
     assert compile_for(launches[0], CHIPS["A100"]).spills == 0
+    # Rows go to and from the ranks' buffers 16 bytes at a time, and weights and the residual as well.
+    assert plain.ptx.count("ld.global.v4.b32") >= 8
+    assert not re.search(r"(ld|st)\.global\.b16", plain.ptx)
 
 
 def test_what_the_switch_cannot_sum_is_refused() -> None:

@@ -35,11 +35,11 @@ def reduce_norm_kernel(
     at = (tl.program_id(0).to(tl.int64) + first_row) * HIDDEN
     s = tl.zeros((WIDTH,), tl.float32)
     for rank in tl.static_range(WORLD):
-        buffer = tl.load(buffers + rank).to(tl.pointer_type(DTYPE))
+        buffer = tl.multiple_of(tl.load(buffers + rank).to(tl.pointer_type(DTYPE)), 16)
         s += tl.load(buffer + at + column, inside, 0.0).to(tl.float32)
     y = _normalised(s, residual, weight, local, column, eps, HIDDEN).to(DTYPE)
     for rank in tl.static_range(WORLD):
-        buffer = tl.load(buffers + rank).to(tl.pointer_type(DTYPE))
+        buffer = tl.multiple_of(tl.load(buffers + rank).to(tl.pointer_type(DTYPE)), 16)
         tl.store(buffer + at + column, y, inside)
 
 
