@@ -2,7 +2,8 @@
 
 Whether a backend is emulated is settled when Python starts (FASTATTN_EMULATE, and Triton's interpreter), so
 the marked tests of a file run together in one child process, and each reports here what came of it there.
-With the device present, or in a process that emulates already, they run as any other test.
+In a process that emulates already they run as any other test; so do those marked `gpu` with the device
+present: the others' tensors are on the CPU.
 """
 
 from __future__ import annotations
@@ -35,12 +36,18 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
     children: dict[tuple[Path, str], Child] = {}
     for item in items:
         mark = item.get_closest_marker("emulate")
-        if mark is None or mark.args[0] in settings.emulate or device_present(mark.args[0]):
+        if mark is None or not needs_child(item, mark.args[0]):
             continue
         key = (item.path, mark.args[0])
         child = children.setdefault(key, Child(session, mark.args[0]))
         child.wanted.append(item)
         item.runtest = partial(child.report, item)  # type: ignore[method-assign]
+
+
+def needs_child(item: pytest.Item, backend: str) -> bool:
+    """Whether this process cannot run the item: it neither emulates nor has a device that the item uses."""
+    on_device = device_present(backend) and item.get_closest_marker("gpu") is not None
+    return backend not in settings.emulate and not on_device
 
 
 class Child:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,10 +24,17 @@ MAX_HEAD_DIM = 256
 
 
 def _available() -> list[str]:
-    if find_spec("triton") is None:
+    spec = find_spec("triton")
+    if spec is None:
         return ["Triton is not installed (pip install fastattn[triton])"]
+    # Looked up as a file: to import Triton here would settle whether it interprets.
+    folders = map(Path, spec.submodule_search_locations or ())
+    if not any((folder / "tools" / "tensor_descriptor.py").is_file() for folder in folders):
+        return ["Triton is older than 3.4 and has no tensor descriptors (pip install fastattn[triton])"]
     if _EMULATED:
         return reasons_against_emulating("triton")
+    if torch.version.hip is not None:
+        return [f"torch is built for ROCm {torch.version.hip}, it needs one built for CUDA"]
     if not torch.cuda.is_available():
         return ["torch sees no NVIDIA GPU (FASTATTN_EMULATE=triton interprets the kernels on the CPU)"]
     best = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))

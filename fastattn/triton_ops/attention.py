@@ -101,8 +101,8 @@ def _attend(a: AttentionArgs, p: Plan, out: Tensor, lse: Tensor | None) -> Launc
     )  # fmt: skip
     constants = (
         heads, group, head_dim, v_head_dim, block_d, block_dv, page, left is not None, right is not None,
-        a.softcap > 0, a.scale <= 0, _precision(a), p.tma, p.specialize, has_absent_keys(a), p.splits, pack,
-        p.tile.block_m, p.tile.block_n,
+        a.softcap > 0, a.scale <= 0 or a.k_scale is not None, _precision(a),
+        p.tma, p.specialize, has_absent_keys(a), p.splits, pack, p.tile.block_m, p.tile.block_n,
     )  # fmt: skip
     programs = -(-a.max_seqlen_q * pack // p.tile.block_m) * p.splits * (heads // pack) * batch(a)
     # Triton divides its stages among loads that wait for loads: pages, then the keys in them.

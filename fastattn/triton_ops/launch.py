@@ -51,7 +51,7 @@ def _run(launch: Launch, device: int | None) -> None:
         with np.errstate(all="ignore"):  # hardware does not warn either
             kernel[programs,](*args, *constants)
         return
-    key = (kernel, device, constants, num_warps, num_stages, *map(specialization, args))
+    key = compiled_key(launch, device)
     found = _compiled.get(key)
     if found is None:
         _compiled[key] = kernel[programs,](
@@ -61,10 +61,18 @@ def _run(launch: Launch, device: int | None) -> None:
         found[programs, 1, 1](*args, *constants)
 
 
+def compiled_key(launch: Launch, device: int | None) -> Hashable:
+    """What decides which machine code a launch is."""
+    kernel, _, args, *options = launch
+    return (kernel, device, *options, *map(specialization, args))
+
+
 def specialization(arg: Any) -> Hashable:
     """What Triton compiles an argument in: at least as fine as its own rule."""
     if arg is None:
         return None
+    if isinstance(arg, bool):  # of a type of its own, and an int to Python
+        return bool
     if isinstance(arg, int):
         return (arg & 15 == 0, arg == 1, -(1 << 31) <= arg < 1 << 31)
     if isinstance(arg, Tensor):

@@ -7,7 +7,7 @@ quant/mx.py; what a message is: quant/message.py.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -138,7 +138,7 @@ def _rotation(length: int, n: int) -> tuple[int, int, float]:
     return length if whole else 0, whole, factor
 
 
-@lru_cache(maxsize=256)
+@cache  # for good: a CUDA graph may hold their addresses
 def _channels(hidden: int, outliers: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Indices of the channels that are quantized, and of the outliers."""
     quantized = torch.ones(hidden, dtype=torch.bool)

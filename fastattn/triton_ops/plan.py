@@ -37,6 +37,14 @@ def plan(a: AttentionArgs, c: Chip) -> Plan:
     rows = a.max_seqlen_q * (group if pack else 1)
     wanted = need(a, rows)
     t = tuned.load(c).get(wanted) or tile(c, wanted)
+    p = _with_tile(a, c, t, rows, pack)
+    # A tile for specialized warps is none for a call that cannot have them: four warps would hold it all.
+    return _with_tile(a, c, tile(c, wanted), rows, pack) if t.specialize and not p.specialize else p
+
+
+def _with_tile(a: AttentionArgs, c: Chip, t: Tile, rows: int, pack: bool) -> Plan:
+    """The plan by a tile, cut to what the call has."""
+    group = a.q.shape[-2] // a.k.shape[-2]
     t = t._replace(block_m=min(t.block_m, max(16, next_power_of_2(rows))))
     if a.attn_mask is not None:  # whose blocks and addresses take memory and registers too
         t = t._replace(block_m=max(16, t.block_m // 2), block_n=max(16, t.block_n // 2))
@@ -49,7 +57,7 @@ def plan(a: AttentionArgs, c: Chip) -> Plan:
 def need(a: AttentionArgs, rows: int) -> Need:
     """What the tile of a call depends on; ``rows`` of queries that share a program's keys."""
     width = next_power_of_2(max(a.q.shape[-1], a.v.shape[-1], 64))
-    return Need(rows <= DECODE_ROWS, width, a.q.element_size())
+    return Need(rows <= DECODE_ROWS, width, max(a.q.element_size(), a.k.element_size()))
 
 
 def batch(a: AttentionArgs) -> int:

@@ -28,7 +28,7 @@ class Need(NamedTuple):
 
     decode: bool  # few rows of queries: bound by the memory that keys come from
     width: int  # the wider head_dim of keys and values, padded to 64, 128 or 256
-    itemsize: int  # of queries
+    itemsize: int  # of queries or of keys and values, whichever are wider
 
 
 #: By class: its lowest compute capability and its tiles, (decode, width, itemsize) to tile.
@@ -94,7 +94,7 @@ TILES: dict[int, dict[tuple[bool, int, int], Tile]] = {
 
 
 def chip_class(capability: int) -> int:
-    """The class whose table serves: sm_86, 87 and 89 and consumer Blackwell have little shared memory."""
+    """The class whose table serves: sm_86, sm_89 and consumer Blackwell have little shared memory."""
     if capability in (86, 89) or capability >= 120:
         return 86
     return max((c for c in TILES if c <= capability and c != 86), default=75)

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from ..attention import build_args
 from ..spec import AttentionArgs
+from . import tuned
 from .attention import run
 from .device import Chip, chip
 from .plan import Plan, can_specialize, plan
@@ -55,10 +55,10 @@ def search(device: torch.device, needs: list[Need], sizes: Sizes, rounds: int = 
         plans = [shipped, *(p for p in _candidates(a, shipped, need, here) if _agrees(a, p, expected))]
         times = _times(a, plans, rounds)
         best = min(range(len(plans)), key=times.__getitem__)
-        # The table's block_m, not what it was cut to for few rows.
-        chosen = plans[best].tile if best else tile(here, need)
-        if best and need.decode:
-            chosen = chosen._replace(block_m=tile(here, need).block_m)
+        served = tuned.load(here).get(need) or tile(here, need)
+        chosen = plans[best].tile if best else served
+        if best and need.decode:  # not what block_m was cut to for few rows
+            chosen = chosen._replace(block_m=served.block_m)
         yield Found(need, chosen, times[best], times[0], len(plans))
 
 
@@ -99,7 +99,7 @@ def _agrees(a: AttentionArgs, p: Plan, expected: Tensor) -> bool:
     """Whether the plan runs here. Raises RuntimeError when it computes something else."""
     try:
         got = run(a, p)[0].float()
-    except (OutOfResources, CompilationError, RuntimeError):  # the last: a pass that failed
+    except (TritonError, RuntimeError):  # out of resources, ptxas; the latter: a pass that failed
         return False
     error = float((got - expected).abs().max())
     if not error <= 16 * torch.finfo(a.q.dtype).eps * max(1.0, float(expected.abs().max())):

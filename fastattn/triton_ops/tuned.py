@@ -1,7 +1,7 @@
 """Tiles that `fastattn tune` measured on this machine's GPUs, kept in the user's cache folder.
 
-One JSON file for each kind of GPU and version of Triton. A file that cannot be read, or says what no tile is,
-counts as absent: the shipped table serves.
+One JSON file for each kind of GPU and versions of Triton and of the kernels. A file that cannot be read, or
+says what no tile is, counts as absent: the shipped table serves.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import triton
 
 from cuda_volta.cache import digest, user_folder
 
+from .. import __version__
 from .device import Chip
 from .tiles import Need, Tile
 
 
 def file(chip: Chip) -> Path:
     """Where the tiles of a kind of GPU are kept."""
-    return user_folder() / "triton-tiles" / f"{digest(chip.name, triton.__version__)}.json"
+    return user_folder() / "triton-tiles" / f"{digest(chip.name, triton.__version__, __version__)}.json"
 
 
 @cache

@@ -20,7 +20,7 @@ from fastattn.spec import AttentionArgs
 
 from ..api.cases import HEAD_DIMS, LAYOUTS, Case, assert_accurate, int32, random_case, torch_math
 
-pytestmark = [pytest.mark.toolchain, pytest.mark.emulate("ascend")]
+pytestmark = [pytest.mark.toolchain, pytest.mark.emulate("ascend"), pytest.mark.gpu]
 
 DTYPES = (torch.float16, torch.bfloat16)
 DEVICE = torch.device("npu" if hasattr(torch, "npu") and torch.npu.is_available() else "cpu")

@@ -15,7 +15,7 @@ class Job(NamedTuple):
     """One call on one chip of `triton_ops.device.CHIPS`."""
 
     chip: str
-    kind: str  # "prefill", "decode", or "paged" decode
+    kind: str  # "prefill", "decode", "paged" decode or "paged prefill"
     head_dim: int = 128
     dtype: str = "float16"
     features: tuple[str, ...] = ()
@@ -76,16 +76,22 @@ def call(job: Job) -> AttentionArgs:
     for name in job.features:
         given |= options.get(name, {})
     stored = torch.int8 if "int8" in job.features else dtype
-    if "int8" in job.features:
+    if "float32 cache" in job.features:
+        stored = torch.float32
+    if stored != dtype:
         given |= {f"{n}_scale": floats(kv_heads, kind=torch.float32) for n in "kv"}
+    q, k = (4096, heads, dim), (4096, kv_heads, dim)
     if job.kind == "paged":
         pages = floats(2048, 16, kv_heads, dim, kind=stored)
         given |= {"block_table": ints(1, 2048), "cache_seqlens": ints(1)}
         return build_args(floats(1, 1, heads, dim), pages, pages, **given)
+    if job.kind == "paged prefill":
+        pages = floats(2048, 16, kv_heads, dim, kind=stored)
+        given |= {"block_table": ints(1, 256), "cache_seqlens": ints(1)}
+        return build_args(floats(1, *q), pages, pages, causal=True, **given)
     if job.kind == "decode":
         cache = floats(1, 32768, kv_heads, dim, kind=stored)
         return build_args(floats(1, 1, heads, dim), cache, cache, **given)
-    q, k = (4096, heads, dim), (4096, kv_heads, dim)
     if "packed" in job.features:
         given |= {"cu_seqlens_q": ints(5), "cu_seqlens_k": ints(5)}
         return build_args(floats(*q), floats(*k, kind=stored), floats(*k, kind=stored), causal=True, **given)

@@ -125,9 +125,9 @@ def test_every_plan(name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------- particular behaviours
-@pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn", "float8_e5m2", "float16"])
+@pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn", "float8_e5m2", "float16", "float32"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_stored_narrower(dtype: torch.dtype, stored: str) -> None:
+def test_stored_in_another_type(dtype: torch.dtype, stored: str) -> None:
     """Keys and values in another type, with a scale for each KV head."""
     if DEVICE == "cuda" and stored.startswith("float8") and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU converts no float8")
@@ -136,6 +136,31 @@ def test_stored_narrower(dtype: torch.dtype, stored: str) -> None:
     k, v = ((torch.randn(2, 40, 2, 32) / unit).to(kind) for _ in range(2))
     scales = {name: torch.tensor([unit, 2 * unit]) for name in ("k_scale", "v_scale")}
     check(Case(torch.randn(2, 7, 4, 32).to(dtype), k, v, {"causal": True, **scales}))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (9, 3)}], ids=str)
+def test_scales_of_keys_of_any_sign(options: dict[str, Any]) -> None:
+    """A factor of 0 makes no NaN of scores that are not visible, a negative one turns the order round."""
+    k, v = ((torch.randn(2, 40, 2, 32) * 50).to(torch.int8) for _ in range(2))
+    scales = {"k_scale": torch.tensor([0.0, -0.02]), "v_scale": torch.tensor([-0.02, 0.0])}
+    check(Case(torch.randn(2, 37, 4, 32).half(), k, v, {**options, **scales, "return_lse": True}))
+
+
+def test_heads_two_gigabytes_apart() -> None:
+    """Offsets of heads do not fit 32 bits where their strides do; memory never touched costs nothing."""
+    from fastattn.triton_ops.attention import run
+    from fastattn.triton_ops.plan import Plan
+    from fastattn.triton_ops.tiles import Tile
+
+    apart = 1 << 30
+    storage = torch.empty(2 * apart + 1000, dtype=torch.int8)
+    k = storage.as_strided((1, 20, 3, 16), (1000, 16, apart, 1))
+    mask = storage.view(torch.bool).as_strided((1, 3, 7, 20), (1000, apart, 20, 1), 400)
+    k.copy_(torch.randn(k.shape) * 50)
+    mask.copy_(torch.rand(mask.shape) < 0.7)
+    scales = {f"{name}_scale": torch.full((3,), 0.02) for name in "kv"}
+    case = Case(torch.randn(1, 7, 3, 16).half(), k, k, {"attn_mask": mask, **scales})
+    assert_matches(case, run(device_args(case), Plan(Tile(16, 16, 4, 2)))[0], None)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])

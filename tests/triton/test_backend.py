@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ import torch
 from fastattn import dispatch
 from fastattn.attention import build_args
 from fastattn.info import signature_of
+from fastattn.settings import settings
+
+from .. import emulation
 
 pytestmark = pytest.mark.toolchain
 
@@ -44,6 +48,40 @@ def test_emulation_needs_triton_to_interpret() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu_or_emulation() -> None:
     assert "torch sees no NVIDIA GPU (FASTATTN_EMULATE=triton" in python(REASONS)
+
+
+def test_an_older_triton_is_a_reason_and_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "triton" / "tools").mkdir(parents=True)
+    (tmp_path / "triton" / "__init__.py").write_text("raise AssertionError('imported')")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {REASONS}"
+    assert python(program).startswith("Triton is older than 3.4 and has no tensor descriptors")
+
+
+def test_a_torch_for_rocm_is_a_reason() -> None:
+    program = f"import torch; torch.version.hip = '6.4'; {REASONS}"
+    assert python(program) == "torch is built for ROCm 6.4, it needs one built for CUDA"
+
+
+@pytest.mark.skipif("triton" in settings.emulate, reason="this process emulates: it needs no child")
+def test_a_device_takes_only_the_tests_marked_for_it(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The op tests' tensors are on the CPU: they are emulated on a machine with a GPU too."""
+    for present in (False, True):
+        monkeypatch.setattr(emulation, "device_present", lambda _, present=present: present)
+        assert emulation.needs_child(request.node, "triton")
+    request.applymarker(pytest.mark.gpu)
+    assert not emulation.needs_child(request.node, "triton")
+
+
+def test_launches_that_compile_apart_have_their_own_code() -> None:
+    """Whether multiplications and additions fuse, and a bool from the integer that it equals."""
+    from fastattn.triton_ops.launch import Launch, compiled_key
+
+    one = Launch(None, 3, (1, 2.0), (), 4, 1)
+    assert compiled_key(one, 0) == compiled_key(one._replace(programs=5, args=(1, 3.0)), 0)
+    for other in (one._replace(fuse=False), one._replace(args=(True, 2.0)), one._replace(num_stages=2)):
+        assert compiled_key(other, 0) != compiled_key(one, 0)
 
 
 def test_emulated_backend_comes_before_the_cpu() -> None:

@@ -67,6 +67,8 @@ FEATURES = (
     Job("A100", "prefill", 80, "float16", ("bool mask",)),
     Job("A100", "prefill", 128, "float16", ("bias", "leftpad")),
     Job("A100", "paged", 128, "float16", ("int8", "sinks", "lse")),
+    Job("A100", "prefill", 128, "float16", ("int8",)),
+    Job("H100", "prefill", 128, "float16", ("int8",)),
     Job("H100", "prefill", 128, "bfloat16", ("packed", "window", "lse")),
     Job("H100", "prefill", 96, "float16", ("bool mask", "sinks")),
     Job("H100", "prefill", 128, "float16", ("float bias",)),
@@ -77,6 +79,10 @@ FEATURES = (
     Job("H100", "paged", 128, "bfloat16", ("leftpad", "sinks", "window")),
     Job("T4", "prefill", 64, "float16", ("packed", "window", "softcap", "alibi", "sinks", "lse")),
     Job("T4", "paged", 128, "float16", ("leftpad", "sinks")),
+    *(Job(chip, "paged prefill", width) for chip in ("A100", "H100") for width in WIDTHS),
+    Job("A100", "decode", 64, "float16", ("float32 cache",)),
+    Job("L40", "decode", 128, "float16", ("float32 cache",)),
+    Job("H100", "prefill", 256, "float16", ("float32 cache",)),
 )
 
 

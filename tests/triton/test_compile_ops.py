@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,19 @@ def test_it_compiles_and_spills_nothing(call: str, chip: str, monkeypatch: pytes
         assert report.shared_bytes <= CHIPS[chip].shared_bytes
 
 
+@pytest.mark.parametrize("chip", ["A100", "H100"])
+@pytest.mark.parametrize("call", ["int4 1 g128", "int4 64 g128", "int8 1 g128", "int4 1 g32"])
+def test_a_step_takes_one_scale_for_a_row(call: str, chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane loads the scales and mins of the rows it has, not of each value."""
+    from fastattn.triton_ops import launch, linear
+    from fastattn.triton_ops.offline import compile_for
+
+    launches: list[launch.Launch] = []
+    monkeypatch.setattr(launch, "run", lambda made, _: launches.extend(made))
+    linear.linear(CALLS[f"linear {call}"]()[1])
+    assert compile_for(launches[0], CHIPS[chip]).ptx.count("ld.global") <= 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hidden", [576, 8192])
 def test_sums_over_symmetric_memory(dtype: torch.dtype, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +148,9 @@ def test_sums_over_symmetric_memory(dtype: torch.dtype, hidden: int, monkeypatch
     assert f"multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.{kind}" in multicast.ptx
     assert f"multimem.st.relaxed.sys.global.v4.{kind}" in multicast.ptx
     assert compile_for(launches[0], CHIPS["A100"]).spills == 0
+    # Rows go to and from the ranks' buffers 16 bytes at a time, and weights and the residual as well.
+    assert plain.ptx.count("ld.global.v4.b32") >= 8
+    assert not re.search(r"(ld|st)\.global\.b16", plain.ptx)
 
 
 def test_what_the_switch_cannot_sum_is_refused() -> None:

@@ -59,6 +59,21 @@ def test_empty_and_short_sequences() -> None:
     check(case._replace(options=case.options | {"sinks": torch.tensor([0.0, 1.0, -2.0, 30.0])}))
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_sink_that_takes_nothing(splits: int) -> None:
+    """With a logit of -inf it is as none: 0 and -inf where no key is visible, not NaN."""
+    from fastattn.triton_ops.attention import run
+    from fastattn.triton_ops.plan import Plan
+    from fastattn.triton_ops.tiles import Tile
+
+    case = decode_case([0, 3, 50], 4, 2)
+    case = case._replace(options=case.options | {"sinks": torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0])})
+    out, lse = run(device_args(case), Plan(Tile(16, 16, 4, 2), pack=True, splits=splits))
+    assert_matches(case, out, lse)
+    assert lse[0, 0] == -torch.inf
+    assert not out[0, :, 0].any()
+
+
 @pytest.mark.parametrize("splits", [2, 5, 64])
 def test_pieces_merge_to_the_whole(splits: int) -> None:
     from fastattn.triton_ops.attention import run

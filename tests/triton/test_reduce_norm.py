@@ -36,3 +36,35 @@ def test_shares_make_up_the_whole(dtype: torch.dtype, world: int, rows: int, hid
         assert torch.equal(buffer, partials[0])
         assert_accurate(buffer, same_dtype.to(dtype), same_dtype)
     assert_accurate(partials[0].float(), wanted.to(dtype).float(), wanted)
+
+
+def test_rows_past_two_billion_values() -> None:
+    """The addresses say where a buffer would begin: only the one row exists."""
+    from fastattn.triton_ops.reduce_norm import reduce_norm
+
+    first, hidden = 1 << 25, 64
+    partials = [random(1, hidden, seed=r) for r in range(2)]
+    wanted = sum(x.clone() for x in partials)
+    residual, weight = torch.zeros(1, hidden), torch.ones(hidden)
+    begins = torch.tensor([x.data_ptr() - first * hidden * x.element_size() for x in partials])
+    reduce_norm(begins, 2, torch.float32, residual, first, weight, 1e-5)
+    assert torch.equal(residual, wanted)
+    assert torch.equal(partials[0], partials[1])
+
+
+def test_what_is_not_contiguous_is_refused() -> None:
+    from fastattn.triton_ops.reduce_norm import multicast_reduce_norm, reduce_norm
+
+    buffers, residual, weight = torch.zeros(2, dtype=torch.int64), torch.zeros(3, 8), torch.zeros(8)
+    wide = torch.zeros(3, 16)
+    for wrong, match in (
+        ((buffers, wide[:, ::2], weight), r"residual: shape \(3, 8\), strides \(16, 2\)"),
+        ((buffers, wide[:, :8], weight), r"residual: shape \(3, 8\), strides \(16, 1\)"),
+        ((buffers, residual, wide[0, ::2]), r"weight: shape \(8,\), strides \(2,\)"),
+        ((buffers, residual, wide[0]), r"weight: shape \(16,\), strides \(1,\), expected contiguous \(8,\)"),
+        ((torch.zeros(4, dtype=torch.int64)[::2], residual, weight), r"buffers: strides \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            reduce_norm(wrong[0], 2, torch.float16, wrong[1], 0, wrong[2], 1e-5)
+    with pytest.raises(ValueError, match="residual: shape"):
+        multicast_reduce_norm(0, torch.float16, wide[:, :8], 0, weight, 1e-5)

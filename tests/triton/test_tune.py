@@ -9,6 +9,7 @@ import torch
 
 from fastattn import cli
 from fastattn.attention import build_args
+from fastattn.spec import AttentionArgs
 
 from .calls import DEVICE
 
@@ -49,6 +50,77 @@ def test_search_measures_and_calls_use_it() -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_second_search_keeps_what_the_first_found(decode: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tile that serves is the one to beat, and stays as it is where nothing beats it."""
+    from fastattn.triton_ops import tune, tuned
+    from fastattn.triton_ops.device import chip
+    from fastattn.triton_ops.tiles import Need, tile
+
+    here, need = chip(torch.device(DEVICE)), Need(decode, 64, 2)
+    first = tile(here, need)._replace(block_m=32, block_n=16, num_warps=8)
+    tuned.save(here, {need: first})
+    monkeypatch.setattr(tune, "_candidates", lambda _, shipped, *rest: [shipped])
+    monkeypatch.setattr(tune, "_times", lambda _, plans, rounds: [1.0, 2.0])
+    sizes = tune.Sizes(heads=2, kv_heads=1, prefill=80, batch=1, keys=20)
+    (found,) = tune.search(torch.device(DEVICE), [need], sizes)
+    assert found.tile == first
+    monkeypatch.setattr(tune, "_times", lambda _, plans, rounds: [2.0, 1.0])
+    (found,) = tune.search(torch.device(DEVICE), [need], sizes)
+    assert found.tile == first._replace(block_m=found.tile.block_m)
+    assert found.tile.block_m == 32 or not decode
+
+
+def test_a_candidate_that_ptxas_refuses_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import PTXASError
+
+    from fastattn.triton_ops import tune
+    from fastattn.triton_ops.attention import run
+    from fastattn.triton_ops.device import chip
+    from fastattn.triton_ops.plan import Plan, plan
+    from fastattn.triton_ops.tiles import Need
+
+    def refuse(a: AttentionArgs, p: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+        if p != shipped:
+            raise PTXASError("too much of everything")
+        return run(a, p)
+
+    sizes = tune.Sizes(heads=2, kv_heads=1, batch=1, keys=20)
+    need, here = Need(True, 64, 2), chip(torch.device(DEVICE))
+    q, k = (torch.empty(1, n, h, 64, dtype=torch.float16, device=DEVICE) for n, h in ((1, 2), (20, 1)))
+    shipped = plan(build_args(q, k, k), here)
+    monkeypatch.setattr(tune, "run", refuse)
+    (found,) = tune.search(torch.device(DEVICE), [need], sizes, rounds=1)
+    assert found.tried == 1
+
+
+@pytest.mark.parametrize("features", ["none", "mask", "packed"])
+def test_a_tile_of_specialized_warps_serves_calls_that_specialize(features: str) -> None:
+    from fastattn.triton_ops import tuned
+    from fastattn.triton_ops.device import CHIPS
+    from fastattn.triton_ops.plan import plan
+    from fastattn.triton_ops.tiles import Need, Tile, tile
+
+    here, need, special = CHIPS["H100"], Need(False, 128, 2), Tile(128, 128, 4, 2, True)
+    tuned.save(here, {need: special})
+    meta = torch.device("meta")
+    q, k = (torch.empty(1, 4096, h, 128, dtype=torch.float16, device=meta) for h in (8, 2))
+    options: dict[str, torch.Tensor] = {}
+    if features == "mask":
+        options = {"attn_mask": torch.empty(4096, 4096, dtype=torch.bool, device=meta)}
+    elif features == "packed":
+        q, k = q[0], k[0]
+        spans = torch.empty(3, dtype=torch.int32, device=meta)
+        options = {"cu_seqlens_q": spans, "cu_seqlens_k": spans}
+    p = plan(build_args(q, k, k, **options), here)
+    if features == "none":
+        assert p.specialize
+        assert p.tile == special
+    else:
+        assert not p.specialize
+        assert p.tile.num_warps == tile(here, need).num_warps
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", '{"entries": 3}', '{"entries": [{"need": [true, 64, 2], "tile": [17, 64, 4, 3, false]}]}',
@@ -62,6 +134,19 @@ def test_a_damaged_file_counts_as_absent(text: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(text)
     assert tuned.load(CHIPS["A100"]) == {}
+
+
+def test_other_versions_have_files_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile measured with other kernels or another compiler says nothing of these."""
+    from fastattn.triton_ops import tuned
+    from fastattn.triton_ops.device import CHIPS
+
+    files = {tuned.file(CHIPS["A100"]), tuned.file(CHIPS["H100"])}
+    monkeypatch.setattr(tuned, "__version__", "0.0.1")
+    files.add(tuned.file(CHIPS["A100"]))
+    monkeypatch.setattr("triton.__version__", "3.0")
+    files.add(tuned.file(CHIPS["A100"]))
+    assert len(files) == 4
 
 
 def test_a_call_writes_nothing(folder: Path) -> None:

@@ -86,7 +86,7 @@ def attention_kernel(
 
     r = block * BLOCK_M + tl.arange(0, BLOCK_M)
     i = r // PACK
-    head = first_head + r % PACK
+    head = (first_head + r % PACK).to(tl.int64)
     live = i < q_len
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
@@ -105,8 +105,8 @@ def attention_kernel(
     else:
         row = b
     if not TMA:
-        k_at = k + kv_head * k_head
-        v_at = v + kv_head * v_head
+        k_at = k + kv_head.to(tl.int64) * k_head
+        v_at = v + kv_head.to(tl.int64) * v_head
         if PAGE == 0:
             k_at += row.to(tl.int64) * k_batch if cu_k is None else 0
             v_at += row.to(tl.int64) * v_batch if cu_k is None else 0
@@ -239,10 +239,11 @@ def attention_kernel(
     if SPLITS == 1 and sinks is not None:
         sink = tl.load(sinks + head) * LOG2E
         new_peak = tl.maximum(peak, sink)
-        decay = tl.exp2(peak - new_peak)
-        total = total * decay + tl.exp2(sink - new_peak)
+        shift = tl.where(new_peak == NEGATIVE_INFINITY, 0.0, new_peak)
+        decay = tl.exp2(peak - shift)
+        total = total * decay + tl.exp2(sink - shift)
         acc = acc * decay[:, None]
-        peak = new_peak
+        peak = shift
     divisor = tl.where(total == 0.0, 1.0, total)
     acc = acc / divisor[:, None]
     if v_scale is not None:

@@ -43,7 +43,9 @@ def linear_kernel(
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
     program = tl.program_id(0)
     m = program % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
-    n = program // tiles_m % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :].to(tl.int64)
+    # Without a dimension of columns: a value of a row of W is one load of a lane.
+    rows_of_w = program // tiles_m % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    n = rows_of_w[None, :]
     split = program // (tiles_m * tiles_n)
     half = tl.arange(0, BLOCK_K // 2)
     steps = tl.cdiv(COLUMNS, BLOCK_K)
@@ -56,6 +58,12 @@ def linear_kernel(
         if INT4:
             byte = begin // 2 + half[:, None]
             packed = tl.load(codes + n * codes_stride + byte, row_mask & (byte < COLUMNS // 2), 0)
+        if UNIFORM:
+            group = (begin + GROUP_OFFSET) // GROUP_SIZE
+            inside = rows_of_w < out_features
+            scale = tl.load(scales + rows_of_w * scales_stride + group, inside, 0.0).to(tl.float32)[None, :]
+            if mins is not None:
+                least = tl.load(mins + rows_of_w * mins_stride + group, inside, 0.0).to(tl.float32)[None, :]
         for part in tl.static_range(2):
             column = begin + (low if part == 0 else high)
             k = column[:, None]
@@ -63,14 +71,17 @@ def linear_kernel(
                 w = _small_integer((packed & 15) if part == 0 else (packed >> 4))
             else:
                 w = tl.load(codes + n * codes_stride + k, row_mask & (k < COLUMNS), 0).to(tl.float32)
-            at = begin if UNIFORM else k
-            w *= _group_values(
-                scales, n, at, row_mask, g_idx, scales_stride, COLUMNS, GROUP_SIZE, GROUP_OFFSET
-            )
-            if mins is not None:
-                w += _group_values(
-                    mins, n, at, row_mask, g_idx, mins_stride, COLUMNS, GROUP_SIZE, GROUP_OFFSET
+            if not UNIFORM:
+                scale = _group_values(
+                    scales, n, k, row_mask, g_idx, scales_stride, COLUMNS, GROUP_SIZE, GROUP_OFFSET
                 )
+                if mins is not None:
+                    least = _group_values(
+                        mins, n, k, row_mask, g_idx, mins_stride, COLUMNS, GROUP_SIZE, GROUP_OFFSET
+                    )
+            w *= scale
+            if mins is not None:
+                w += least
             column = column[None, :]
             values = tl.load(x + m * x_stride + column, (m < rows) & (column < COLUMNS), 0.0)
             total = tl.dot(values, w.to(x.dtype.element_ty), total, input_precision="ieee")

@@ -32,14 +32,14 @@ def reduce_norm_kernel(
     column = tl.arange(0, WIDTH)
     inside = column < HIDDEN
     local = tl.program_id(0).to(tl.int64) * HIDDEN
-    at = local + first_row * HIDDEN
+    at = (tl.program_id(0).to(tl.int64) + first_row) * HIDDEN
     s = tl.zeros((WIDTH,), tl.float32)
     for rank in tl.static_range(WORLD):
-        buffer = tl.load(buffers + rank).to(tl.pointer_type(DTYPE))
+        buffer = tl.multiple_of(tl.load(buffers + rank).to(tl.pointer_type(DTYPE)), 16)
         s += tl.load(buffer + at + column, inside, 0.0).to(tl.float32)
     y = _normalised(s, residual, weight, local, column, eps, HIDDEN).to(DTYPE)
     for rank in tl.static_range(WORLD):
-        buffer = tl.load(buffers + rank).to(tl.pointer_type(DTYPE))
+        buffer = tl.multiple_of(tl.load(buffers + rank).to(tl.pointer_type(DTYPE)), 16)
         tl.store(buffer + at + column, y, inside)
 
 
@@ -61,8 +61,9 @@ def multicast_reduce_norm_kernel(
     ``buffer`` is the multicast address. DTYPE is bfloat16 or float16; 8 divides HIDDEN.
     """
     local = tl.program_id(0).to(tl.int64) * HIDDEN
+    at = (tl.program_id(0).to(tl.int64) + first_row) * HIDDEN
     chunk = tl.arange(0, WIDTH // 8)
-    address = buffer + (local + first_row * HIDDEN + tl.minimum(chunk * 8, HIDDEN - 8)) * 2
+    address = buffer + (at + tl.minimum(chunk * 8, HIDDEN - 8)) * 2
     kind: tl.constexpr = "bf16x2" if tl.bfloat16 == DTYPE else "f16x2"
     a, b, c, d = tl.inline_asm_elementwise(
         "multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4." + kind + " {$0, $1, $2, $3}, [$4];",
