@@ -70,6 +70,9 @@ VOLTA_EXPORT int volta_launch(const LaunchArguments* arguments) {
         launch.failed = true;
         launch.failure = "the host has no memory to follow the launch's tensors";
     }
+    // Each stack is two mappings, and every kernel is a library of its own: kept, they would use up what Linux
+    // allows a process.
+    machines.clear();
     failure = launch.failure;
     return launch.failed;
 }
