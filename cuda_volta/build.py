@@ -55,7 +55,7 @@ def build(
                 (folder / f"{variant.name}.ptx").write_text(done[variant].ptx)
                 if progress is not None:
                     progress(count, variant, done[variant], seconds)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: compilations that wait must not start
             pool.shutdown(cancel_futures=True)
             raise
     index = [

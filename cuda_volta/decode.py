@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .attention_params import AttentionCall, aligned, attention_params, new_results
-from .runtime import load
+from .runtime import load, processors
 from .variant import Variant
 
 ROWS = 16  # packed rows of a block
 WARPS = 8
-SMS = 80  # of a V100, which the emulator stands for
 _BAND_BYTES = ROWS * 8
 _MERGE_BYTES = WARPS * ROWS * (8 + 72 * 4)  # decode_merge.cuh
 # A split reads its queries and has its part of the result written and read in float32: 2 D + 8 Dv bytes a row
@@ -58,7 +57,7 @@ def decode(call: AttentionCall, splits: int | None = None) -> tuple[Tensor, Tens
         return out, lse
     units = p.batch * p.kv_heads * -(-p.max_seqlen_q * (p.heads // p.kv_heads) // ROWS)
     rows = min(ROWS, p.max_seqlen_q * (p.heads // p.kv_heads))
-    p.splits = splits or num_splits(units, call.longest_k, rows, _sms(call.q.device))
+    p.splits = splits or num_splits(units, call.longest_k, rows, processors(call.q.device))
     device = call.q.device
     kernel = load(_choose(call), device)
     if p.splits == 1:
@@ -97,8 +96,3 @@ def _choose(call: AttentionCall) -> Variant:
         return UNALIGNED
     widest = max(call.q.shape[-1], call.v.shape[-1])
     return next(variant for head_dim, variant in DECODE.items() if head_dim >= widest)
-
-
-@cache
-def _sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SMS

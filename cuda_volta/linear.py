@@ -10,7 +10,6 @@ TFLOP/s; the kernel of few rows takes 1.3 ns for every 16 rows (issue simulator,
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +17,13 @@ from torch import Tensor
 
 from .checks import expect_device, expect_half, in_octets
 from .permute import permuted
-from .runtime import load
+from .runtime import load, processors
 from .variant import Variant
 from .weights import GroupedWeight, WeightParams, dequantize, expect, weight_params
 
 FEW_ROWS = 64
 ROWS = 16  # of x in a block
 COLUMNS = 64  # of the result in a block
-SMS = 80  # of a V100, which the emulator stands for
 _WIDE_GROUP = 1 << 15  # from which a division by multiplication would not be exact
 _TILE = 1 << 24  # weights that are dequantized at a time
 # x's operands and sums of 4 steps, and the scales of up to 17 groups: kernels/linear.cu.
@@ -111,7 +109,7 @@ def _few_rows(x: Tensor, w: GroupedWeight) -> Tensor:
     p.group_inverse = 0 if _has_one_group(w) else -(-(1 << 32) // w.group_size)
     p.out = out.data_ptr()
     blocks = -(-x.shape[0] // ROWS) * -(-w.shape[0] // COLUMNS)
-    p.splits = num_splits(blocks, w.shape[1], _sms(x.device))
+    p.splits = num_splits(blocks, w.shape[1], processors(x.device))
     kernel, reads = load(LINEAR[w.bits], x.device), (x, *w.tensors())
     if p.splits == 1:
         kernel.launch((blocks, 1, 1), p, reads=reads, writes=(out,))
@@ -142,8 +140,3 @@ def dense(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ matrix^T + bias`` in float16: cuBLAS. A CPU's float16 product is very slow, float32's is not."""
     work = x.dtype if x.device.type == "cuda" else torch.float32
     return F.linear(x.to(work), matrix.to(work), None if bias is None else bias.to(work)).to(x.dtype)
-
-
-@cache
-def _sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SMS

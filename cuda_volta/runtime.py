@@ -108,3 +108,9 @@ def _arch(capability: tuple[int, int]) -> str | None:
     if native in ARCHITECTURES:
         return native
     return ARCHITECTURES[0] if _ptx_on_newer and capability >= _PTX_FROM else None
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; a CPU's emulator stands for a V100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 80
