@@ -15,6 +15,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import torch
+
 from .settings import settings
 from .spec import Backend, Op, OpArgs, UnsupportedError
 
@@ -22,6 +24,8 @@ from .spec import Backend, Op, OpArgs, UnsupportedError
 # therefore only ever used by name.
 AUTOMATIC = ("volta", "ascend", "triton", "cpu", "sdpa")
 BACKENDS = (*AUTOMATIC, "reference")
+
+_CPU_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 #: How often each (backend, op) ran in this process.
 calls: Counter[tuple[str, str]] = Counter()
@@ -68,6 +72,14 @@ def by_op() -> bool:
     """Whether every op has to pass through `run`: one observes, or CPU tensors are not the CPU backend's."""
     # An emulated backend comes before `cpu` for tensors on the CPU.
     return (named() or ("emulated" if settings.emulate else "cpu")) != "cpu" or _observer.get() is not None
+
+
+def of_the_cpu(dtype: torch.dtype, backend: str) -> bool:
+    """Whether an op on CPU tensors of a float ``dtype`` is the CPU backend's, whatever its other arguments.
+
+    Ops whose kernel takes everything skip the record and the signature then, a third of the cost of a call.
+    """
+    return not backend and dtype in _CPU_FLOATS and not by_op() and not unavailable("cpu")
 
 
 @cache

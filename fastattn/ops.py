@@ -7,6 +7,9 @@ the record of `spec`, and `dispatch.run` finds the backend. `fastattn::attention
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -237,15 +240,30 @@ def linear(x: Tensor, weight: PackedWeight, *, act: str = "", backend: str | Non
 
     ``act="int8"`` allows a backend to quantize ``x`` to 8-bit integers; without it none ever does.
     """
-    refuse_grad(x=x, bias=weight.bias, **weight.tensors)
-    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x: {tuple(x.shape)}, expected (N, {weight.shape[1]})")
-    check_act(act)
     w = weight
-    return _ops.linear(
+    if torch.is_grad_enabled():
+        refuse_grad(x=x, bias=w.bias, **w.tensors)
+    if x.ndim != 2 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"x: {tuple(x.shape)}, expected (N, {w.shape[1]})")
+    check_act(act)
+    return _ops.linear.default(
         x, list(w.tensors.values()), ",".join(w.tensors), w.format, *w.shape, w.group_size, w.group_offset,
         w.g_idx, w.x_perm, w.bias, act, backend or "",
     )  # fmt: skip
+
+
+def _linear_on_cpu(x, *flat):  # type: ignore[no-untyped-def]
+    if not dispatch.of_the_cpu(x.dtype, flat[-1]):
+        return _linear(x, *flat)
+    dispatch.calls["cpu", "linear"] += 1
+    return _native_linear()(x, *flat[:-1])
+
+
+@functools.cache
+def _native_linear() -> Callable[..., Tensor]:
+    from .backends.cpu_ops import unpacked_linear  # loads the native kernels
+
+    return unpacked_linear
 
 
 def _linear(x, tensors, names, fmt, out, inn, group_size, group_offset, g_idx, x_perm, bias, act, backend):  # type: ignore[no-untyped-def]
@@ -260,6 +278,7 @@ _define(
     _linear,
     lambda x, tensors, names, fmt, out, *rest: x.new_empty((x.shape[0], out)),
 )
+_lib.impl("linear", _linear_on_cpu, "CPU")
 
 
 def embedding(

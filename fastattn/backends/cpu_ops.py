@@ -27,13 +27,6 @@ from . import cpu_mx
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Kernel = Callable[..., None]
-# Rows of x from which the GEMM beats the kernel that multiplies W as it is read, measured on Zen 4; by what
-# that kernel computes with: floats, integers of two or three bytes, and (act="int8") bytes.
-GEMM_ROWS = {
-    torch.float32: {"floats": 14, "integers": 16, "bytes": 64},
-    torch.float16: {"floats": 14, "integers": 32, "bytes": 64},
-    torch.bfloat16: {"floats": 8, "integers": 13, "bytes": 16},
-}
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -88,18 +81,25 @@ def swiglu(a: SwigluArgs) -> Tensor:
 # ---------------------------------------------------------------------------------------------- linear
 def linear(a: LinearArgs) -> Tensor:
     """``x @ W^T + bias`` in x's dtype: few rows multiply W as it is read, many share its decoded tiles."""
-    w, x = a.weight, a.x
-    if w.x_perm is not None:
-        x = x.index_select(1, w.x_perm)
-    kernel = kernels.gemm if x.shape[0] >= gemm_rows(w, x.dtype, a.act) else kernels.linear
-    return multiply(kernel, x, w, a.act)
+    w = a.weight
+    return unpacked_linear(
+        a.x, list(w.tensors.values()), ",".join(w.tensors), w.format, *w.shape, w.group_size, w.group_offset,
+        w.g_idx, w.x_perm, w.bias, a.act,
+    )  # fmt: skip
 
 
-def gemm_rows(w: PackedWeight, dtype: torch.dtype, act: str) -> int:
-    """Rows of x from which `linear` takes the GEMM."""
-    if w.format == "dense" or w.g_idx is not None:
-        return GEMM_ROWS[dtype]["floats"]
-    return GEMM_ROWS[dtype]["bytes" if act == "int8" else "integers"]
+def unpacked_linear(
+    x: Tensor, tensors: list[Tensor], names: str, fmt: str, out: int, inn: int, group_size: int,
+    group_offset: int, g_idx: Tensor | None, x_perm: Tensor | None, bias: Tensor | None, act: str,
+) -> Tensor:  # fmt: skip
+    """`linear` on the arguments of the torch op."""
+    if x_perm is not None and x_perm.dtype != torch.int64:
+        x_perm = x_perm.long()
+    result: Tensor = kernels.linear_op(
+        x, tensors, names, fmt, out, group_size, group_offset, g_idx, x_perm, bias, act,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return result
 
 
 def multiply(kernel: Kernel, x: Tensor, w: PackedWeight, act: str = "") -> Tensor:

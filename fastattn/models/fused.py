@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..backends.cpu_ops import FLOATS, gemm_rows, native_weight
+from ..backends.cpu_ops import FLOATS, native_weight
 from ..memory.paged import PagedKvCache
 from ..native import kernels
 from ..spec import KvCache, KvStep, PackedWeight
@@ -34,19 +34,19 @@ class FusedDecoder:
         self.weights = kernels.Decoder(
             str(dtype).removeprefix("torch."), config.hidden_size, first.heads, first.kv_heads,
             config.head_dim, config.rope.interleaved, config.head_dim**-0.5,
-            _matrix(decoder.embedding.weight, dtype), _norm(decoder.norm),
+            _matrix(decoder.embedding.weight), _norm(decoder.norm),
         )  # fmt: skip
         for attention, mlp in decoder.blocks:
             self.weights.add_block(
                 norm=_norm(attention.norm),
-                qkv=[_matrix(w, dtype, attention.qkv.act) for w in attention.qkv.weights],
+                qkv=[_matrix(w, attention.qkv.act) for w in attention.qkv.weights],
                 q_norm=_norm(attention.q_norm),
                 k_norm=_norm(attention.k_norm),
-                o=_matrix(attention.o.weight, dtype, attention.o.act),
+                o=_matrix(attention.o.weight, attention.o.act),
                 left=-1 if attention.window is None else attention.window - 1,
                 mlp_norm=_norm(mlp.norm),
-                gate_up=[_matrix(w, dtype, mlp.gate_up.act) for w in mlp.gate_up.weights],
-                down=_matrix(mlp.down.weight, dtype, mlp.down.act),
+                gate_up=[_matrix(w, mlp.gate_up.act) for w in mlp.gate_up.weights],
+                down=_matrix(mlp.down.weight, mlp.down.act),
             )
 
     def step(self, rows: int, cache: KvCache, step: KvStep, cos: Tensor, sin: Tensor) -> FusedStep | None:
@@ -118,7 +118,7 @@ def _norm(norm: RmsNorm | None) -> tuple[Tensor, float] | None:
     return None if norm is None else (norm.weight.contiguous(), norm.eps)
 
 
-def _matrix(w: PackedWeight, dtype: torch.dtype, act: str = "") -> tuple[Any, ...]:
+def _matrix(w: PackedWeight, act: str = "") -> tuple[Any, ...]:
     bias = None if w.bias is None else w.bias.contiguous()
     x_perm = None if w.x_perm is None else w.x_perm.long().contiguous()
-    return (*native_weight(w), w.shape[1], bias, act == "int8", gemm_rows(w, dtype, act), x_perm)
+    return (*native_weight(w), w.shape[1], bias, act == "int8", x_perm)

@@ -17,6 +17,7 @@ from ..spec import Cut, PackedWeight
 from . import packed
 
 _HALF_MAX = 65504.0
+_LANE = 8  # columns
 
 
 Tensors = Mapping[str, Tensor]  # of one matrix, by their names; views of a file, of which only parts are read
@@ -103,26 +104,47 @@ def sorted_columns(g_idx: Tensor) -> Tensor:
     return torch.argsort(g_idx, stable=True)
 
 
+def order_of_lanes(groups: Tensor) -> Tensor:
+    """An order, int64 (in,), in which few lanes of a kernel meet columns of two groups.
+
+    Where a piece has only some columns of each group, sorting leaves a group's end in the middle of a
+    chunk. Here whole chunks of one group come first, then lanes of one group, then what is left of all
+    groups. A lane is what one 32-bit sum covers: bytes 4 j .. 4 j + 3 of a chunk of int4 codes, columns
+    4 j .. 4 j + 3 and 16 + 4 j .. 16 + 4 j + 3 (`packed`).
+    """
+    by_group = sorted_columns(groups)
+    _, inverse, counts = torch.unique(groups[by_group], return_inverse=True, return_counts=True)
+    place = torch.arange(groups.numel()) - (counts.cumsum(0) - counts)[inverse]
+    whole = counts[inverse]
+    kind = (place >= whole // packed.CHUNK * packed.CHUNK).int() + (place >= whole // _LANE * _LANE).int()
+    ordered = by_group[torch.argsort(kind, stable=True)]
+    chunks = ordered[: groups.numel() // packed.CHUNK * packed.CHUNK].view(-1, 4, 2, _LANE // 2)
+    return torch.cat((chunks.transpose(1, 2).flatten(), ordered[chunks.numel() :]))
+
+
 def pack(g: Grouped) -> PackedWeight:
     """The piece as int4 or int8, its groups contiguous.
 
     Columns that are not in the order of their groups are sorted, and ``x_perm`` tells how. A piece that has
-    only some columns of each group names them column by column (``g_idx``), and keeps the scales of the
-    groups it has. Exact where scales have 16 bits; with float32 ones, scale * zero is rounded once.
+    only some columns of each group names them column by column (``g_idx``), in `order_of_lanes`, and keeps
+    the scales of the groups it has. Exact where scales have 16 bits; with float32 ones, scale * zero is
+    rounded once.
     Raises ValueError for scales that are not finite.
     """
     order = None
     place = _contiguous(g.groups, g.group_size)
     if place is None:
         order = sorted_columns(g.groups)
+        place = _contiguous(g.groups[order], g.group_size)
+        if place is None:
+            order = order_of_lanes(g.groups)
         # Rows of the transpose: formats that pack along in have them contiguous.
         g = g._replace(q=g.q.t().index_select(0, order).t(), groups=g.groups[order])
-        place = _contiguous(g.groups, g.group_size)
     if place is not None:
         first, last, offset = place
         used, g_idx = torch.arange(first, last), None
     else:
-        used, inverse = torch.unique_consecutive(g.groups.long(), return_inverse=True)
+        used, inverse = torch.unique(g.groups.long(), return_inverse=True)
         g_idx, offset = inverse.int(), 0
     half = 1 << (g.bits - 1)
     scales = g.scales[:, used]

@@ -189,7 +189,7 @@ def test_a_model_that_is_dropped_is_freed(tmp_path: Path) -> None:
 
 def test_a_decoder_without_blocks_is_refused(model: Model) -> None:
     weight = (model.decoder.norm.weight, 1e-5)
-    embedding = ("dense", torch.zeros(8, 64), None, None, None, 0, 0, 64, None, False, 1, None)
+    embedding = ("dense", torch.zeros(8, 64), None, None, None, 0, 0, 64, None, False, None)
     empty = kernels.Decoder("float32", 64, 4, 4, 16, False, 1.0, embedding, weight)
     with pytest.raises(ValueError, match="decoder: no blocks"):
         kernels.DecoderStep(empty, *[torch.zeros(1)] * 9)
@@ -240,7 +240,7 @@ def test_act_order(kind: str, layout: str, dtype: str, isa: str, tmp_path: Path)
     ids=["short", "int32", "range", "embedding"],
 )  # fmt: skip
 def test_a_wrong_order_is_refused(x_perm: Tensor, message: str) -> None:
-    embedding = ("dense", torch.zeros(8, 64), None, None, None, 0, 0, 64, None, False, 1, x_perm)
+    embedding = ("dense", torch.zeros(8, 64), None, None, None, 0, 0, 64, None, False, x_perm)
     with pytest.raises(ValueError, match=message):
         kernels.Decoder("float32", 64, 4, 4, 16, False, 1.0, embedding, (torch.ones(64), 1e-5))
 

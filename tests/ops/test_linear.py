@@ -27,12 +27,14 @@ FORMATS = {
     "int4 cut at 16": {"group": 64, "offset": 16},
     "int4 cut at 5": {"offset": 5},
     "int4 g_idx": {"g_idx": True},
+    "int4 g_idx runs": {"g_idx": "runs", "group": 64},
     "int4 x_perm bias": {"x_perm": True, "bias": torch.float32},
     "int8": {},
     "int8 no mins": {"mins": False},
     "int8 g16 float32": {"group": 16, "scale_dtype": torch.float32, "mins": False},
     "int8 cut at 7 bias": {"group": 48, "offset": 7, "bias": torch.float16},
     "int8 g_idx x_perm": {"g_idx": True, "x_perm": True},
+    "int8 g_idx runs": {"g_idx": "runs", "group": 48, "mins": False},
     "float32": {},
     "float16 bias": {"bias": torch.float16},
     "bfloat16 x_perm bias": {"x_perm": True, "bias": torch.bfloat16},
@@ -131,7 +133,10 @@ def test_strided_input_and_a_cut_weight(ops):
     check(ops, w, random(128, 5, seed=1).T)
 
 
-QUANTIZED = ["int4", "int4 g128 float32", "int4 cut at 32", "int8", "int8 no mins", "int8 g16 float32"]
+QUANTIZED = [
+    "int4", "int4 g128 float32", "int4 cut at 32", "int4 cut at 5", "int4 g_idx runs",
+    "int8", "int8 no mins", "int8 g16 float32", "int8 g_idx runs",
+]  # fmt: skip
 
 
 @DTYPES
@@ -177,20 +182,28 @@ def test_what_is_not_finite_shows(ops, kind, dtype, value):
             assert torch.isfinite(y[[0, 2]]).all()
 
 
+def assert_rounded(ours, x, w):
+    """As far off as roundings of each 32 columns to 1/254 of their largest value explain; how far."""
+    exact = reference_ops.linear(LinearArgs(x, w))
+    chunks = F.pad(x.double(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    step = chunks.abs().amax(2).repeat_interleave(32, 1)[:, : x.shape[1]] / 254
+    matrix = packed.dequantize(w, torch.float64)
+    bound = (step @ matrix.abs().T) * 1.01 + torch.finfo(ours.dtype).eps * exact.abs().max()
+    rounded = ours.double() - exact
+    assert (rounded.abs() <= bound).all()
+    return rounded
+
+
 @DTYPES
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_activations_in_8_bits(native_ops, kind, dtype):
     """As far off as roundings of each 32 columns to 1/254 of their largest value explain, and no more."""
     w = weight(kind, 64, 320)
-    matrix = packed.dequantize(w, torch.float64)
     for rows in (1, 5):
         x = random(rows, w.shape[1], seed=rows, dtype=dtype)
         x[:, 50] *= 100
         exact = reference_ops.linear(LinearArgs(x, w))
-        step = x.double().unflatten(1, (-1, 32)).abs().amax(2).repeat_interleave(32, 1) / 254
-        bound = (step @ matrix.abs().T) * 1.01 + torch.finfo(dtype).eps * exact.abs().max()
-        rounded = run(native_ops, "linear", LinearArgs(x, w, act="int8")).double() - exact
-        assert (rounded.abs() <= bound).all()
+        rounded = assert_rounded(run(native_ops, "linear", LinearArgs(x, w, act="int8")), x, w)
         full = run(native_ops, "linear", LinearArgs(x, w)).double() - exact
         if dtype == torch.float32:
             assert 100 * full.norm() < rounded.norm()
@@ -198,13 +211,18 @@ def test_activations_in_8_bits(native_ops, kind, dtype):
 
 @given(
     st.integers(1, 40), st.integers(1, 9), st.integers(1, 15), st.sampled_from([16, 32, 48, 64, 96, 512]),
-    st.integers(0, 511), st.booleans(), st.sampled_from(["int4", "int8"]), st.sampled_from(FLOATS),
+    st.integers(0, 511), st.sampled_from(["aligned", "any", "runs"]), st.booleans(),
+    st.sampled_from(["int4", "int8"]), st.sampled_from(FLOATS),
     st.sampled_from([torch.float16, torch.float32]), st.integers(0, 31), st.integers(0, 10**6),
 )  # fmt: skip
-def test_any_weight(out, chunks, rows, group, offset, mins, fmt, dtype, scale_dtype, cut, seed):
+def test_any_weight(out, chunks, rows, group, offset, groups, mins, fmt, dtype, scale_dtype, cut, seed):
     """Within what rounding x to integers of 15 or 23 bits and sums in float32 may lose, whatever cancels."""
     inn = 32 * chunks - (cut if fmt == "int8" else 0)
-    options = {"offset": offset % group // 16 * 16, "mins": mins, "scale_dtype": scale_dtype, "seed": seed}
+    options = {"mins": mins, "scale_dtype": scale_dtype, "seed": seed}
+    if groups == "runs":
+        options["g_idx"] = groups
+    else:
+        options["offset"] = offset % group // 16 * 16 if groups == "aligned" else offset % group
     w = make(fmt, out, inn, group=group, **options)
     x = random(rows, inn, seed=seed, dtype=dtype)
     exact = reference_ops.linear(LinearArgs(x, w))

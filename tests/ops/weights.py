@@ -19,11 +19,11 @@ def make(
     offset: int = 0,
     scale_dtype: torch.dtype = torch.float16,
     mins: bool = True,
-    g_idx: bool = False,
+    g_idx: bool | str = False,
     x_perm: bool = False,
     bias: torch.dtype | None = None,
 ) -> PackedWeight:
-    """``fmt``: "int4", "int8" or a float dtype's name for a dense matrix."""
+    """``fmt``: "int4", "int8" or a float dtype's name for a dense matrix. ``g_idx``: any, or "runs"."""
     rng = torch.Generator().manual_seed(seed)
     b = None if bias is None else torch.randn(out, generator=rng).to(bias)
     perm = torch.randperm(inn, generator=rng) if x_perm else None
@@ -32,6 +32,8 @@ def make(
         return packed.dense(weight, b)._replace(x_perm=perm)
     groups = max(1, (inn + offset + group - 1) // group)
     index = torch.randint(0, groups, (inn,), generator=rng, dtype=torch.int32) if g_idx else None
+    if index is not None and g_idx == "runs":
+        index = index.sort().values
     scales = (torch.rand(out, groups, generator=rng) * 0.1 + 0.01).to(scale_dtype)
     low = (torch.randn(out, groups, generator=rng) * 0.3).to(scale_dtype) if mins or fmt == "int4" else None
     options = {"group_offset": offset, "g_idx": index, "x_perm": perm, "bias": b}

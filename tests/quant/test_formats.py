@@ -77,6 +77,21 @@ def test_sorted_columns_are_contiguous_groups(spec: Spec, span: tuple[int, int])
     assert torch.equal(packed.dequantize(piece, torch.float64), stored.values[:, order])
 
 
+@given(st.integers(1, 6), st.integers(1, 9), st.sampled_from([16, 32, 128]), st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_lanes_of_a_piece_meet_few_groups(chunks: int, ranks: int, group_size: int, seed: int) -> None:
+    """Only the last columns of each group, fewer than a lane, share lanes with other groups."""
+    n = 32 * chunks * ranks
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: 32 * chunks]
+    groups = (torch.arange(n) // group_size)[shuffled]
+    order = grouped.order_of_lanes(groups)
+    assert torch.equal(order.sort().values, torch.arange(groups.numel()))
+    lanes = groups[order].view(-1, 2, 4, 4).transpose(1, 2).reshape(-1, 8)
+    mixed = int((lanes != lanes[:, :1]).any(1).sum())
+    rest = sum(int(n) % 8 for n in torch.bincount(groups))
+    assert 8 * mixed <= rest
+
+
 def test_layouts() -> None:
     """4 bits are int4 with 16-bit scales where that is exact, 8 symmetric bits need no mins."""
     four = store(Spec("gptq"), 8, 64, 0)

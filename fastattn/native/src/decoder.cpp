@@ -17,26 +17,22 @@ size_t aligned(size_t bytes) { return (bytes + 63) & ~size_t(63); }
 DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const KernelTable& kernels,
                        int threads)
     : d_(decoder), s_(step), kernels_(kernels), threads_(threads), item_(item_size(decoder.dtype)) {
-    int64_t part = 0, inner = 0, sorted = 0;
+    int64_t part = 0, inner = 0;
     bool head_norms = false;
-    const auto use = [&](const Matrix& m) {
-        need_scratch(m);
-        if (m.x_perm) sorted = std::max(sorted, m.args.w.in);
-    };
     for (const AttentionWeights& w : d_.attention) {
         head_norms |= w.q_norm.weight || w.k_norm.weight;
         for (const Matrix& m : w.qkv.parts) {
-            use(m);
+            need_scratch(m);
             if (w.qkv.parts.size() > 1) part = std::max(part, m.args.w.out);
         }
-        use(w.o);
+        need_scratch(w.o);
     }
     for (const MlpWeights& w : d_.mlp) {
         for (const Matrix& m : w.gate_up.parts) {
-            use(m);
+            need_scratch(m);
             if (w.gate_up.parts.size() > 1) part = std::max(part, m.args.w.out);
         }
-        use(w.down);
+        need_scratch(w.down);
         inner = std::max(inner, w.gate_up.width);
     }
     int64_t left = -2;
@@ -52,7 +48,6 @@ DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const K
     streams_[0] = take(d_.hidden);
     streams_[1] = take(d_.hidden);
     part_ = take(part);
-    sorted_ = take(sorted);
     // One half-block's buffers lie where the other's do.
     const size_t shared = scratch_offset_;
     qkv_ = take(d_.qkv_width());
@@ -76,8 +71,7 @@ DecoderRun::Buffer DecoderRun::take(int64_t width) {
 void DecoderRun::need_scratch(size_t bytes) { scratch_bytes_ = std::max(scratch_bytes_, aligned(bytes)); }
 
 void DecoderRun::need_scratch(const Matrix& matrix) {
-    const LinearArgs a = on_rows(matrix, nullptr, nullptr);
-    need_scratch((by_gemm(matrix) ? kernels_.ops.gemm_workspace : kernels_.ops.linear_workspace)(a, threads_));
+    need_scratch(on_rows(matrix, nullptr, nullptr, nullptr).workspace());
 }
 
 char* DecoderRun::element(void* base, int64_t index) const {
@@ -88,7 +82,7 @@ char* DecoderRun::element(void* base, int64_t index) const {
 void DecoderRun::attention_half(size_t layer, const void* hidden, void* out) const {
     const AttentionWeights& w = d_.attention[layer];
     char* qkv = at(qkv_);
-    columns(w.qkv, hidden, qkv);
+    columns(w.qkv, hidden, qkv, &w.o);
 
     int64_t q_stride = d_.qkv_width(), k_stride = q_stride;
     const void* q = normed_heads(w.q_norm, qkv, d_.heads, q_norm_, &q_stride);
@@ -108,16 +102,17 @@ void DecoderRun::attention_half(size_t layer, const void* hidden, void* out) con
 
     const AttentionArgs a = attention_args(layer, at(q_), at(mixed_));
     kernels_.attention(a, threads_, memory_ + scratch_offset_);
-    linear(w.o, at(mixed_), out);
+    linear(w.o, at(mixed_), out, &d_.mlp[layer].gate_up.parts[0]);
 }
 
 void DecoderRun::mlp_half(size_t layer, const void* hidden, void* out) const {
     const MlpWeights& w = d_.mlp[layer];
-    columns(w.gate_up, hidden, at(gate_up_));
+    columns(w.gate_up, hidden, at(gate_up_), &w.down);
     const int64_t width = w.gate_up.width / 2;
     const SwigluArgs gate = {at(gate_up_), at(gated_), d_.dtype, s_.rows, width, w.gate_up.width};
     kernels_.ops.swiglu(gate, threads_for(s_.rows * width, COSTLY, threads_));
-    linear(w.down, at(gated_), out);
+    const bool last = layer + 1 == d_.attention.size();
+    linear(w.down, at(gated_), out, last ? nullptr : &d_.attention[layer + 1].qkv.parts[0]);
 }
 
 void DecoderRun::forward(const int64_t* ids, void* out) const {
@@ -147,37 +142,27 @@ DequantizeArgs DecoderRun::embed(const int64_t* ids, void* out) const {
     return {d_.embedding, ids, s_.rows, out, d_.dtype};
 }
 
-LinearArgs DecoderRun::on_rows(const Matrix& matrix, const void* x, void* out) const {
+LinearCall DecoderRun::on_rows(const Matrix& matrix, const void* x, void* out, const Matrix* next) const {
     LinearArgs a = matrix.args;
     a.x = x;
     a.out = out;
     a.dtype = d_.dtype;
     a.rows = s_.rows;
     a.x_stride = a.w.in;
-    return a;
+    a.next = next ? &next->args.w : nullptr;
+    return LinearCall(a, matrix.x_perm, kernels_, threads_);
 }
 
-void DecoderRun::linear(const Matrix& matrix, const void* x, void* out) const {
-    if (matrix.x_perm) {
-        const int64_t width = matrix.args.w.in;
-        const GatherArgs g = {x, matrix.x_perm, at(sorted_), d_.dtype, s_.rows, width};
-        kernels_.ops.gather(g, threads_for(s_.rows * width, CHEAP, threads_));
-        x = at(sorted_);
-    }
-    const LinearArgs a = on_rows(matrix, x, out);
-    const int64_t values = a.w.out * a.w.in;
-    char* scratch = memory_ + scratch_offset_;
-    if (by_gemm(matrix))
-        kernels_.ops.gemm(a, threads_for(a.rows * values, CHEAP, threads_), scratch);
-    else
-        kernels_.ops.linear(a, threads_for(values, CHEAP, threads_), scratch);
+void DecoderRun::linear(const Matrix& matrix, const void* x, void* out, const Matrix* next) const {
+    on_rows(matrix, x, out, next).run(memory_ + scratch_offset_);
 }
 
-void DecoderRun::columns(const ColumnWeights& w, const void* x, void* out) const {
-    if (w.parts.size() == 1) return linear(w.parts[0], x, out);
+void DecoderRun::columns(const ColumnWeights& w, const void* x, void* out, const Matrix* next) const {
+    if (w.parts.size() == 1) return linear(w.parts[0], x, out, next);
     int64_t first = 0;
-    for (const Matrix& m : w.parts) {
-        linear(m, x, at(part_));
+    for (size_t i = 0; i < w.parts.size(); i++) {
+        const Matrix& m = w.parts[i];
+        linear(m, x, at(part_), i + 1 < w.parts.size() ? &w.parts[i + 1] : next);
         const size_t bytes = size_t(m.args.w.out) * item_;
         for (int64_t r = 0; r < s_.rows; r++)
             std::memcpy(element(out, r * w.width + first), at(part_) + size_t(r) * bytes, bytes);

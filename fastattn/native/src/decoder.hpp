@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "isa.hpp"
+#include "linear_call.hpp"
 
 namespace fastattn {
 
@@ -19,8 +20,7 @@ struct NormWeight {
 };
 
 struct Matrix {
-    LinearArgs args;    // but x and what depends on it
-    int64_t gemm_rows;  // rows of x from which `gemm` multiplies, below it `linear`
+    LinearArgs args;        // but x and what depends on it
     const int64_t* x_perm;  // the order of x's columns that args.w is stored in; null: x's own
 };
 
@@ -103,10 +103,10 @@ private:
     char* at(const Buffer& b) const { return memory_ + b.offset; }
     char* element(void* base, int64_t index) const;
 
-    LinearArgs on_rows(const Matrix& matrix, const void* x, void* out) const;
-    bool by_gemm(const Matrix& matrix) const { return s_.rows >= matrix.gemm_rows; }
-    void linear(const Matrix& matrix, const void* x, void* out) const;
-    void columns(const ColumnWeights& w, const void* x, void* out) const;
+    // `next`: the matrix that is multiplied after this one.
+    LinearCall on_rows(const Matrix& matrix, const void* x, void* out, const Matrix* next) const;
+    void linear(const Matrix& matrix, const void* x, void* out, const Matrix* next) const;
+    void columns(const ColumnWeights& w, const void* x, void* out, const Matrix* next) const;
     const void* normed_heads(const NormWeight& norm, void* x, int64_t heads, const Buffer& out,
                              int64_t* row_stride) const;
     void norm(const NormWeight& w, const void* x, const void* residual, void* out, void* total) const;
@@ -121,8 +121,8 @@ private:
     size_t item_;  // bytes of an activation
     char* memory_ = nullptr;
     size_t scratch_offset_ = 0, scratch_bytes_ = 0;
-    Buffer embedded_, hidden_, partial_, streams_[2], qkv_, part_, q_norm_, k_norm_, q_, mixed_, gate_up_, gated_,
-        sorted_;
+    Buffer embedded_, hidden_, partial_, streams_[2];
+    Buffer qkv_, part_, q_norm_, k_norm_, q_, mixed_, gate_up_, gated_;
 };
 
 }  // namespace fastattn

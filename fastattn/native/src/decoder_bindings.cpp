@@ -17,9 +17,9 @@ using std::to_string;
 
 // (weight, eps) | None
 using Norm = std::optional<std::pair<py::object, float>>;
-// (format, codes, scales, mins, g_idx, group_size, group_offset, columns, bias, act_int8, gemm_rows, x_perm)
+// (format, codes, scales, mins, g_idx, group_size, group_offset, columns, bias, act_int8, x_perm)
 using Weight = std::tuple<string, py::object, py::object, py::object, py::object, int64_t, int64_t, int64_t,
-                          py::object, bool, int64_t, py::object>;
+                          py::object, bool, py::object>;
 
 DType float_named(const string& name) {
     for (const DType dtype : {DType::f32, DType::f16, DType::bf16})
@@ -86,7 +86,7 @@ private:
 
     Matrix matrix_of(const Weight& m, int64_t columns, const char* name) {
         const auto& [format, codes, scales, mins, g_idx, group_size, group_offset, in, bias, act_int8,
-                     gemm_rows, x_perm] = m;
+                     x_perm] = m;
         if (in != columns) throw bad(name, to_string(in) + " columns", to_string(columns));
         LinearArgs a = {};
         a.w = weight_of(format.c_str(), codes, scales, mins, g_idx, in, group_size, group_offset);
@@ -99,7 +99,7 @@ private:
             order = t.as<int64_t>();
         }
         for (const py::object& t : {codes, scales, mins, g_idx, bias, x_perm}) kept_.append(t);
-        return {a, gemm_rows, order};
+        return {a, order};
     }
 
     ColumnWeights columns_of(const std::vector<Weight>& parts, int64_t columns, const char* name) {

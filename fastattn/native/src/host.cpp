@@ -155,6 +155,7 @@ PYBIND11_MODULE(_kernels, m) {
     });
     bind_attention(m);
     bind_ops(m);
+    bind_linear(m);
     bind_mx(m);
     bind_decoder(m);
 }

@@ -70,6 +70,7 @@ void check_lengths(const AttentionArgs& a, int64_t q_total, int64_t k_total, int
 
 void bind_attention(py::module_& m);
 void bind_ops(py::module_& m);
+void bind_linear(py::module_& m);
 void bind_mx(py::module_& m);
 void bind_decoder(py::module_& m);
 

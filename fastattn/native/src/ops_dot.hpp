@@ -1,14 +1,13 @@
 // y = x W^T + bias for few rows of x and a quantized W, by integer dot products.
 #pragma once
 
+#include "ops_dot_ahead.hpp"
 #include "ops_dot_input.hpp"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-// Rows of W whose sums are reduced together.
-constexpr int TILE = W;
 constexpr int MAX_M = 4;  // rows of x whose sums stay in registers
 
 // Rows of W in flight at M rows of x: their sums, their operands and a block of x share the registers.
@@ -17,50 +16,49 @@ constexpr int dot_rows(int m, int operands) {
     return m <= 3 ? 2 : 1;
 }
 
-// Bytes of W that are fetched into the second-level cache ahead of their use. Rows follow each other in
-// memory, but several are read at a time, and hardware prefetchers take that for many short streams.
-constexpr int AHEAD = 24576;
-
 // A row of W; Scale: float or f16.
 template <class Scale>
 struct DotRow {
     const uint8_t* codes;
-    const Scale* scales;  // three more can be read
-    const Scale* mins;    // may be null
+    const uint8_t* ahead;  // fetched while they are read
+    const Scale* scales;   // SPREAD - 1 more can be read
+    const Scale* mins;     // may be null
 };
 
 // What the rows of W are multiplied with.
 template <class Record>
 struct DotInput {
-    const Record* x;       // [block][rows]
+    const Record* x;       // [pass][rows]
     const float* sums;     // over groups: [rows][sums_stride]
-    const int32_t* first;  // group of each block's first column
-    const int32_t* lanes;  // [block][W]: group of each lane, less that
+    const int32_t* block;  // of each pass
+    const int32_t* first;  // the lowest group of each pass
+    const int32_t* lanes;  // [pass][W]: group of each lane, less that
     int64_t rows, sums_stride, groups;
+    int64_t last;  // block
+    int rest;      // bytes of its codes
 };
 
 template <class Codes, int LIMBS, class Scale, int M, int R>
 struct DotBlocks {
     using Record = Limbs<Codes, LIMBS>;
 
-    // Adds blocks [lo, hi) of R rows of W and of M rows of x from m0 on to their sums, which block 0 begins;
-    // the last block has `rest` bytes of codes.
+    // Adds passes [lo, hi) over R rows of W and M rows of x from m0 on to their sums, which pass 0 begins.
     static void run(const DotRow<Scale>* rows, const DotInput<Record>& in, int64_t m0, int64_t lo, int64_t hi,
-                    int rest, vf* sums) {
+                    vf* sums) {
         vf sum[M * R];
 #pragma GCC unroll 16
         for (int i = 0; i < M * R; i++) sum[i] = zero();
         if (lo == 0 && (Codes::CENTER || rows[0].mins)) add_constants(rows, in, m0, sum);
         const Record* x = in.x + lo * in.rows + m0;
-        for (int64_t b = lo; b < hi; b++, x += in.rows) {
-            const vi lane = load_ints(in.lanes + b * W);
-            const int64_t first = in.first[b];
-            const int bytes = b + 1 < hi ? BLOCK_BYTES : rest;
+        for (int64_t pass = lo; pass < hi; pass++, x += in.rows) {
+            const vi lane = load_ints(in.lanes + pass * W);
+            const int64_t first = in.first[pass], b = in.block[pass];
+            const int bytes = b < in.last ? BLOCK_BYTES : in.rest;
             vb q[R][Codes::OPERANDS];
             vf scale[R];
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                __builtin_prefetch(rows[r].codes + b * BLOCK_BYTES + AHEAD, 0, 2);
+                prefetch(rows[r].ahead + b * BLOCK_BYTES);
                 Codes::decode(load_bytes_n(rows[r].codes + b * BLOCK_BYTES, bytes), q[r]);
                 scale[r] = spread(rows[r].scales + first, lane);
             }

@@ -7,14 +7,11 @@
 // summed in PARTS separate integers where they must.
 #pragma once
 
-#include "ops_decode.hpp"
-#include "simd_dot.hpp"
+#include "ops_dot_passes.hpp"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
-
-constexpr int BLOCK_BYTES = 4 * W;
 
 // How codes meet the limbs of x. A block is BLOCK_BYTES of codes of a row of W.
 //   OPERANDS     vectors that a block is decoded into
@@ -27,8 +24,9 @@ struct DotInt4 {
     FA_INLINE_MEMBER static vi dot(vi acc, const vb* q, const vb* s) {
         return dot_nibbles(acc, q[0], s[0], q[1], s[1]);
     }
-    // Where a column of a block lies in its operand.
+    // Where a column of a block lies in its operand, and in all of them.
     FA_INLINE_MEMBER static int byte(int column) { return column / CHUNK * 16 + column % 16; }
+    FA_INLINE_MEMBER static int place(int column) { return column % CHUNK / 16 * BLOCK_BYTES + byte(column); }
     FA_INLINE_MEMBER static int column_of_lane(int lane) { return lane / 4 * CHUNK; }
 };
 struct DotInt8 {
@@ -36,6 +34,7 @@ struct DotInt8 {
     FA_INLINE_MEMBER static void decode(vb codes, vb* q) { q[0] = biased(codes); }
     FA_INLINE_MEMBER static vi dot(vi acc, const vb* q, const vb* s) { return dot_bytes(acc, q[0], s[0]); }
     FA_INLINE_MEMBER static int byte(int column) { return column; }
+    FA_INLINE_MEMBER static int place(int column) { return column; }
     FA_INLINE_MEMBER static int column_of_lane(int lane) { return lane * 4; }
 };
 
@@ -106,35 +105,44 @@ FA_INLINE void set_starts(Limbs<Codes, LIMBS>& r) {
     }
 }
 
-// The group of each 16 columns in turn.
-class GroupCursor {
-public:
-    FA_INLINE_MEMBER explicit GroupCursor(const WeightArgs& w)
-        : size_(w.group_size), last_(w.groups - 1), left_(w.group_size - w.group_offset) {}
-    FA_INLINE_MEMBER int64_t next() {
-        if (left_ == 0) {
-            group_ += group_ < last_;  // columns past the end belong to the last group
-            left_ = size_;
-        }
-        left_ -= 16;
-        return group_;
+// The block of x of each pass from `first` up to `end`, of which the first one holds all columns.
+template <class Codes, int LIMBS>
+static void split_passes(const Passes<Codes>& passes, int64_t first, int64_t end,
+                         Limbs<Codes, LIMBS>* records, int64_t stride) {
+    for (int64_t p = end; p-- > first;) {  // the first one last: the others are made of it
+        Limbs<Codes, LIMBS>& r = records[p * stride];
+        if (p > first) r = records[first * stride];
+        for (int l = 0; l < LIMBS; l++)
+            for (int i = 0; i < Codes::OPERANDS; i++)
+                for (int k = 0; k < BLOCK_BYTES; k++) r.limbs[l][i][k] &= passes.mask(p, i)[k];
+        set_starts(r);
     }
+}
 
-private:
-    int64_t size_, last_, left_, group_ = 0;
-};
+template <class T>
+static float sum_of(const T* x, int64_t n) {
+    vf sum = zero();
+    for (; n >= W; n -= W, x += W) sum = sum + load(x);
+    return reduce_add(n ? sum + load_n(x, int(n)) : sum);
+}
 
-// Row m of x: its blocks are `records`[block * stride], its sums over the groups of W are added to `sums`.
+// Row m of x: its blocks are `records`[pass * stride], its sums over the groups of W are added to `sums`.
 // False when a value is too large, infinite or NaN.
 template <class Codes, int LIMBS, class T>
-static bool integer_row(const T* x, const WeightArgs& w, Limbs<Codes, LIMBS>* records, int64_t stride,
-                        float* sums) {
+static bool integer_row(const T* x, const WeightArgs& w, const Passes<Codes>& passes,
+                        Limbs<Codes, LIMBS>* records, int64_t stride, float* sums) {
     using Record = Limbs<Codes, LIMBS>;
     constexpr int UNIT = dot_unit<Codes>();
     constexpr int SHARING = Codes::OPERANDS, APART = PARTS / SHARING;  // vectors of a chunk that share lanes
     GroupCursor groups(w);
     vf largest = zero(), invalid = zero();
-    for (int64_t at = 0; at < w.in; at += UNIT, records += UNIT / Codes::COLUMNS * stride) {
+    for (int64_t i = 0; i < passes.run_count() && sums; i++) {
+        const Run& run = passes.runs()[i];
+        sums[run.group] += sum_of(x + run.begin, run.end - run.begin);
+    }
+    const bool by_halves = sums && !passes.run_count();
+    int64_t block = 0;
+    for (int64_t at = 0; at < w.in; at += UNIT, block += UNIT / Codes::COLUMNS) {
         for (int c = 0; c < UNIT; c += CHUNK) {
             vf v[PARTS];
             for (int k = 0; k < PARTS; k++) {
@@ -142,14 +150,14 @@ static bool integer_row(const T* x, const WeightArgs& w, Limbs<Codes, LIMBS>* re
                 v[k] = rest >= W ? load(x + first) : rest > 0 ? load_n(x + first, int(rest)) : zero();
                 invalid = invalid + (v[k] - v[k]);
             }
-            for (int k = 0; k < PARTS && sums; k += PARTS / 2) {
+            for (int k = 0; k < PARTS && by_halves; k += PARTS / 2) {
                 vf sum = v[k];
                 for (int i = 1; i < PARTS / 2; i++) sum = sum + v[k + i];
                 sums[groups.next()] += reduce_add(sum);
             }
             for (int k = 0; k < APART; k++) {
                 const int column = (c + k * W) % Codes::COLUMNS, lane = Codes::byte(column) / 4;
-                Record& r = records[(c + k * W) / Codes::COLUMNS * stride];
+                Record& r = records[passes.begin_of(block + (c + k * W) / Codes::COLUMNS) * stride];
                 vf sharing[SHARING], center, scale = zero();
                 vi n[SHARING];
                 for (int i = 0; i < SHARING; i++) sharing[i] = v[k + i * APART];
@@ -165,7 +173,13 @@ static bool integer_row(const T* x, const WeightArgs& w, Limbs<Codes, LIMBS>* re
                 }
             }
         }
-        for (int b = 0; b < UNIT / Codes::COLUMNS; b++) set_starts(records[b * stride]);
+        for (int64_t b = block; b < block + UNIT / Codes::COLUMNS; b++) {
+            const int64_t first = passes.begin_of(b), end = passes.begin_of(b + 1);
+            if (end - first > 1)
+                split_passes(passes, first, end, records, stride);
+            else
+                set_starts(records[first * stride]);
+        }
     }
     return reduce_max(largest) < LARGEST && reduce_add(invalid) == 0.0f;
 }

@@ -14,8 +14,9 @@ static void gather_values(const GatherArgs& a, int threads) {
     T* out = static_cast<T*>(a.out);
     parallel_ranges(a.rows * a.width, 64, threads, [&](int64_t lo, int64_t hi, int) {
         while (lo < hi) {
-            const int64_t row = lo / a.width * a.width, end = row + a.width < hi ? row + a.width : hi;
-            for (; lo < end; lo++) out[lo] = x[row + a.order[lo - row]];
+            const int64_t row = lo / a.width, first = row * a.width;
+            const int64_t end = first + a.width < hi ? first + a.width : hi;
+            for (; lo < end; lo++) out[lo] = x[row * a.x_stride + a.order[lo - first]];
         }
     });
 }

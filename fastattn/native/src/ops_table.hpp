@@ -49,11 +49,11 @@ struct RotaryArgs {
 };
 
 struct GatherArgs {
-    const void* x;         // (rows, width), contiguous
+    const void* x;         // (rows, width)
     const int64_t* order;  // (width,): column i of out is column order[i] of x
     void* out;             // (rows, width), contiguous
     DType dtype;
-    int64_t rows, width;
+    int64_t rows, width, x_stride;
 };
 
 enum class WeightKind : int { dense, int8, int4 };
@@ -80,6 +80,9 @@ struct LinearArgs {
     const void* bias;  // may be null
     DType bias_dtype;
     bool act_int8;  // x may be rounded to 8 bits, with a scale for each 32 columns
+    // The weight that is read after w: each thread fetches the head of its rows while it ends. Null: none is
+    // known, and nothing has fetched the head of w.
+    const WeightArgs* next;
 };
 
 struct DequantizeArgs {

@@ -32,6 +32,13 @@ static void parallel_for(int64_t items, int threads, const Body& body) {
     }
 }
 
+// Where the range of thread `thread` of `team` begins when [0, n) is split into contiguous ranges of
+// multiples of `grain`; n for thread `team`.
+FA_INLINE int64_t range_begin(int64_t n, int64_t grain, int64_t thread, int64_t team) {
+    const int64_t begin = (n + grain - 1) / grain * thread / team * grain;
+    return begin < n ? begin : n;
+}
+
 // Splits [0, n) into `threads` contiguous ranges of multiples of `grain`; calls body(lo, hi, thread).
 template <class Body>
 static void parallel_ranges(int64_t n, int64_t grain, int threads, const Body& body) {
@@ -45,8 +52,7 @@ static void parallel_ranges(int64_t n, int64_t grain, int threads, const Body& b
     {
         // The runtime may grant fewer threads than were asked for.
         const int64_t team = omp_get_num_threads(), thread = omp_get_thread_num();
-        const int64_t lo = grains * thread / team * grain, end = grains * (thread + 1) / team * grain;
-        const int64_t hi = end < n ? end : n;
+        const int64_t lo = range_begin(n, grain, thread, team), hi = range_begin(n, grain, thread + 1, team);
         if (lo < hi) body(lo, hi, int(thread));
     }
 }

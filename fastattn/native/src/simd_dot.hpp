@@ -11,7 +11,8 @@
 //   load_low_bytes(p)                W bytes as 0..255; store_low_bytes(p, a): the low byte of each lane
 //   max_of_fours(a)                  each lane: the largest of its 4 j .. 4 j + 3
 //   store_fours(p, a)                lanes 0, 4, 8 ..: W / 4 floats
-//   spread(p, index)                 lane i: p[index[i]] of float or f16; index in 0..3, p[0..3] is read
+//   spread(p, index)                 lane i: p[index[i]] of float or f16; p[0 .. SPREAD - 1] is read, and
+//                                    index is in that range
 #pragma once
 
 #include "simd.hpp"

@@ -49,12 +49,10 @@ FA_INLINE vf max_of_fours(vf a) {
 FA_INLINE void store_fours(float* p, vf a) {
     _mm_storel_pi((__m64*)p, _mm_unpacklo_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1)));
 }
-FA_INLINE vf spread(__m128 four, vi index) {
-    return {_mm256_permutevar8x32_ps(_mm256_castps128_ps256(four), index.v)};
-}
-FA_INLINE vf spread(const float* p, vi index) { return spread(_mm_loadu_ps(p), index); }
-FA_INLINE vf spread(const f16* p, vi index) {
-    return spread(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)), index);
+constexpr int SPREAD = 8;
+template <class T>
+FA_INLINE vf spread(const T* p, vi index) {
+    return {_mm256_permutevar8x32_ps(load(p).v, index.v)};
 }
 
 constexpr int BYTE_BIAS = 0;

@@ -52,12 +52,10 @@ FA_INLINE vf max_of_fours(vf a) {
 FA_INLINE void store_fours(float* p, vf a) {
     _mm_storeu_ps(p, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, a.v)));
 }
-FA_INLINE vf spread(__m128 four, vi index) {
-    return {_mm512_permutexvar_ps(index.v, _mm512_castps128_ps512(four))};
-}
-FA_INLINE vf spread(const float* p, vi index) { return spread(_mm_loadu_ps(p), index); }
-FA_INLINE vf spread(const f16* p, vi index) {
-    return spread(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)), index);
+constexpr int SPREAD = 16;
+template <class T>
+FA_INLINE vf spread(const T* p, vi index) {
+    return {_mm512_permutexvar_ps(index.v, load(p).v)};
 }
 
 #if defined(__AVX512VNNI__)

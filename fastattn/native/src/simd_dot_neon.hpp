@@ -43,6 +43,7 @@ FA_INLINE void store_low_bytes(int8_t* p, vi a) {
 }
 FA_INLINE vf max_of_fours(vf a) { return set1(reduce_max(a)); }
 FA_INLINE void store_fours(float* p, vf a) { *p = vgetq_lane_f32(a.v, 0); }
+constexpr int SPREAD = 1;
 FA_INLINE vf spread(const float* p, vi) { return {vld1q_dup_f32(p)}; }
 FA_INLINE vf spread(const f16* p, vi) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_dup_u16(&p->bits)))}; }
 

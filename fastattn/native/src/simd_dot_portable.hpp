@@ -53,6 +53,7 @@ FA_INLINE void store_low_bytes(int8_t* p, vi a) {
 }
 FA_INLINE vf max_of_fours(vf a) { return set1(reduce_max(a)); }
 FA_INLINE void store_fours(float* p, vf a) { *p = a.v[0]; }
+constexpr int SPREAD = 1;
 template <class T>
 FA_INLINE vf spread(const T* p, vi) {
     return set1(to_float(*p));
