@@ -40,7 +40,11 @@ def generate_arguments(*more: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("world", "split"),
-    [(2, ""), (2, "1,2"), (3, ""), pytest.param(4, "", marks=pytest.mark.slow), (5, "")],
+    [
+        (2, "1,2"),
+        (3, ""),
+        *(pytest.param(world, "", marks=pytest.mark.slow) for world in (2, 4, 5)),
+    ],
     ids=lambda v: str(v).replace(",", ":") or "even",
 )
 def test_logits_equal_one_rank(world: int, split: str, single: tuple, tmp_path: Path) -> None:
@@ -97,6 +101,7 @@ def test_torchrun_gives_the_same_tokens(single: tuple) -> None:
     assert tokens_of(torchrun("--nproc-per-node", "2", "--master-port", str(free_port()))) == single[1]
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_nodes_gives_the_same_tokens(single: tuple) -> None:
     shared = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1")
     port = str(free_port())
@@ -106,7 +111,7 @@ def test_torchrun_on_two_nodes_gives_the_same_tokens(single: tuple) -> None:
     assert (second.returncode, out) == (0, ""), err
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_killed_rank_ends_generation_within_5_s(victim: int, tmp_path: Path) -> None:
     arguments = ["generate", "smollm2", "--prompt", PROMPT, "--max-tokens", "4000", "--ignore-eos"]
     with Ranks(HERE / "program.py", arguments, 3, tmp_path) as ranks:

@@ -41,7 +41,7 @@ except group.SyncError as error:
 """
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("program", "missing"), [(BUSY, 0), (JOINING, 1)], ids=["busy", "start-up"])
 def test_killed_rank_ends_the_others_within_5_s(
     victim: int, program: str, missing: int, tmp_path: Path
@@ -92,7 +92,7 @@ def test_everyone_learns_who_was_lost(heard: Heard) -> None:
     assert heard.lost == {0: 1, 2: 1}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_farewell_is_no_loss(heard: Heard, rank: int) -> None:
     heard.watches.pop(rank).leave(farewell=True)
     assert not heard.told.acquire(timeout=3)
