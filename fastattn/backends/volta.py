@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..devices import lacks_code
 from ..indices import check_indices
 from ..settings import settings
 from ..spec import AttentionArgs, AttentionSignature, Backend, Op
@@ -17,10 +18,15 @@ _MASKS = (None, torch.bool, torch.float16, torch.float32)
 
 
 def device_reasons(device: torch.device) -> list[str]:
-    """Why the kernels do not run on this one of several devices."""
+    """Why the kernels, or torch's own beside them, do not run on this one of several devices."""
     from cuda_volta import runtime
 
-    return runtime.against(device) if isinstance(device, torch.device) else []
+    if not isinstance(device, torch.device):
+        return []
+    reasons = runtime.against(device)
+    if not reasons and device.type == "cuda" and (lack := lacks_code(device)):
+        reasons = [lack]
+    return reasons
 
 
 def dtype_reasons(dtype: torch.dtype, what: str = "dtype") -> list[str]:
@@ -65,7 +71,7 @@ def _available() -> list[str]:
         return runtime.against(torch.device("cpu"))
     if not torch.cuda.is_available():
         return ["torch sees no NVIDIA GPU (FASTATTN_EMULATE=volta runs the kernels on the CPU)"]
-    reasons = {i: runtime.against(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
+    reasons = {i: device_reasons(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
     return [] if not all(reasons.values()) else [f"cuda:{i}: {'; '.join(why)}" for i, why in reasons.items()]
 
 
