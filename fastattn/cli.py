@@ -73,7 +73,7 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--act", default="", help="int8: let quantized layers quantize their input, faster; default: never"
     )
-    p.add_argument("--device", default="cpu", help="that computes: cpu (default), cuda, cuda:1...")
+    p.add_argument("--device", default="cpu", help="that computes: cpu (default), cuda, cuda:1, npu...")
     p.add_argument("--backend", help="use this backend for every op, or refuse (see fastattn info)")
     add_rank_arguments(p)
     p.add_argument(

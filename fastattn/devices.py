@@ -33,15 +33,14 @@ def usable_device(device: str | torch.device) -> torch.device:
 def lacks_code(gpu: torch.device) -> str:
     """Why torch's own operators cannot run on an NVIDIA GPU; "" when they can.
 
-    torch for CUDA 12.8 and later is built without code for Volta. It sees such a GPU all the same, and its
-    first operator fails there.
+    A build for CUDA 13 has none for Volta: it sees such a GPU all the same, and its first operator fails.
     """
     capability, built_for = torch.cuda.get_device_capability(gpu), torch.cuda.get_arch_list()
     if not built_for or any(_runs(name, capability) for name in built_for):
         return ""
     return (
         f"torch {torch.__version__} has no code for compute capability {capability[0]}.{capability[1]}, only "
-        f"{', '.join(built_for)}: install another build (README, On an accelerator)"
+        f"{', '.join(built_for)}: install another build of torch"
     )
 
 

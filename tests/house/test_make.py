@@ -62,8 +62,8 @@ def test_other_python_versions_are_refused(tmp_path, version: str) -> None:  # t
     ("gpu", "torch", "noted"),
     [
         ("7.0", "torch==2.13.0", True),
-        ("7.2", "torch==2.8.0", True),
-        ("7.0", "torch==2.7.1", False),
+        ("7.2", "torch==2.13.0", True),
+        ("7.0", "torch==2.10.0", False),
         ("7.0", "torch", False),  # the machine's own
         ("7.5", "torch==2.13.0", False),
     ],
@@ -74,7 +74,7 @@ def test_owners_of_a_volta_learn_which_torch_serves_it(tmp_path, gpu: str, torch
     nvidia_smi.chmod(0o755)
     status, said = prerequisites(torch=torch, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert status == 0
-    assert ("make setup TORCH='torch==2.7.1'" in said) == noted
+    assert ("make setup TORCH='torch==2.10.0'" in said) == noted
 
 
 def test_help_lists_every_target() -> None:
