@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ascend_ops.router import Invocation, chip_of, small_ops
-from ascend_ops.router.atlas_310p import nz_view
+from ascend_ops.router.atb import nz_view
 from ascend_ops.router.validate import faults
 from fastattn import reference_ops
 from fastattn.backends import torch_ops
