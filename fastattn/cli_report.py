@@ -17,7 +17,7 @@ NEW_TOKENS = 4
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The arguments of ``fastattn report``."""
     p.description = (
-        "Check a device: on an NPU every operator and kernel of ascend_ops (and, under torchrun, the sums over "
+        "Check a device: on an NPU every operator and kernel of ascend_ops (and, under torchrun, sums over "
         "ranks); on any device two small models as a whole, each op against float64. Prints Markdown."
     )
     p.add_argument("--backend", required=True, help="such as ascend; it runs every op of the models")

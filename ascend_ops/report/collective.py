@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from ..router import all_reduce
-from .measure import Row, Setting, measure, row
+from ..router import Invocation, all_reduce
+from .measure import Row, Setting, measure, row, same
 
 ROWS = 512
 
@@ -33,7 +34,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     rank, world = ranks()
     backend = "gloo" if setting.device.type == "cpu" else "hccl"
     if world == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend)
     try:
@@ -58,14 +59,14 @@ def _rows(setting: Setting, rank: int, world: int) -> Iterator[Row]:
     text, right = measure(apart, exact, setting)
     yield Row(f"matmul, all_reduce, {ways}", "torch's and HCCL's", text, "", right)
 
-    def vendor() -> all_reduce.Invocation | str:
+    def vendor() -> Invocation | str:
         against = all_reduce.reasons(ROWS, x.dtype, weight.dtype, world, setting.chip)
         if against:
             return "; ".join(against)
         assert dist.group.WORLD is not None
         return all_reduce.invocation(x, weight, None, all_reduce.hcom(dist.group.WORLD, rank))
 
-    yield row(setting, f"matmul and sum in one, {ways}", exact, vendor, lambda found: found, None)
+    yield row(setting, f"matmul and sum in one, {ways}", exact, vendor, same, None)
 
 
 def _piece(rank: int, inn: int, out: int) -> tuple[Tensor, Tensor]:

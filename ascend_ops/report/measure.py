@@ -85,3 +85,8 @@ def measure(run: Callable[[], Tensor], expected: Tensor, setting: Setting) -> tu
     right = error <= limit
     timed = f", {statistics.median(times) * 1e6:.0f} us" if times else ""
     return f"{'' if right else 'WRONG '}{error:.1e}{timed}", right
+
+
+def same(found: Tensor) -> Tensor:
+    """The result of an operator that returns what is compared."""
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor
 from .. import ops
 from ..router import small_ops
 from ..router.atb import plain_pages
-from .measure import Row, Setting, row
+from .measure import Row, Setting, row, same
 
-_SAME = lambda found: found  # noqa: E731
 _NONE = "torch_npu has no operator for it"
 
 
@@ -51,21 +51,28 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
     return [t.cpu().double() for t in tensors]
 
 
+def _joined(found: tuple[Tensor, Tensor | None]) -> Tensor:
+    """Both results of a norm, or the only one."""
+    normalised, total = found
+    return normalised if total is None or not total.numel() else torch.stack((normalised, total))
+
+
 def _norms(setting: Setting, made: _Values) -> Iterator[Row]:
     x, other, weight = made(made.tokens, made.hidden), made(made.tokens, made.hidden), made(made.hidden)
+
+    def ours(residual: Tensor | None) -> Tensor:
+        return _joined(ops.rms_norm(x, weight, 1e-5, residual))
+
     for name, residual in (("RMSNorm", None), ("residual + RMSNorm", other)):
         total = sum(_wide(x) if residual is None else _wide(x, residual))
         assert isinstance(total, Tensor)
         exact = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * _wide(weight)[0]
 
-        def joined(found: Any) -> Tensor:
-            return found[0] if found[1] is None or not found[1].numel() else torch.stack(found)
-
         yield row(
             setting, name, exact if residual is None else torch.stack((exact, total)),
-            lambda residual=residual: small_ops.rms_norm(x, weight, 1e-5, residual, setting.chip),
-            joined,
-            lambda residual=residual: joined(ops.rms_norm(x, weight, 1e-5, residual)),
+            partial(small_ops.rms_norm, x, weight, 1e-5, residual, setting.chip),
+            _joined,
+            partial(ours, residual),
         )  # fmt: skip
 
 
@@ -74,7 +81,7 @@ def _gate(setting: Setting, made: _Values) -> Iterator[Row]:
     gate, up = _wide(x)[0].chunk(2, -1)
     exact = torch.nn.functional.silu(gate) * up
     yield row(
-        setting, "SwiGLU", exact, lambda: small_ops.swiglu(x, setting.chip), _SAME, lambda: ops.swiglu(x)
+        setting, "SwiGLU", exact, lambda: small_ops.swiglu(x, setting.chip), same, lambda: ops.swiglu(x)
     )
 
 
@@ -100,9 +107,9 @@ def _rotary(setting: Setting, made: _Values) -> Iterator[Row]:
         exact = _turned(x, cos, sin, where, interleaved=interleaved)
         yield row(
             setting, f"rotary{' of pairs' * interleaved}", exact,
-            lambda pairs=interleaved: small_ops.rotary(x, cos, sin, where, pairs, setting.chip),
-            _SAME,
-            lambda pairs=interleaved: ops.rotary(x, cos, sin, where, interleaved=pairs),
+            partial(small_ops.rotary, x, cos, sin, where, interleaved, setting.chip),
+            same,
+            partial(ops.rotary, x, cos, sin, where, interleaved=interleaved),
         )  # fmt: skip
 
 
@@ -116,8 +123,8 @@ def _append(setting: Setting, made: _Values) -> Iterator[Row]:
     where = made.integers(50, made.tokens)
     layout = setting.chip.kv_layout
 
-    def empty() -> list[Tensor]:
-        return [k.new_zeros(pages, page, *shape[1:]) for _ in range(2)]
+    def empty() -> tuple[Tensor, Tensor]:
+        return k.new_zeros(pages, page, *shape[1:]), k.new_zeros(pages, page, *shape[1:])
 
     def filled(keys: Tensor) -> Tensor:
         caches = torch.zeros(2, pages * page, *shape[1:], dtype=torch.float64)
@@ -127,15 +134,15 @@ def _append(setting: Setting, made: _Values) -> Iterator[Row]:
     caches = empty()
 
     def vendor() -> small_ops.Choice:
-        return small_ops.append_kv(*caches, k, v, slots, layout, setting.chip)
+        return small_ops.append_kv(caches[0], caches[1], k, v, slots, layout, setting.chip)
 
     def stored(found: None) -> Tensor:
         return torch.stack([plain_pages(c) if layout == "npu_nz" else c for c in caches])
 
     def ours(**rotation: Any) -> Tensor:
-        mine = empty()
-        ops.append_kv(*mine, k, v, slots, **rotation)
-        return torch.stack(mine)
+        keys, values = empty()
+        ops.append_kv(keys, values, k, v, slots, **rotation)
+        return torch.stack((keys, values))
 
     yield row(setting, "KV append", filled(_wide(k)[0]), vendor, stored, ours)
     for pairs in (False, True):
@@ -143,7 +150,7 @@ def _append(setting: Setting, made: _Values) -> Iterator[Row]:
         yield row(
             setting, f"KV append with rotary{' of pairs' * pairs}",
             filled(_turned(k, cos, sin, where, interleaved=pairs)),
-            lambda: _NONE, _SAME, lambda rotation=rotation: ours(**rotation),
+            lambda: _NONE, same, partial(ours, **rotation),
         )  # fmt: skip
 
 
@@ -182,9 +189,9 @@ def _matrices(setting: Setting, made: _Values) -> Iterator[Row]:
 
             yield row(
                 setting, f"{name} linear, {tokens} rows", _wide(x)[0] @ exact.T,
-                vendor, _SAME, lambda x=x, w=weight: ops.linear(x, w),
+                vendor, same, partial(ops.linear, x, weight),
             )  # fmt: skip
         yield row(
-            setting, f"{name} embedding", exact[ids.cpu()], lambda: _NONE, _SAME,
-            lambda w=weight: ops.embedding(ids, w, made.dtype),
+            setting, f"{name} embedding", exact[ids.cpu()], lambda: _NONE, same,
+            partial(ops.embedding, ids, weight, made.dtype),
         )  # fmt: skip

@@ -149,7 +149,7 @@ class Model:
         return ids
 
     def kv_cache(self, lengths: Sequence[int]) -> PagedKvCache:
-        """Room for sequences of so many tokens, in pages as the backend wants them; CacheFull if there is none."""
+        """Room for sequences of so many tokens, in pages as the backend wants them. Raises CacheFull."""
         wanted = pages(self.device.type, self.config.head_dim)
         return PagedKvCache(
             self.config.num_layers, sum(-(-n // wanted.size) for n in lengths), wanted.size,

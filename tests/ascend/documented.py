@@ -143,7 +143,7 @@ def from_nz(t: Tensor) -> Tensor:
 
 def _compressed(mask: Tensor) -> None:
     """Asserts that it is the canvas of a causal mask: 0 where seen, -10000 or -60000 where hidden."""
-    assert torch.equal(mask < -9999, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+    assert torch.equal(mask <= -10000, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
     assert not mask.tril().any()
 
 
