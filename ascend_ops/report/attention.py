@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -130,11 +132,4 @@ def rows(setting: Setting) -> Iterator[Row]:
             found = router.route(call, setting.chip)
             return "; ".join(found.unsupported()) or found.invocation() or "no scores"
 
-        yield row(
-            setting,
-            case.name,
-            exact(call),
-            vendor,
-            lambda found: found[0],
-            lambda call=call: by_kernels(call),
-        )
+        yield row(setting, case.name, exact(call), vendor, itemgetter(0), partial(by_kernels, call))

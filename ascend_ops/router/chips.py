@@ -2,8 +2,9 @@
 
 Product names of CANN's documents: "Atlas training" is 910A, "Atlas inference" 310P, "Atlas A2" 910B,
 "Atlas A3" 910_93. Support lists: the pages of torch_npu's custom operators and of the ATB operators, those
-in CANN 9.1, where 910A has PagedAttentionOperation and ReshapeAndCacheOperation, but of
-SelfAttentionOperation only the layout BNSD, which torch_npu's binding cannot ask for.
+in CANN 9.1, where 910A has PagedAttentionOperation and ReshapeAndCacheOperation, but
+SelfAttentionOperation "in certain scenarios" of which only the layout BNSD is named: torch_npu's binding asks
+for another.
 """
 
 from __future__ import annotations

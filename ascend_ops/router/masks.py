@@ -6,6 +6,8 @@ Causal and banded calls never have an S x S mask on 910B and newer: ``sparse_mod
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from ..capture import made_once
 
 COMPRESSED = 2048
 NZ_BLOCK = 16  # columns of a fractal block of 16-bit values
+_UNBOUNDED = 2147483647
 FRACTAL_NZ = 29  # of aclFormat
 _HIDDEN = -10000.0  # what ATB's documents and tests add to a hidden score of a compressed mask
 
@@ -21,6 +24,15 @@ _HIDDEN = -10000.0  # what ATB's documents and tests add to a hidden score of a 
 def compressed(device: torch.device) -> Tensor:
     """bool (2048, 2048), True above the diagonal: what `sparse_mode` 2, 3 and 4 take (True: hidden)."""
     return torch.ones((COMPRESSED, COMPRESSED), dtype=torch.bool, device=device).triu_(1)
+
+
+def band(left: int | None, right: int | None, device: torch.device) -> dict[str, Any]:
+    """The arguments that hide what is outside of a bottom-right aligned band, an unbounded one included."""
+    found: dict[str, Any] = {"atten_mask": compressed(device)}
+    if left is None and right == 0:
+        return found | {"sparse_mode": 3}
+    before, after = (_UNBOUNDED if n is None else min(n, _UNBOUNDED) for n in (left, right))
+    return found | {"sparse_mode": 4, "pre_tokens": before, "next_tokens": after}
 
 
 @made_once(8)

@@ -50,8 +50,8 @@ def write_sample(directory: Path, *, quantized: bool) -> Path:
     write_tensors(directory / "model.safetensors", tensors)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     write_json(directory / "tokenizer.json", json.loads(tokenizer.to_str()))
     write_json(directory / "config.json", _CONFIG | ({"quantization_config": _GPTQ} if quantized else {}))
     return directory

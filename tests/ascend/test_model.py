@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastattn
 from ascend_ops.router import Invocation, chip_of
 from ascend_ops.router.validate import faults
 from fastattn import cli, dispatch
@@ -101,7 +102,10 @@ def test_torch_npus_operators_carry_a_model(family, tmp_path, monkeypatch):
     model.decoder.fused = False
     cache = model.kv_cache([len(ids)])
     assert (cache.page_size, cache.layout) == (128, chip_of(family).kv_layout)
-    ours = model.logits([ids], step=18)[0]
+    report = fastattn.check(model.logits, [ids], 18)
+    assert report.ok, str(report)
+    assert not report.unchecked
+    ours = report.result[0]
     assert float((ours - expected).abs().max()) <= 0.02 * float(expected.abs().max())
     operators = {"910b": {"npu_fused_infer_attention_score_v2", "npu_scatter_pa_kv_cache", "npu_swiglu"}}
     nz = {"_npu_reshape_and_cache", "_npu_paged_attention", "npu_rotary_mul", "npu_rms_norm"}

@@ -11,6 +11,7 @@ import torch
 
 from ascend_ops.router import AttentionCall, Invocation, chip_of, current, route
 from ascend_ops.router import attention as routing
+from ascend_ops.router.atb import plain_pages
 from ascend_ops.router.call import host
 from ascend_ops.router.validate import faults
 from fastattn import reference
@@ -46,11 +47,7 @@ def plain(a: AttentionArgs) -> AttentionArgs:
     if a.kv_layout == "nhd":
         return a
 
-    def back(stored: torch.Tensor) -> torch.Tensor:
-        p, page, heads, dim = stored.shape
-        return stored.reshape(p, heads * dim // 16, page, 16).transpose(1, 2).reshape(stored.shape)
-
-    return a._replace(k=back(a.k), v=back(a.v), kv_layout="nhd")
+    return a._replace(k=plain_pages(a.k), v=plain_pages(a.v), kv_layout="nhd")
 
 
 @pytest.mark.parametrize("family", CHIPS)

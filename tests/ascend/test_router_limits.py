@@ -128,13 +128,14 @@ def calls(draw: st.DrawFn, layout: str) -> AttentionCall:
     return AttentionCall(q, k, v, d**-0.5, **o)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dense", "masked", "packed", "pages", "packed pages"])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_within_the_limits_or_refused(chip: str, layout: str) -> None:
     reached = set()
 
     @given(call=calls(layout))
-    @settings(max_examples=120)
+    @settings(max_examples=50)
     def check(call: AttentionCall) -> None:
         found = route(call, CHIPS[chip])
         if found.unsupported():
