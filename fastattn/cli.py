@@ -1,4 +1,4 @@
-"""The command line: ``fastattn generate``, ``plan``, ``quantize``, ``tune`` and ``info``."""
+"""The command line: ``fastattn generate``, ``plan``, ``quantize``, ``tune``, ``report`` and ``info``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from . import __version__, cli_plan, cli_quantize, cli_tune, info
+from . import __version__, cli_plan, cli_quantize, cli_report, cli_tune, info
 from .cli_common import add_rank_arguments, on_ranks
 from .parallel import group as ranks
 from .spec import TPGroup
@@ -30,14 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands.add_parser("generate", help="complete a text with a model"))
-    report = commands.add_parser("info", help="what runs here, and why the rest does not")
-    info.add_arguments(report)
+    info.add_arguments(commands.add_parser("info", help="what runs here, and why the rest does not"))
     cli_quantize.add_arguments(commands.add_parser("quantize", help="make a GPTQ checkpoint of a model"))
     cli_plan.add_arguments(commands.add_parser("plan", help="measure the ranks and plan their sums"))
     cli_tune.add_arguments(commands.add_parser("tune", help="measure tiles of GPU kernels and remember them"))
+    cli_report.add_arguments(commands.add_parser("report", help="check a device, op by op, and whole models"))
     run = {
         "generate": _generate, "plan": cli_plan.main, "quantize": cli_quantize.main, "tune": cli_tune.main,
-        "info": info.main,
+        "report": cli_report.main, "info": info.main,
     }  # fmt: skip
     args = parser.parse_args(argv)
     try:
