@@ -37,7 +37,7 @@ def test_killed_rank_ends_the_others_within_5_s(world: int, victim: int, kind: s
         assert set(codes.values()) == {1}, ranks.everything()
         for rank in codes:
             assert f"fastattn: error: rank {rank}: " in ranks.err(rank)
-            assert "another rank ended" in ranks.err(rank)
+            assert f"rank {victim} ended" in ranks.err(rank), "not one that ended because of it"
 
 
 def test_stopped_rank_ends_the_others_within_the_timeout(tmp_path: Path) -> None:

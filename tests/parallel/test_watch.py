@@ -56,7 +56,7 @@ def test_killed_rank_ends_the_others_within_5_s(
         assert set(codes.values()) == {1}, ranks.everything()
         for rank in codes:
             assert f"fastattn: error: rank {rank}: " in ranks.err(rank)
-            assert "another rank ended" in ranks.err(rank)
+            assert f"rank {victim} ended" in ranks.err(rank)
 
 
 class Heard:
@@ -87,6 +87,7 @@ def heard() -> Iterator[Heard]:
 
 def test_everyone_learns_who_was_lost(heard: Heard) -> None:
     heard.watches.pop(1).leave(farewell=False)
+    assert [watch.first_lost(4) for watch in heard.watches] == [1, 1]
     for _ in range(2):
         assert heard.told.acquire(timeout=4)
     assert heard.lost == {0: 1, 2: 1}
