@@ -530,6 +530,7 @@ class KvCache(Protocol):
 
 # ------------------------------------------------------------------------------------------ sync points
 Site = Literal["attn", "mlp"]
+Span = tuple[int, int]  # first and one past the last
 Phase = Literal["prefill", "decode"]
 
 
@@ -653,13 +654,13 @@ class Rates(NamedTuple):
 
 
 class Schedule(Protocol):
-    """Whether, and where, the rows of a forward are split into two halves that pass the layers in turn."""
+    """Whether, and where, the rows of a forward are split into tiles that pass the layers in turn."""
 
     @property
     def name(self) -> str: ...
 
-    def split(self, rows: int) -> int:
-        """Rows of the first half; 0: the forward is not split."""
+    def spans(self, rows: int) -> Sequence[Span]:
+        """The tiles, in order; one: the forward is not split."""
         ...
 
 
