@@ -1,4 +1,4 @@
-"""The command line: ``fastattn generate``, ``plan``, ``quantize``, ``tune`` and ``info``."""
+"""The command line: ``fastattn generate``, ``plan``, ``quantize``, ``tune``, ``report`` and ``info``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from . import __version__, cli_plan, cli_quantize, cli_tune, info
+from . import __version__, cli_plan, cli_quantize, cli_report, cli_tune, info
 from .cli_common import add_rank_arguments, on_ranks
 from .parallel import group as ranks
 from .spec import TPGroup
@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         ("plan", "measure the ranks and plan their sums", cli_plan.add_arguments, cli_plan.main),
         ("quantize", "make a GPTQ checkpoint of a model", cli_quantize.add_arguments, cli_quantize.main),
         ("tune", "measure tiles of GPU kernels and remember them", cli_tune.add_arguments, cli_tune.main),
+        ("report", "check a device, op by op, and whole models", cli_report.add_arguments, cli_report.main),
         ("info", "what runs here, and why the rest does not", info.add_arguments, info.main),
     ):
         command = commands.add_parser(name, help=text)

@@ -23,7 +23,7 @@ from typing import NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 
-from ..collectives.exchange import agree, all_gather, device_of, idle, reason_of
+from ..collectives.exchange import agree, all_gather, device_of, idle, reason_of, witnesses
 from ..devices import device_named
 from ..settings import settings
 from ..spec import SyncError, TPGroup, UnsupportedError
@@ -74,9 +74,10 @@ def init(
     try:
         _join(backend, rank, world, host, port, timeout_s)
     except (RuntimeError, OSError) as error:
+        reason = reason_of(error, timeout_s)
         _leave(farewell=False)
         where = f"{world} ranks meet at {host}:{port}, network interface {network}"
-        raise SyncError(rank, "start-up", f"{reason_of(error, timeout_s)}; {where}") from error
+        raise SyncError(rank, "start-up", f"{reason}; {where}") from error
     g = TPGroup(dist.group.WORLD, rank, world, timeout_s, weights)
     # gloo's threads must be idle before the interpreter ends, or the process aborts.
     atexit.register(_at_exit, g)
@@ -95,14 +96,17 @@ def _join(backend: str, rank: int, world: int, host: str, port: int, timeout_s: 
     )  # fmt: skip
 
     def on_loss(lost: int) -> None:
-        abort(single(), SyncError(rank, "watch", f"another rank ended (rank {lost})"))
+        abort(single(), SyncError(rank, "watch", f"rank {lost} ended"))
 
     prefixed = dist.PrefixStore("fastattn", store)  # type: ignore[attr-defined]
-    _watches.append(Watch(rank, world, prefixed, host, timeout_s, on_loss))
+    watch = Watch(rank, world, prefixed, host, timeout_s, on_loss)
+    _watches.append(watch)
+    witnesses.append(watch.first_lost)
     dist.init_process_group(backend, store=store, timeout=timeout, rank=rank, world_size=world)
 
 
 def _leave(*, farewell: bool) -> None:
+    witnesses.clear()
     while _watches:
         _watches.pop().leave(farewell=farewell)
 

@@ -49,7 +49,7 @@ def test_killed_rank_ends_the_others_within_5_s(
     file.write_text(program)
     with Ranks(file, [], 3 + missing, tmp_path, start=[0, 1, 2]) as ranks:
         ranks.until("ready")
-        assert all("another rank ended" in ranks.err(rank) for rank in ranks.kill(victim))
+        assert all(f"rank {victim} ended" in ranks.err(rank) for rank in ranks.kill(victim))
 
 
 class Heard:
@@ -80,6 +80,7 @@ def heard() -> Iterator[Heard]:
 
 def test_everyone_learns_who_was_lost(heard: Heard) -> None:
     heard.watches.pop(1).leave(farewell=False)
+    assert [watch.first_lost(4) for watch in heard.watches] == [1, 1]
     for _ in range(2):
         assert heard.told.acquire(timeout=4)
     assert heard.lost == {0: 1, 2: 1}
