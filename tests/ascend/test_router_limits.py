@@ -135,7 +135,8 @@ def calls(draw: st.DrawFn, layout: str, pages: str) -> AttentionCall:
         o["kv_layout"] = one(pages, pages, pages, "nhd", "npu_nz")
         o["seqused_k"] = torch.full((batch,), sk, dtype=torch.int32)
         o["block_table"] = torch.empty(batch, each, dtype=torch.int32, device="meta")
-        k, v = (meta(max(1, batch * each - one(0, 0, 1)), page, kv_heads, n) for n in (d, dv))
+        count = max(1, batch * each - one(0, 0, 1))
+        k, v = (meta(count, page, kv_heads, n) for n in (d, dv))
     return AttentionCall(q, k, v, d**-0.5, **o)
 
 
