@@ -196,7 +196,8 @@ class Gather:
         """Sends this rank's next piece."""
         message, step = self._wire.encode(values), self._step + len(self._own)
         self._sent.append(self._lane.swap(dict.fromkeys(self._lane.others, message), {}, step))
-        self._own.append(self._wire.add([message], *values.shape, values.dtype))
+        rows, hidden = values.shape
+        self._own.append(self._wire.add([message], rows, hidden, values.dtype))
 
     def steps(self, empty: Tensor) -> Steps[Tensor]:
         """The rows; ``empty`` where there are none."""
@@ -215,7 +216,7 @@ def star(lane: Lane, x: Partial, wire: Wire, hub: int) -> Steps[Tensor]:
         answers = [Inbox(lane, {hub: span}, x.shape, wire, PIECES + i) for i, span in enumerate(cut)]
         values = x.compute()
         sent = [lane.swap({hub: wire.encode(values[lo:hi])}, {}, i) for i, (lo, hi) in enumerate(cut)]
-        parts = []
+        parts: list[Tensor] = []
         for answer in answers:
             parts += (yield from answer.read()).values()
         yield from sent
@@ -230,7 +231,7 @@ def star(lane: Lane, x: Partial, wire: Wire, hub: int) -> Steps[Tensor]:
     return joined(parts, values)
 
 
-def joined(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
+def joined(parts: list[Tensor], empty: Tensor) -> Tensor:
     """The rows of all parts; ``empty`` without any."""
     if len(parts) == 1:
         return parts[0]
