@@ -386,6 +386,18 @@ class Op(NamedTuple):
     page_sizes: tuple[int, ...] = ()  # accepted page sizes; () = any
 
 
+class Pages(NamedTuple):
+    """How a backend wants the pages of a KV cache."""
+
+    size: int = 32  # tokens
+    layout: str = "nhd"  # or "npu_nz"
+
+
+def small_pages(head_dim: int) -> Pages:
+    """Pages of a backend that takes any: small ones waste little behind a sequence's end."""
+    return Pages()
+
+
 class Backend(NamedTuple):
     """A table of ops for some devices."""
 
@@ -394,6 +406,7 @@ class Backend(NamedTuple):
     available: Callable[[], list[str]]  # [] = usable here; heavy imports happen inside
     ops: Callable[[], Mapping[str, Op]]  # called once, only when available
     describe: Callable[[], Mapping[str, str]]  # versions, build flags, features, for `fastattn info`
+    pages: Callable[[int], Pages] = small_pages  # of a KV cache, by head_dim; called only when available
 
 
 # --------------------------------------------------------------------------------------------- weights

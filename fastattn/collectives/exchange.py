@@ -126,14 +126,6 @@ def device_of(g: TPGroup) -> torch.device:
     return torch.device({"nccl": "cuda", "hccl": "npu"}.get(backend, "cpu"))
 
 
-def hccl_name(g: TPGroup) -> str:
-    """The name by which CANN's operators know this group; it exists only where the backend is HCCL."""
-    assert g.pg is not None
-    backend: Any = g.pg._get_backend(torch.device("npu"))  # noqa: SLF001
-    name: str = backend.get_hccl_comm_name(g.rank)
-    return name
-
-
 def all_reduce(g: TPGroup, x: Tensor, where: str) -> Pending:
     """Starts the sum of the ranks' ``x`` (one shape and dtype), in place; every rank gets the same bits.
 

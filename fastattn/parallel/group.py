@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ..collectives.exchange import agree, all_gather, device_of, idle, reason_of, witnesses
+from ..devices import device_named
 from ..settings import settings
 from ..spec import SyncError, TPGroup, UnsupportedError
 from ..threads import machine
@@ -68,7 +69,7 @@ def init(
         if not os.environ.get(name):
             raise ValueError(f"environment variable {name} is not set, WORLD_SIZE={world} ranks need it")
     host, port = os.environ["MASTER_ADDR"], _integer("MASTER_PORT", None, lowest=1)
-    backend = _backend(torch.device(device))
+    backend = _backend(device_named(device))
     network = _choose_interface(world) if backend == "gloo" else "chosen by " + backend
     try:
         _join(backend, rank, world, host, port, timeout_s)
@@ -171,12 +172,12 @@ def set_threads(g: TPGroup, threads: int | None = None) -> Threads:
     return chosen
 
 
-def ranks_of(tp: str | TPGroup | None) -> TPGroup:
+def ranks_of(tp: str | TPGroup | None, device: torch.device | str = "cpu") -> TPGroup:
     """What ``tp`` means: "auto" joins the launcher's ranks, each with its share of this machine's threads;
-    a group is itself; None is this process alone. Raises as `init`.
+    a group is itself; None is this process alone. ``device`` and errors as for `init`.
     """
     if tp == "auto":
-        g = init()
+        g = init(device=device)
         set_threads(g)
         return g
     if isinstance(tp, str):
@@ -215,14 +216,9 @@ def _at_exit(g: TPGroup) -> None:
 def _backend(device: torch.device) -> str:
     if device.type not in _BACKENDS:
         raise UnsupportedError(f"device: {device}, tensor parallelism runs on {', '.join(_BACKENDS)}")
-    if device.type == "cuda":
-        torch.cuda.set_device(_integer("LOCAL_RANK", 0, lowest=0) if device.index is None else device.index)
-    if device.type == "npu":
-        import torch_npu  # registers the device and HCCL
-
-        torch_npu.npu.set_device(
-            _integer("LOCAL_RANK", 0, lowest=0) if device.index is None else device.index
-        )
+    if device.type != "cpu":
+        index = _integer("LOCAL_RANK", 0, lowest=0) if device.index is None else device.index
+        torch.get_device_module(device).set_device(index)
     return _BACKENDS[device.type]
 
 

@@ -257,6 +257,7 @@ def test_quant_program(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_perplexity_program(tmp_path: Path) -> None:
     out = tmp_path / "perplexity.json"
     run_program("perplexity.py", "--context=48", "--chunks=2", "--act=none", "--json", str(out))
