@@ -12,14 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..spec import Epilogue, Link, Point, Produce, Rates, Span, Stream, TPGroup
+from ..spec import Epilogue, Link, Point, Produce, Rates, Stream, TPGroup
 from .cost import two_step_bytes, two_step_seconds
 from .direct import Direct
 from .exchange import Lane
 from .pairwise import Pairwise
 from .policy import finish, own_residual, partial
 from .steps import Exchange, Steps
-from .sums import Partial, joined, row_spans, two_step
+from .sums import Partial, row_spans, two_step
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class FusedNorm:
     def _steps(self, where: str, x: Partial, s: Stream, e: Epilogue, g: TPGroup) -> Steps[Stream]:
         if g.world == 1:
             return finish(x.compute(), s.residual, e)
-        lo, hi = row_spans(x.rows, g.world)[g.rank]
-        residual, done = own_residual(s, x.rows, g), list[Tensor]()
+        residual = own_residual(s, x.rows, g)
 
-        def between(total: Tensor, span: Span) -> Tensor:
-            out = finish(total, residual[span[0] - lo : span[1] - lo], e)
-            done.append(out.residual)
-            return out.residual if out.hidden is None else out.hidden
+        def normalise(total: Tensor) -> Tensor:
+            nonlocal residual
+            out = finish(total, residual, e)
+            residual = out.residual
+            return residual if out.hidden is None else out.hidden
 
-        hidden = yield from two_step(Lane(g, where), x, self.of.wire, between)
-        return Stream(joined(done, residual), hidden if e.norm else None, rows=(lo, hi))
+        hidden = yield from two_step(Lane(g, where), x, self.of.wire, normalise)
+        return Stream(residual, hidden if e.norm else None, rows=row_spans(x.rows, g.world)[g.rank])
 
     def seconds(self, rows: int, hidden: int, link: Link, rate: Rates) -> float:
         """Each rank leaves the other ranks' rows to them."""
