@@ -103,11 +103,13 @@ VOLTA_DEVICE u32 shuffle(u32 v, u32 lane, VOLTA_SITE) { return emulator::exchang
 VOLTA_DEVICE float shuffle(float v, u32 lane, VOLTA_SITE) {
     return emulator::bits<float>(emulator::exchange(emulator::bits<u32>(v), lane, site));
 }
+VOLTA_DEVICE u32 uniform(u32 v, VOLTA_SITE) { return shuffle(v, 0, site); }
 template <typename T>
 VOLTA_DEVICE T pin(T v) {
     return v;
 }
 VOLTA_DEVICE bool any_lane(bool v, VOLTA_SITE) { return emulator::vote_any(v, site); }
+VOLTA_DEVICE bool unlikely(bool v) { return v; }
 
 // ---------------------------------------------------------------------------------------------- tensor cores
 VOLTA_DEVICE void mma_rc(float (&d)[8], Word2 a, Word2 b, VOLTA_SITE) { emulator::mma(d, a, b, false, site); }

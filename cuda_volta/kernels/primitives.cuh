@@ -99,6 +99,8 @@ VOLTA_DEVICE u32 shuffle(u32 v, u32 lane) { return __shfl_sync(0xffffffffu, v, l
 VOLTA_DEVICE float shuffle(float v, u32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
 // The same value, but one that the assembler cannot compute again: it stays in a register.
 VOLTA_DEVICE u32 pin(u32 v) { return __shfl_sync(0xffffffffu, v, threadIdx.x & 31); }
+// A value that all lanes of the warp have alike, so that the compiler knows it: branches on it are uniform.
+VOLTA_DEVICE u32 uniform(u32 v) { return __shfl_sync(0xffffffffu, v, 0); }
 template <typename T>
 VOLTA_DEVICE const T* pin(const T* p) {
     u64 v = reinterpret_cast<u64>(p);
@@ -106,6 +108,8 @@ VOLTA_DEVICE const T* pin(const T* p) {
     return reinterpret_cast<const T*>(high << 32 | pin(static_cast<u32>(v)));
 }
 VOLTA_DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
+// For a condition whose code belongs out of the way of the rest.
+VOLTA_DEVICE bool unlikely(bool v) { return __builtin_expect(v, false); }
 
 // ---------------------------------------------------------------------------------------------- tensor cores
 // Four independent 8x8x4 products, one a quadpair (lanes 4q..4q+3 and 16+4q..19+4q); d += a b.
