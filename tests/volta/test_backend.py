@@ -65,15 +65,16 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def test_the_gpus_that_it_runs_on(gpus: list[tuple[int, int]]) -> None:
-    for capability in ((7, 0), (7, 2)):
+    for capability in ((7, 0), (7, 2), (7, 5)):
         gpus[:] = [capability]
         assert volta.BACKEND.available() == []
     gpus[:] = [(6, 1)]
-    old = "compute capability 6.1, the Volta kernels are for 7.0 and 7.2"
+    old = "compute capability 6.1, the Volta kernels are for 7.0, 7.2 and 7.5"
     assert volta.BACKEND.available() == [f"cuda:0: {old}"]
     gpus[:] = [(6, 1), (9, 0)]
-    newer = "compute capability 9.0, the Volta kernels are for 7.0 and 7.2 (newer GPUs can run their PTX, for"
-    assert volta.BACKEND.available() == [f"cuda:0: {old}", f"cuda:1: {newer} testing)"]
+    newer = "compute capability 9.0, the Volta kernels are for 7.0, 7.2 and 7.5"
+    hint = "(newer GPUs can run their PTX, for testing)"
+    assert volta.BACKEND.available() == [f"cuda:0: {old}", f"cuda:1: {newer} {hint}"]
     gpus.append((7, 0))
     assert volta.BACKEND.available() == []
     assert volta.device_reasons(torch.device("cuda", 0)) == [old]
@@ -122,11 +123,27 @@ def test_a_setting_allows_newer_gpus(gpus: list[tuple[int, int]], monkeypatch: p
     gpus[:] = [(9, 0), (6, 1), (7, 5), (8, 0)]
     assert volta.BACKEND.available() == []
     assert volta.device_reasons(torch.device("cuda", 1)) != []
-    turing = "compute capability 7.5, the Volta kernels are for 7.0 and 7.2"
-    assert volta.device_reasons(torch.device("cuda", 2)) == [turing]
+    assert volta.device_reasons(torch.device("cuda", 2)) == []
     assert volta.device_reasons(torch.device("cuda", 3)) == []
+    gpus.remove((7, 5))
     monkeypatch.setattr(volta, "settings", SimpleNamespace(volta_ptx=False))
-    assert len(volta.BACKEND.available()) == 4
+    assert len(volta.BACKEND.available()) == 3
+
+
+def test_turing_takes_the_heads_that_its_shared_memory_holds(gpus: list[tuple[int, int]]) -> None:
+    from cuda_volta.prefill import VARIANTS
+
+    gpus[:] = [(7, 5), (7, 0)]
+    for index, widest in enumerate((160, 256)):
+        for size in (64, 160, 161, 256):
+            signature = build_args(*(torch.zeros(1, 2, 2, size, dtype=torch.float16),) * 3).signature()
+            against = volta.BACKEND.ops()["attention"].reasons(
+                signature._replace(device=torch.device("cuda", index))
+            )
+            assert against == [] or f"head_dim {size}, it takes at most {widest}" in against
+            assert bool(against) == (size > widest)
+    fit = [v.shared_bytes <= 64 << 10 for v in VARIANTS if v.head_dim <= 160]
+    assert all(fit)
 
 
 def test_neither_kernels_nor_compiler(gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
