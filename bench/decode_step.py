@@ -22,7 +22,6 @@ from torch import Tensor
 import fastattn
 from fastattn import dispatch
 from fastattn.dispatch import BACKENDS
-from fastattn.memory.paged import PagedKvCache
 from fastattn.models.generate import Model
 from fastattn.models.llama import Attention, Decoder, Mlp
 from fastattn.parallel.linear import ColumnLinear, RowLinear
@@ -38,7 +37,6 @@ from lib.records import Record, write
 from lib.table import Column, Table
 from lib.timing import time_calls
 
-PAGE = 128  # tokens
 WARMUP = 3  # steps before a capture: kernels compile, and torch's allocator fills its pools
 
 
@@ -161,11 +159,7 @@ def _clone(w: PackedWeight) -> PackedWeight:
 
 def decode_step(model: Model, keys: int) -> Callable[[], Tensor]:
     """A step behind ``keys`` tokens, the same at every call: its key and value go to the same place."""
-    config, attention = model.config, model.decoder.blocks[0][0]
-    cache = PagedKvCache(
-        config.num_layers, keys // PAGE + 1, PAGE, attention.kv_heads, config.head_dim,
-        dtype=model.dtype, device=model.device,
-    )  # fmt: skip
+    cache = model.kv_cache([keys + 1])
     cache.keys.normal_()
     cache.values.normal_()
     cache.reserve([0], [keys])

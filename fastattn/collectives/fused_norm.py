@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from ..spec import Epilogue, Link, Point, Produce, Rates, Stream, TPGroup
+from ..spec import Epilogue, Link, Point, Produce, Rates, Span, Stream, TPGroup
 from .cost import two_step_bytes, two_step_seconds
 from .direct import Direct
 from .exchange import Lane
 from .pairwise import Pairwise
 from .policy import finish, own_residual, partial
 from .steps import Exchange, Steps
-from .sums import Partial, RowInbox, gather_rows, row_spans, scatter_sum
+from .sums import Partial, joined, row_spans, two_step
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,16 @@ class FusedNorm:
     def _steps(self, where: str, x: Partial, s: Stream, e: Epilogue, g: TPGroup) -> Steps[Stream]:
         if g.world == 1:
             return finish(x.compute(), s.residual, e)
-        lane, wire = Lane(g, where), self.of.wire
-        inbox = RowInbox(lane, x.rows, x.hidden, x.dtype, wire) if e.norm else None
-        share = yield from scatter_sum(lane, x, wire)
-        done = finish(share, own_residual(s, x.rows, g), e)
-        hidden = None
-        if inbox and done.hidden is not None:
-            hidden = yield from gather_rows(lane, done.hidden, wire, inbox)
-        return Stream(done.residual, hidden, rows=row_spans(x.rows, g.world)[g.rank])
+        lo, hi = row_spans(x.rows, g.world)[g.rank]
+        residual, done = own_residual(s, x.rows, g), list[Tensor]()
+
+        def between(total: Tensor, span: Span) -> Tensor:
+            out = finish(total, residual[span[0] - lo : span[1] - lo], e)
+            done.append(out.residual)
+            return out.residual if out.hidden is None else out.hidden
+
+        hidden = yield from two_step(Lane(g, where), x, self.of.wire, between)
+        return Stream(joined(done, residual), hidden if e.norm else None, rows=(lo, hi))
 
     def seconds(self, rows: int, hidden: int, link: Link, rate: Rates) -> float:
         """Each rank leaves the other ranks' rows to them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..spec import Epilogue, Link, Point, Produce, Rates, Stream, TPGroup
 from .exchange import Lane
 from .steps import Exchange, Steps
-from .sums import Partial, Plain, RowInbox, gather_rows, row_spans
+from .sums import PIECES, Gather, Partial, Plain, row_spans
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -29,7 +29,7 @@ class Sum(ABC):
     def steps(self, lane: Lane, x: Partial) -> Steps[Tensor]:
         """Sum of the ranks' ``x``, the same bits on every rank; may overwrite what ``x`` computes.
 
-        Posts its receives, then computes ``x``, then yields. Uses the lane's steps 0 and 1.
+        Posts its receives, then computes ``x``, then yields. Uses the lane's first 2 `PIECES` steps.
         """
 
     @abstractmethod
@@ -82,11 +82,14 @@ def finish(total: Tensor, residual: Tensor, e: Epilogue) -> Stream:
 
 
 def full_residual(lane: Lane, s: Stream, rows: int) -> Steps[Tensor]:
-    """The residual of all rows, of which a fused norm before may have left each rank its share; step 2."""
+    """The residual of all rows, of which a fused norm before may have left each rank its share."""
     if s.rows is None:
         return s.residual
-    inbox = RowInbox(lane, rows, s.residual.shape[1], s.residual.dtype, Plain(), step=2)
-    return (yield from gather_rows(lane, s.residual, Plain(), inbox))
+    lo = s.rows[0]
+    gather = Gather(lane, (rows, s.residual.shape[1], s.residual.dtype), Plain(), 2 * PIECES)
+    for a, b in gather.mine:
+        gather.bring(s.residual[a - lo : b - lo])
+    return (yield from gather.steps(s.residual))
 
 
 def own_residual(s: Stream, rows: int, g: TPGroup) -> Tensor:

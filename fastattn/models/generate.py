@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..collectives.prompts import broadcast_prompts, broadcast_tokens, refuse_prompts
+from ..dispatch import pages
 from ..memory.paged import PagedKvCache
 from ..spec import TPGroup
 from .config import ModelConfig
@@ -22,7 +23,6 @@ from .llama import Decoder
 from .sampling import Sampler, SamplingParams, StopText
 from .tokenizer import Tokenizer
 
-PAGE_SIZE = 32
 PREFILL_TOKENS = 1024  # a forward: enough rows to saturate the GEMMs, few enough to show progress
 _ENDED = -1
 
@@ -78,7 +78,7 @@ class Model:
         ids, budgets = self._share(prompts, params.max_tokens)
         if not ids:
             return []
-        cache = self._cache(sum(-(-(len(p) + n) // PAGE_SIZE) for p, n in zip(ids, budgets, strict=True)))
+        cache = self.kv_cache([len(p) + n for p, n in zip(ids, budgets, strict=True)])
         writer = _Writer(self, ids, params, start, on_token)
         hidden = self._prefill(ids, cache, progress and self.group.rank == 0)
         active = list(range(len(ids)))
@@ -104,7 +104,7 @@ class Model:
         if step is not None and step < 1:
             raise ValueError(f"step: {step}, expected at least 1")
         ids, _ = self._share(token_ids, 0)
-        cache = self._cache(sum(-(-len(p) // PAGE_SIZE) for p in ids))
+        cache = self.kv_cache([len(p) for p in ids])
         results = []
         for seq, prompt in enumerate(ids):
             parts = []
@@ -148,11 +148,13 @@ class Model:
             raise ValueError(f"prompts[{index}]: token ids outside the vocabulary of {vocab}")
         return ids
 
-    def _cache(self, pages: int) -> PagedKvCache:
-        attention = self.decoder.blocks[0][0]
+    def kv_cache(self, lengths: Sequence[int]) -> PagedKvCache:
+        """Room for sequences of so many tokens, in pages as the backend wants them. Raises CacheFull."""
+        wanted = pages(self.device.type, self.config.head_dim)
         return PagedKvCache(
-            self.config.num_layers, pages, PAGE_SIZE, attention.kv_heads, self.config.head_dim,
-            dtype=self.dtype, device=self.device,
+            self.config.num_layers, sum(-(-n // wanted.size) for n in lengths), wanted.size,
+            self.decoder.blocks[0][0].kv_heads, self.config.head_dim, dtype=self.dtype, device=self.device,
+            layout=wanted.layout,
         )  # fmt: skip
 
     def _prefill(self, ids: list[list[int]], cache: PagedKvCache, progress: bool) -> Tensor:

@@ -24,7 +24,12 @@ def test_python_snippet_runs(block: Block) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param(c, id=i) for i, c in commands() if not c.startswith("make ")]
+    "command",
+    [
+        pytest.param(c, id=i, marks=[] if i.startswith("README") else [pytest.mark.slow])
+        for i, c in commands()
+        if not c.startswith("make ")
+    ],
 )
 def test_command_runs(command: str) -> None:
     """In a shell where `python`, `fastattn` and `torchrun` are those of this interpreter."""

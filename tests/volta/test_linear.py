@@ -21,28 +21,13 @@ from fastattn import reference_ops
 from fastattn.quant import packed
 from fastattn.spec import LinearArgs, PackedWeight
 from tests.ops.runners import assert_accurate, random
-from tests.ops.weights import make
+from tests.ops.weights import QUANTIZED, make
 
 from .weights import grouped
 
 pytestmark = pytest.mark.toolchain
 HALF = torch.float16
-FORMATS = {
-    "int4": {},
-    "int4 g16": {"group": 16},
-    "int4 g128 float32": {"group": 128, "scale_dtype": torch.float32},
-    "int4 cut at 32": {"group": 64, "offset": 32},
-    "int4 cut at 16": {"group": 64, "offset": 16},
-    "int4 cut at 5": {"offset": 5},
-    "int4 g_idx": {"g_idx": True},
-    "int4 x_perm bias": {"x_perm": True, "bias": torch.float32},
-    "int8": {},
-    "int8 no mins": {"mins": False},
-    "int8 g16 float32": {"group": 16, "scale_dtype": torch.float32, "mins": False},
-    "int8 cut at 7 bias": {"group": 48, "offset": 7, "bias": HALF},
-    "int8 g_idx x_perm": {"g_idx": True, "x_perm": True},
-    "int8 x_perm bfloat16 bias": {"x_perm": True, "bias": torch.bfloat16},
-}
+FORMATS = QUANTIZED | {"int8 x_perm bfloat16 bias": {"x_perm": True, "bias": torch.bfloat16}}
 ODD = [kind for kind in FORMATS if any(odd in kind for odd in ("int4 g16", "at 16", "at 5", "at 7", "g_idx"))]
 
 
