@@ -109,7 +109,8 @@ def main() -> None:
         for i, (world, dtype, act) in enumerate(configurations):
             threads = args.threads or max(1, env.cores() // world)
             if i == 0:
-                print(f"{args.model}: {env.headline(env.capture(threads))}")
+                with env.device(args.device):
+                    print(f"{args.model}: {env.headline(env.capture(threads))}")
                 print(TABLE.header(), flush=True)
             chosen = [*common, "--inference_data_type", dtype, "--act", act]
             chosen += ["--chat", args.chat if i == 0 else ""]
@@ -138,9 +139,7 @@ def arguments() -> argparse.Namespace:
     if not on_cpu and args.tensor_para_size != (1,):
         p.error(f"--tensor_para_size {args.tensor_para_size}, expected 1 with --device {args.device}")
     if not on_cpu and set(args.peer) - {"cpu"}:
-        p.error(
-            f"--peer {','.join(args.peer)}, expected cpu with --device {args.device}: others compute there"
-        )
+        p.error(f"--peer {','.join(args.peer)}, expected cpu with --device {args.device}")
     return args
 
 

@@ -4,7 +4,8 @@ A call of few rows reads W once, as integers: 0.5 bytes a weight and its group's
 many rows cuBLAS on a copy in halves is better: per 1000 weights of 4 bits, reading the integers, writing
 halves and reading them again moves 4.5 KB (5 ns at 900 GB/s), and the product takes 0.022 ns a row at 90
 TFLOP/s; the kernel of few rows takes 1.3 ns for every 16 rows (issue simulator, README.md). The two meet at
-86 rows; `FEW_ROWS` lies below, since nothing of this is measured.
+86 rows; `FEW_ROWS` lies below, since nothing of this is measured. Where groups are no whole chunks, 16 rows
+take 3.1 ns, and 32 as long as cuBLAS: that kernel gets one tile of `ROWS`.
 """
 
 from __future__ import annotations
@@ -86,18 +87,21 @@ def linear(x: Tensor, w: GroupedWeight) -> Tensor:
         w = w._replace(bias=(w.bias.float() if w.bias.dtype == torch.bfloat16 else w.bias).contiguous())
     if w.x_perm is not None:
         x = permuted(x, w.x_perm)
-    kernel = few_rows_kernel(w)
-    return _many_rows(x, w) if kernel is None or x.shape[0] > FEW_ROWS else _few_rows(x, w, kernel)
+    kernel = few_rows_kernel(w, x.shape[0])
+    return _many_rows(x, w) if kernel is None else _few_rows(x, w, kernel)
 
 
-def few_rows_kernel(w: GroupedWeight) -> Variant | None:
-    """Both take rows of aligned 16 bytes of codes; `LINEAR` such whose columns share a group. Else None."""
+def few_rows_kernel(w: GroupedWeight, rows: int) -> Variant | None:
+    """What reads W once for so many rows of x: `LINEAR` where every 16 bytes of codes share a group, else
+    `ANY_GROUPS`; None for more rows than pay, or codes that are not aligned.
+    """
     columns = 128 // w.bits
     if w.shape[1] % columns or not in_octets(w.codes):
         return None
     whole = w.g_idx is None and w.group_size % columns == 0 and w.group_offset % columns == 0
     divisible = w.group_size < _WIDE_GROUP or _has_one_group(w)
-    return (LINEAR if whole and divisible else ANY_GROUPS)[w.bits]
+    kernels, most = (LINEAR, FEW_ROWS) if whole and divisible else (ANY_GROUPS, ROWS)
+    return kernels[w.bits] if rows <= most else None
 
 
 def _has_one_group(w: GroupedWeight) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cuda_volta import emulator
 from cuda_volta.embedding import embedding
-from cuda_volta.linear import ANY_GROUPS, FEW_ROWS, LINEAR, dense, few_rows_kernel, linear, num_splits
+from cuda_volta.linear import ANY_GROUPS, FEW_ROWS, LINEAR, ROWS, dense, few_rows_kernel, linear, num_splits
 from cuda_volta.variant import KERNELS
 from cuda_volta.weights import dequantize
 from fastattn import reference_ops
@@ -54,7 +54,8 @@ def check(w: PackedWeight, x: torch.Tensor) -> list[emulator.Report]:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_linear(kind):
     w = weight(kind, 37, 208)
-    assert few_rows_kernel(grouped(w)) == (ANY_GROUPS if kind in ODD else LINEAR)[8 if "int8" in kind else 4]
+    kernels = ANY_GROUPS if kind in ODD else LINEAR
+    assert few_rows_kernel(grouped(w), 1) == kernels[8 if "int8" in kind else 4]
     for rows in (1, 2, 7, 8, 9, 16, 17, 65):
         check(w, random(rows, w.shape[1], seed=rows, dtype=HALF))
     assert linear(random(0, w.shape[1], seed=0, dtype=HALF), grouped(w)).shape == (0, 37)
@@ -76,12 +77,13 @@ def test_widths_that_are_no_whole_chunk(inn):
 @pytest.mark.parametrize("kind", ["int4 x_perm bias", "int8 no mins", "int4 g_idx"])
 def test_many_rows_are_cublas_work(kind):
     w = weight(kind, 37, 208)
-    for rows in (FEW_ROWS, FEW_ROWS + 1):
+    most = ROWS if kind in ODD else FEW_ROWS
+    for rows in (most, most + 1):
         names = {r.variant.entry for r in check(w, random(rows, w.shape[1], seed=rows, dtype=HALF))} - {
             "permute"
         }
         few = "linear_any_groups" if kind in ODD else "linear"
-        assert names == ({few} if rows == FEW_ROWS else {"dequantize"})
+        assert names == ({few} if rows == most else {"dequantize"})
 
 
 def test_an_act_order_weight_of_float32_scales():
@@ -94,10 +96,10 @@ def test_an_act_order_weight_of_float32_scales():
 def test_groups_of_any_size():
     for group, offset, inn in ((96, 32, 1600), (4096, 4064, 1024), (1 << 15, 0, 640), (1 << 20, 64, 640)):
         w = make("int4", 20, inn, group=group, offset=offset)
-        assert few_rows_kernel(grouped(w)) == LINEAR[4]
+        assert few_rows_kernel(grouped(w), 1) == LINEAR[4]
         check(w, random(3, inn, seed=1, dtype=HALF))
     w = make("int4", 9, 640, group=1 << 15, offset=(1 << 15) - 32)  # no exact division by multiplication
-    assert few_rows_kernel(grouped(w)) == ANY_GROUPS[4]
+    assert few_rows_kernel(grouped(w), 1) == ANY_GROUPS[4]
     check(w, random(3, 640, seed=1, dtype=HALF))
 
 
