@@ -60,9 +60,6 @@ VOLTA_DEVICE Word4 lds128(u32 address) {
                  : "memory");
     return v;
 }
-VOLTA_DEVICE void sts16(u32 address, u16 v) {
-    asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
-}
 VOLTA_DEVICE void sts32(u32 address, u32 v) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
@@ -87,8 +84,6 @@ VOLTA_DEVICE Word4 ldg128_stream(const void* p) {
                  : "l"(p));
     return v;
 }
-VOLTA_DEVICE u32 atomic_add(u32* p, u32 v) { return atomicAdd(p, v); }
-VOLTA_DEVICE void memory_fence() { __threadfence(); }
 
 // ------------------------------------------------------------------------------------------- synchronisation
 VOLTA_DEVICE void barrier() { __syncthreads(); }
@@ -170,27 +165,6 @@ VOLTA_DEVICE u32 pack_half2(float low, float high) {
 }
 VOLTA_DEVICE float low_half(u32 v) { return from_half(static_cast<u16>(v & 0xffff)); }
 VOLTA_DEVICE float high_half(u32 v) { return from_half(static_cast<u16>(v >> 16)); }
-// Both halves at once, each rounded once.
-VOLTA_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-VOLTA_DEVICE u32 half2_mul(u32 a, u32 b) {
-    u32 d;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-VOLTA_DEVICE u32 half2_add(u32 a, u32 b) {
-    u32 d;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-VOLTA_DEVICE u32 half2_sub(u32 a, u32 b) {
-    u32 d;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
 VOLTA_DEVICE u64 multiply_add_wide(u32 a, u32 b, u64 c) {
     u64 d;
     asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));

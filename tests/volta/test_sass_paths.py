@@ -287,7 +287,7 @@ extern "C" __global__ void kernel(Params p) {
     v = shuffle(v, p.lane) + shuffle_xor(v, 4u) % 3;
     bool any = any_lane(lane_index() == p.offset);
     for (u32 i = 0; i < v; ++i) barrier();
-    if (any) memory_fence();
+    if (any) __threadfence();
 }
 """
 )
