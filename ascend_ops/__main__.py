@@ -1,4 +1,4 @@
-"""``python -m ascend_ops report``: attention on this machine's NPU, checked and timed."""
+"""``python -m ascend_ops report``: every operator and kernel on this machine's NPU, checked and timed."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from lib import env
 from lib.args import DTYPES, link_name, links, policy, positive, sweep
 from lib.collectives_worker import PEER, TABLE, Row, choice, run
 from lib.network import Unavailable, network
-from lib.records import Record, write
+from lib.records import Record, append, write
 
 LINKS = "10gbit/50us,1gbit/200us,100mbit/1ms,50mbit/5ms"
 POLICIES = (
@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", type=float, default=1.0, help="seconds spent on each size; default: 1")
     p.add_argument("--threads", type=positive, default=1, help="of each rank; default: 1")
     p.add_argument("--json", metavar="FILE", help="write the records of docs/benchmarks.md")
+    p.add_argument("--append", action="store_true", help="keep what --json FILE has of other cases")
     p.add_argument("--plot", metavar="FILE.png", help="draw time over size, a panel each link")
     p.add_argument("--result", help=argparse.SUPPRESS)  # a rank, started by this program
     return p
@@ -99,7 +100,9 @@ def main() -> None:
             records += measure(args, link, ranks)
     except Unavailable as reason:
         sys.exit(f"bench/collectives.py: {reason}")
-    if args.json:
+    if args.json and args.append:
+        records = append(args.json, records)
+    elif args.json:
         write(args.json, records)
     if args.plot:
         from lib.plot import collectives

@@ -29,7 +29,7 @@ from lib import env
 from lib.args import DTYPES, link_name, links, positive, sweep
 from lib.network import Unavailable, network
 from lib.planner_worker import TABLE, run
-from lib.records import Record, write
+from lib.records import Record, append, write
 
 LINKS = "10gbit/50us,1gbit/200us,100mbit/1ms,50mbit/5ms"
 
@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=positive, default=1, help="of each rank; default: 1")
     p.add_argument("--verbose", action="store_true", help="show every candidate")
     p.add_argument("--json", metavar="FILE", help="write the records of docs/benchmarks.md")
+    p.add_argument("--append", action="store_true", help="keep what --json FILE has of other cases")
     p.add_argument("--result", help=argparse.SUPPRESS)  # a rank, started by this program
     return p
 
@@ -81,7 +82,7 @@ def main() -> None:
     if max(args.ranks) * args.threads > env.cores():
         print(f"more ranks than the {env.cores()} cores: only times that the link dominates are claimed")
     if args.json:
-        write(args.json, records)
+        (append if args.append else write)(args.json, records)
 
 
 def measure(args: argparse.Namespace, link: Link, ranks: int, facts: dict[str, Any]) -> list[Record]:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ascend_ops.router.atb import plain_pages
+
 from . import dispatch
 from .check_ops import SAMPLES, Draw, Sample
 from .spec import AttentionArgs, Op
@@ -140,14 +142,7 @@ def distance(ours: Tensor, exact: Tensor) -> float:
 
 def _plain_pages(a: AttentionArgs) -> AttentionArgs:
     """The call with pages as (P, page, Hkv, D), should their storage be NZ."""
-    if a.kv_layout == "nhd":
-        return a
-
-    def plain(pages: Tensor) -> Tensor:
-        p, page, heads, dim = pages.shape
-        return pages.reshape(p, heads * dim // 16, page, 16).transpose(1, 2).reshape(pages.shape)
-
-    return a._replace(k=plain(a.k), v=plain(a.v), kv_layout="nhd")
+    return a if a.kv_layout == "nhd" else a._replace(k=plain_pages(a.k), v=plain_pages(a.v), kv_layout="nhd")
 
 
 def _one_head(

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ascend_ops.router.atb import nz_view
+
 from .quant import packed
 from .spec import AppendKvArgs, EmbeddingArgs, LinearArgs, PackedWeight, RmsNormArgs, RotaryArgs, SwigluArgs
 
@@ -91,19 +93,28 @@ def _append_kv(a: AppendKvArgs, result: None, draw: Draw) -> list[Compared]:
     last = {slot: n for n, slot in enumerate(a.slots.tolist()) if slot >= 0}
     slots = sorted(draw.random.sample(sorted(last), min(len(last), draw.sample.rows)))
     rows = [last[s] for s in slots]
-    if not rows or a.kv_layout != "nhd":
+    if not rows:
         return []
 
     def written(cache: Tensor) -> Tensor:
         where = torch.tensor(slots, device=cache.device)
-        page = cache.shape[1]
-        return cache[where.div(page, rounding_mode="floor"), where % page].cpu()
+        page, line = where // cache.shape[1], where % cache.shape[1]
+        if a.kv_layout == "nhd":
+            return cache[page, line].cpu()
+        return nz_view(cache)[page, :, line].reshape(-1, *cache.shape[2:]).cpu()
 
     caches: dict[str, Any] = {
         n: torch.zeros_like(written(getattr(a, n)))[None] for n in ("k_cache", "v_cache")
     }
     positions = None if a.positions is None else a.positions[rows]
-    part = a._replace(k=a.k[rows], v=a.v[rows], slots=torch.arange(len(rows)), positions=positions, **caches)
+    part = a._replace(
+        k=a.k[rows],
+        v=a.v[rows],
+        slots=torch.arange(len(rows)),
+        positions=positions,
+        kv_layout="nhd",
+        **caches,
+    )
     part = _cpu(part)
     wide = exact.append_kv(part)
     plain.append_kv(part)

@@ -1,4 +1,4 @@
-"""The command line: ``fastattn generate``, ``plan``, ``quantize``, ``tune`` and ``info``."""
+"""The command line: ``fastattn generate``, ``plan``, ``quantize``, ``tune``, ``report`` and ``info``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from . import __version__, cli_plan, cli_quantize, cli_tune, info
-from .cli_types import shares
+from . import __version__, cli_plan, cli_quantize, cli_report, cli_tune, info
+from .cli_common import add_rank_arguments, on_ranks
 from .parallel import group as ranks
-from .spec import CacheFull, SyncError, TPGroup
+from .spec import TPGroup
 
 if TYPE_CHECKING:
     from .models.tokenizer import Tokenizer
@@ -26,28 +26,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors of the user or the machine are one line on stderr and end the process with status 1. Ctrl-C and a
     reader of our output that has gone end it as the shell would report their signals, with 130 and 141.
     """
-    parser = argparse.ArgumentParser(prog="fastattn", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_generate(commands.add_parser("generate", help="complete a text with a model"))
-    report = commands.add_parser("info", help="what runs here, and why the rest does not")
-    info.add_arguments(report)
-    cli_quantize.add_arguments(commands.add_parser("quantize", help="make a GPTQ checkpoint of a model"))
-    cli_plan.add_arguments(commands.add_parser("plan", help="measure the ranks and plan their sums"))
-    cli_tune.add_arguments(commands.add_parser("tune", help="measure tiles of GPU kernels and remember them"))
-    run = {
-        "generate": _generate, "plan": cli_plan.main, "quantize": cli_quantize.main, "tune": cli_tune.main,
-        "info": info.main,
-    }  # fmt: skip
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
-        status = run[args.command](args)
+        status = args.run(args)
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
     except (KeyboardInterrupt, BrokenPipeError) as end:
         # Without an orderly exit: that would wait for exchanges, and flush to whom nobody listens.
         os._exit(130 if isinstance(end, KeyboardInterrupt) else 141)
     return status
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; what it parses has ``run``, a function of it that returns the exit status."""
+    whole = argparse.ArgumentParser(prog="fastattn", description=__doc__)
+    whole.add_argument("--version", action="version", version=f"fastattn {__version__}")
+    commands = whole.add_subparsers(dest="command", required=True)
+    for name, text, add_arguments, run in (
+        ("generate", "complete a text with a model", _add_generate, _generate),
+        ("plan", "measure the ranks and plan their sums", cli_plan.add_arguments, cli_plan.main),
+        ("quantize", "make a GPTQ checkpoint of a model", cli_quantize.add_arguments, cli_quantize.main),
+        ("tune", "measure tiles of GPU kernels and remember them", cli_tune.add_arguments, cli_tune.main),
+        ("report", "check a device, op by op, and whole models", cli_report.add_arguments, cli_report.main),
+        ("info", "what runs here, and why the rest does not", info.add_arguments, info.main),
+    ):
+        command = commands.add_parser(name, help=text)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return whole
 
 
 def _add_generate(p: argparse.ArgumentParser) -> None:
@@ -73,33 +79,24 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--act", default="", help="int8: let quantized layers quantize their input, faster; default: never"
     )
-    p.add_argument("--device", default="cpu", help="that computes: cpu (default), cuda, cuda:1...")
+    p.add_argument("--device", default="cpu", help="that computes: cpu (default), cuda, cuda:1, npu...")
     p.add_argument("--backend", help="use this backend for every op, or refuse (see fastattn info)")
-    p.add_argument("--threads", type=int, help="per rank; default: this machine's cores over its ranks")
-    p.add_argument("--split", type=shares, help="shares of the work of the ranks, such as 2,1")
+    add_rank_arguments(p)
     p.add_argument(
         "--sync", default="exact", metavar="POLICY|PLAN.json",
         help="how ranks sum their partial results: exact (default), star, direct, tiled, compressed, "
         "fused_norm; joined as in token_weave+fused_norm or tiled+compressed:element=e2m1; or a plan's file",
     )  # fmt: skip
-    p.add_argument("--timeout", type=float, help="seconds a rank waits for another (default 60)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
 
 
 def _generate(args: argparse.Namespace) -> int:
-    group = ranks.single()
-    try:
-        if not args.prompt and os.environ.get("RANK", "0") == "0":
+    if not args.prompt and os.environ.get("RANK", "0") == "0":
+        try:
             args.prompt = [_read_stdin()]  # before other ranks begin to wait for us
-        group = ranks.init(args.timeout, args.split, args.device)
-        _run(args, group)
-        if not ranks.shutdown(group):
-            raise SyncError(group.rank, "shutdown", "an exchange still hangs")
-    except BrokenPipeError:
-        raise
-    except (SyncError, CacheFull, ValueError, OSError) as error:
-        ranks.abort(group, error)
-    return 0
+        except (ValueError, OSError) as error:
+            ranks.abort(ranks.single(), error)
+    return on_ranks(args, _run, args.device)
 
 
 def _read_stdin() -> str:

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli_types import shares
+from .cli_common import add_rank_arguments, on_ranks, read_text
 from .parallel import group as ranks
-from .spec import CacheFull, Link, SyncError, TPGroup
+from .spec import Link, TPGroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,24 +50,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--budget", type=float, default=20.0, metavar="SECONDS",
         help="about what measuring may take, prefill and decode each; default: 20",
     )  # fmt: skip
-    p.add_argument("--threads", type=int, help="per rank; default: this machine's cores over its ranks")
-    p.add_argument("--split", type=shares, help="shares of the work of the ranks, such as 2,1")
-    p.add_argument("--timeout", type=float, help="seconds a rank waits for another (default 60)")
+    add_rank_arguments(p)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes the plan; errors of the user or the machine are one line on stderr, and status 1."""
-    group = ranks.single()
-    try:
-        group = ranks.init(args.timeout, args.split)
-        _run(args, group)
-        if not ranks.shutdown(group):
-            raise SyncError(group.rank, "shutdown", "an exchange still hangs")
-    except BrokenPipeError:
-        raise
-    except (SyncError, CacheFull, ValueError, OSError) as error:
-        ranks.abort(group, error)
-    return 0
+    """Writes the plan; returns the exit status."""
+    return on_ranks(args, _run)
 
 
 def _run(args: argparse.Namespace, group: TPGroup) -> None:
@@ -81,7 +69,7 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
     if first and not Path(args.out).absolute().parent.is_dir():  # before minutes of measuring
         raise ValueError(f"--out: {Path(args.out).parent}: no such folder")
     say: Callable[[str], None] = _print if first else _keep_quiet
-    text = _read(args.text) if first and args.text else None
+    text = read_text(args.text) if first and args.text else None
     threads = ranks.set_threads(group, args.threads)
     model = load(args.model, dtype=args.dtype, act=args.act, tp=group, progress=first and sys.stderr.isatty())
     dtype = str(model.dtype).removeprefix("torch.")
@@ -108,13 +96,6 @@ def _quality(args: argparse.Namespace, model: Model, text: str | None) -> Qualit
     context = min(_CONTEXT, model.config.max_position)
     count = min(_CHUNKS, len(model.tokenizer.encode(text)) // context)
     return Quality(model, chunks(model.tokenizer, text, context, max(2, count)), args.max_increase)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text: {path} is not UTF-8 text: {error}") from error
 
 
 def _print(text: str) -> None:

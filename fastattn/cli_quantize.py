@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .cli_common import read_text
 from .parallel import group as ranks
-from .spec import CheckpointError
 
 if TYPE_CHECKING:
     from .models.quantize import Report
@@ -58,8 +57,8 @@ def main(args: argparse.Namespace) -> int:
             damp=args.damp, format=args.format,
         )  # fmt: skip
         report = quantize(
-            args.model, args.out, recipe, _read(args.text),
-            eval_text=None if args.eval_text is None else _read(args.eval_text), samples=args.samples,
+            args.model, args.out, recipe, read_text(args.text),
+            eval_text=None if args.eval_text is None else read_text(args.eval_text), samples=args.samples,
             seqlen=args.seqlen, dtype=args.dtype, progress=not args.json and sys.stderr.isatty(),
         )  # fmt: skip
     except BrokenPipeError:
@@ -69,13 +68,6 @@ def main(args: argparse.Namespace) -> int:
         return 1
     print(json.dumps(report.to_json()) if args.json else _show(report))
     return 0
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(path, f"is not UTF-8 text: {error}") from error
 
 
 def _show(r: Report) -> str:

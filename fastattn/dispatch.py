@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .settings import settings
-from .spec import Backend, Op, OpArgs, UnsupportedError
+from .spec import Backend, Op, OpArgs, Pages, UnsupportedError, small_pages
 
 # In the order in which dispatch tries them. `reference` is the float64 oracle: correct, slow, and
 # therefore only ever used by name.
@@ -118,6 +118,14 @@ def reasons_against(name: str, op: str, signature: Any) -> list[str]:
     if page_size and kernel.page_sizes and page_size not in kernel.page_sizes:
         reasons.append(f"page size {page_size}, it takes {', '.join(map(str, kernel.page_sizes))}")
     return reasons + kernel.reasons(signature)
+
+
+def pages(device_type: str, head_dim: int) -> Pages:
+    """How the first backend that runs on such a device wants the pages of a KV cache."""
+    for name in (named(),) if named() else AUTOMATIC:
+        if device_type in load_backend(name).device_types and not unavailable(name):
+            return load_backend(name).pages(head_dim)
+    return small_pages(head_dim)
 
 
 def explain(op: str, args: OpArgs) -> dict[str, list[str]]:

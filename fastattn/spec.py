@@ -386,6 +386,18 @@ class Op(NamedTuple):
     page_sizes: tuple[int, ...] = ()  # accepted page sizes; () = any
 
 
+class Pages(NamedTuple):
+    """How a backend wants the pages of a KV cache."""
+
+    size: int = 32  # tokens
+    layout: str = "nhd"  # or "npu_nz"
+
+
+def small_pages(head_dim: int) -> Pages:
+    """Pages of a backend that takes any: small ones waste little behind a sequence's end."""
+    return Pages()
+
+
 class Backend(NamedTuple):
     """A table of ops for some devices."""
 
@@ -394,6 +406,7 @@ class Backend(NamedTuple):
     available: Callable[[], list[str]]  # [] = usable here; heavy imports happen inside
     ops: Callable[[], Mapping[str, Op]]  # called once, only when available
     describe: Callable[[], Mapping[str, str]]  # versions, build flags, features, for `fastattn info`
+    pages: Callable[[int], Pages] = small_pages  # of a KV cache, by head_dim; called only when available
 
 
 # --------------------------------------------------------------------------------------------- weights
@@ -517,6 +530,7 @@ class KvCache(Protocol):
 
 # ------------------------------------------------------------------------------------------ sync points
 Site = Literal["attn", "mlp"]
+Span = tuple[int, int]  # first and one past the last
 Phase = Literal["prefill", "decode"]
 
 
@@ -640,13 +654,13 @@ class Rates(NamedTuple):
 
 
 class Schedule(Protocol):
-    """Whether, and where, the rows of a forward are split into two halves that pass the layers in turn."""
+    """Whether, and where, the rows of a forward are split into tiles that pass the layers in turn."""
 
     @property
     def name(self) -> str: ...
 
-    def split(self, rows: int) -> int:
-        """Rows of the first half; 0: the forward is not split."""
+    def spans(self, rows: int) -> Sequence[Span]:
+        """The tiles, in order; one: the forward is not split."""
         ...
 
 

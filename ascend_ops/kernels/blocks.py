@@ -80,6 +80,47 @@ def load_tile(pointer, stride, rows, columns, row_limit, WIDTH: tl.constexpr, PA
 
 
 @triton.jit
+def head_of_sequence(cache, kh, stride_head, row, stride_row, first, stride_slot, block_table):
+    """Where a sequence's keys or values of KV head ``kh`` begin; in pages, where the head's begin."""
+    base = cache + tl.cast(kh, tl.int64) * stride_head
+    if block_table is None:
+        base += tl.cast(row, tl.int64) * stride_row + tl.cast(first, tl.int64) * stride_slot
+    return base
+
+
+@triton.jit
+def load_block(
+    base,  # of `head_of_sequence`
+    b,
+    slot,
+    block_table,
+    stride_table,
+    pages,
+    page_size,
+    stride_page,
+    stride_row,
+    rows,
+    columns,
+    row_limit,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """`load_tile` of the keys or values from ``slot`` on."""
+    offset = block_offset(b, slot, block_table, stride_table, pages, page_size, stride_page, stride_row)
+    return load_tile(base + offset, stride_row, rows, columns, row_limit, WIDTH, PADDED)
+
+
+@triton.jit
+def masked(s, tile):
+    """Scores with a tile of the user's mask: int8 (0: hidden) or numbers to add."""
+    if tile.dtype == tl.int8:
+        s += tl.where(tile != 0, 0.0, HIDDEN)
+    else:
+        s += tile.to(tl.float32)
+    return s
+
+
+@triton.jit
 def softcapped(s, SOFTCAP: tl.constexpr):
     """``c tanh(s / c)`` through the exponential, the one transcendental that every vector unit has."""
     if SOFTCAP > 0:
@@ -97,3 +138,14 @@ def online_softmax(s, m, denominator, acc):
     p = tl.exp(s - m_new[:, None])
     alpha = tl.exp(m - m_new)
     return p, m_new, denominator * alpha + tl.sum(p, 1), acc * alpha[:, None]
+
+
+@triton.jit
+def normalized(acc, m, denominator, v_scale, kh):
+    """(output, lse) at the end of the recurrence; 0 and -inf for a row that saw no key."""
+    unseen = denominator == 0.0
+    denominator = tl.where(unseen, 1.0, denominator)
+    factor = 1.0 / denominator
+    if v_scale is not None:
+        factor *= tl.load(v_scale + kh)
+    return acc * factor[:, None], tl.where(unseen, HIDDEN, m + tl.log(denominator))

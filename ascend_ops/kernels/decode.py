@@ -8,7 +8,19 @@ for all of them (GQA packing). Row ``r`` is query ``r // GROUP`` of head ``r % G
 import triton
 import triton.language as tl
 
-from .blocks import HIDDEN, LOWEST, block_offset, diagonal, key_span, load_tile, online_softmax, softcapped
+from .blocks import (
+    HIDDEN,
+    LOWEST,
+    diagonal,
+    head_of_sequence,
+    key_span,
+    load_block,
+    load_tile,
+    masked,
+    normalized,
+    online_softmax,
+    softcapped,
+)
 
 
 @triton.jit
@@ -84,11 +96,8 @@ def decode_kernel(
             aligned = lo // BLOCK_K * BLOCK_K  # blocks of pages lie on a grid; the first may begin inside one
         blocks = (tl.maximum(hi - aligned, 0) + BLOCK_K - 1) // BLOCK_K
         share = (blocks + splits - 1) // splits
-        k_base = k + tl.cast(kh, tl.int64) * stride_kh
-        v_base = v + tl.cast(kh, tl.int64) * stride_vh
-        if block_table is None:
-            k_base += tl.cast(cache_row, tl.int64) * stride_kb + tl.cast(k_first, tl.int64) * stride_ks
-            v_base += tl.cast(cache_row, tl.int64) * stride_vb + tl.cast(k_first, tl.int64) * stride_vs
+        k_base = head_of_sequence(k, kh, stride_kh, cache_row, stride_kb, k_first, stride_ks, block_table)
+        v_base = head_of_sequence(v, kh, stride_vh, cache_row, stride_vb, k_first, stride_vs, block_table)
         score_scale = scale
         if k_scale is not None:
             score_scale = scale * tl.load(k_scale + kh)
@@ -107,15 +116,10 @@ def decode_kernel(
         for n in range(split * share, tl.minimum((split + 1) * share, blocks)):
             slot = tl.maximum(aligned + n * BLOCK_K, lo)
             present = tl.minimum(hi, aligned + (n + 1) * BLOCK_K) - slot
-            k_offset = block_offset(
-                b, slot, block_table, stride_table, rows_k, page_size, stride_kb, stride_ks
-            )
-            v_offset = block_offset(
-                b, slot, block_table, stride_table, rows_k, page_size, stride_vb, stride_vs
-            )
-            k_tile = load_tile(
-                k_base + k_offset, stride_ks, columns, d, present, HEAD_DIM, BLOCK_D != HEAD_DIM
-            )
+            k_tile = load_block(
+                k_base, b, slot, block_table, stride_table, rows_k, page_size, stride_kb, stride_ks, columns,
+                d, present, HEAD_DIM, BLOCK_D != HEAD_DIM,
+            )  # fmt: skip
             s = softcapped(tl.dot(q_tile, tl.trans(k_tile)) * score_scale, SOFTCAP)
             if alibi_slopes is not None:
                 slopes = tl.load(
@@ -132,10 +136,7 @@ def decode_kernel(
                 tile = tl.load(
                     mask_rows + rows[:, None] * stride_mh + columns[None, :], mask=visible, other=0
                 )
-                if attn_mask.dtype.element_ty == tl.int8:
-                    s += tl.where(tile != 0, 0.0, HIDDEN)
-                else:
-                    s += tile.to(tl.float32)
+                s = masked(s, tile)
             if QUERIES == 1:
                 s += tl.where(columns < present, 0.0, HIDDEN)[None, :]
             else:
@@ -145,22 +146,18 @@ def decode_kernel(
                 outside = (columns[None, :] < first[:, None]) | (columns[None, :] >= beyond[:, None])
                 s += tl.where(outside, HIDDEN, 0.0)
             p, m, denominator, acc = online_softmax(s, m, denominator, acc)
-            v_tile = load_tile(
-                v_base + v_offset, stride_vs, columns, dv, present, V_HEAD_DIM, BLOCK_DV != V_HEAD_DIM
-            )
+            v_tile = load_block(
+                v_base, b, slot, block_table, stride_table, rows_k, page_size, stride_vb, stride_vs, columns,
+                dv, present, V_HEAD_DIM, BLOCK_DV != V_HEAD_DIM,
+            )  # fmt: skip
             acc += tl.dot(p.to(v_tile.dtype), v_tile)
-        unseen = denominator == 0.0
-        denominator = tl.where(unseen, 1.0, denominator)
-        factor = 1.0 / denominator
-        if v_scale is not None:
-            factor *= tl.load(v_scale + kh)
-        acc *= factor[:, None]
+        acc, row_lse = normalized(acc, m, denominator, v_scale, kh)
         base = tl.cast(item, tl.int64) * count
         stored = (rows < count)[:, None]
         if BLOCK_DV != V_HEAD_DIM:
             stored = stored & (dv < V_HEAD_DIM)[None, :]
         tl.store(part + (base + rows[:, None]) * V_HEAD_DIM + dv[None, :], acc, mask=stored)
-        tl.store(part_lse + base + rows, tl.where(unseen, HIDDEN, m + tl.log(denominator)), mask=rows < count)
+        tl.store(part_lse + base + rows, row_lse, mask=rows < count)
 
 
 @triton.jit
@@ -206,12 +203,10 @@ def combine_kernel(
             denominator = denominator * alpha + weight
             acc = acc * alpha[:, None] + tile * weight[:, None]
             m = m_new
-        unseen = denominator == 0.0
-        denominator = tl.where(unseen, 1.0, denominator)
-        acc *= (1.0 / denominator)[:, None]
+        acc, row_lse = normalized(acc, m, denominator, None, 0)
         base = tl.cast(pair, tl.int64) * count
         tl.store(
             out + (base + rows[:, None]) * V_HEAD_DIM + dv[None, :], acc.to(out.dtype.element_ty), mask=stored
         )
         if lse is not None:
-            tl.store(lse + base + rows, tl.where(unseen, HIDDEN, m + tl.log(denominator)), mask=rows < count)
+            tl.store(lse + base + rows, row_lse, mask=rows < count)

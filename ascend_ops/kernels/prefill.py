@@ -16,10 +16,13 @@ import triton.language as tl
 from .blocks import (
     HIDDEN,
     LOWEST,
-    block_offset,
     diagonal,
+    head_of_sequence,
     key_span,
+    load_block,
     load_tile,
+    masked,
+    normalized,
     online_softmax,
     query_span,
     softcapped,
@@ -122,11 +125,8 @@ def prefill_kernel(
         # Of this tile when below BLOCK_Q; not positive past the end of a short sequence.
         q_rows = queries - q0
         kh = h // group
-        k_base = k + tl.cast(kh, tl.int64) * stride_kh
-        v_base = v + tl.cast(kh, tl.int64) * stride_vh
-        if block_table is None:
-            k_base += tl.cast(cache_row, tl.int64) * stride_kb + tl.cast(k_first, tl.int64) * stride_ks
-            v_base += tl.cast(cache_row, tl.int64) * stride_vb + tl.cast(k_first, tl.int64) * stride_vs
+        k_base = head_of_sequence(k, kh, stride_kh, cache_row, stride_kb, k_first, stride_ks, block_table)
+        v_base = head_of_sequence(v, kh, stride_vh, cache_row, stride_vb, k_first, stride_vs, block_table)
 
         # Slots that some row sees, [lo, hi), and that all rows see, [all_lo, all_hi).
         last = tl.minimum(q_rows, BLOCK_Q) - 1
@@ -170,35 +170,26 @@ def prefill_kernel(
         if (attn_mask is None) and (alibi_slopes is None):
             for n in range(full):
                 slot = full_lo + n * BLOCK_K
-                k_offset = block_offset(
-                    b, slot, block_table, stride_table, rows_k, page_size, stride_kb, stride_ks
-                )
-                v_offset = block_offset(
-                    b, slot, block_table, stride_table, rows_k, page_size, stride_vb, stride_vs
-                )
-                k_tile = load_tile(
-                    k_base + k_offset, stride_ks, columns, d, BLOCK_K, HEAD_DIM, BLOCK_D != HEAD_DIM
-                )
+                k_tile = load_block(
+                    k_base, b, slot, block_table, stride_table, rows_k, page_size, stride_kb, stride_ks,
+                    columns, d, BLOCK_K, HEAD_DIM, BLOCK_D != HEAD_DIM,
+                )  # fmt: skip
                 s = softcapped(tl.dot(q_tile, tl.trans(k_tile)) * score_scale, SOFTCAP)
                 p, m, denominator, acc = online_softmax(s, m, denominator, acc)
-                v_tile = load_tile(
-                    v_base + v_offset, stride_vs, columns, dv, BLOCK_K, V_HEAD_DIM, BLOCK_DV != V_HEAD_DIM
-                )
+                v_tile = load_block(
+                    v_base, b, slot, block_table, stride_table, rows_k, page_size, stride_vb, stride_vs,
+                    columns, dv, BLOCK_K, V_HEAD_DIM, BLOCK_DV != V_HEAD_DIM,
+                )  # fmt: skip
                 acc += tl.dot(p.to(v_tile.dtype), v_tile)
 
         for n in range(edges):
             block = origin + n * EDGE_K + tl.where(n >= before, skipped, 0)
             slot = tl.maximum(block, lo)
             present = tl.minimum(stop, block + EDGE_K) - slot
-            k_offset = block_offset(
-                b, slot, block_table, stride_table, rows_k, page_size, stride_kb, stride_ks
-            )
-            v_offset = block_offset(
-                b, slot, block_table, stride_table, rows_k, page_size, stride_vb, stride_vs
-            )
-            k_tile = load_tile(
-                k_base + k_offset, stride_ks, edge_columns, d, present, HEAD_DIM, BLOCK_D != HEAD_DIM
-            )
+            k_tile = load_block(
+                k_base, b, slot, block_table, stride_table, rows_k, page_size, stride_kb, stride_ks,
+                edge_columns, d, present, HEAD_DIM, BLOCK_D != HEAD_DIM,
+            )  # fmt: skip
             s = softcapped(tl.dot(q_tile, tl.trans(k_tile)) * score_scale, SOFTCAP)
             if alibi_slopes is not None:
                 slope = tl.load(alibi_slopes + b * stride_ab + h)
@@ -220,15 +211,13 @@ def prefill_kernel(
                 tile = tl.load(
                     mask_rows + rows[:, None] * stride_mq + edge_columns[None, :], mask=visible, other=0
                 )
-                if attn_mask.dtype.element_ty == tl.int8:
-                    s += tl.where(tile != 0, 0.0, HIDDEN)
-                else:
-                    s += tile.to(tl.float32)
+                s = masked(s, tile)
             s += tl.where(edge_columns < present, 0.0, HIDDEN)[None, :]
             p, m, denominator, acc = online_softmax(s, m, denominator, acc)
-            v_tile = load_tile(
-                v_base + v_offset, stride_vs, edge_columns, dv, present, V_HEAD_DIM, BLOCK_DV != V_HEAD_DIM
-            )
+            v_tile = load_block(
+                v_base, b, slot, block_table, stride_table, rows_k, page_size, stride_vb, stride_vs,
+                edge_columns, dv, present, V_HEAD_DIM, BLOCK_DV != V_HEAD_DIM,
+            )  # fmt: skip
             acc += tl.dot(p.to(v_tile.dtype), v_tile)
 
         if sinks is not None:
@@ -238,12 +227,7 @@ def prefill_kernel(
             denominator = denominator * rescale + tl.exp(sink - m_new)
             acc *= rescale[:, None]
             m = m_new
-        unseen = denominator == 0.0
-        denominator = tl.where(unseen, 1.0, denominator)
-        factor = 1.0 / denominator
-        if v_scale is not None:
-            factor *= tl.load(v_scale + kh)
-        acc *= factor[:, None]
+        acc, row_lse = normalized(acc, m, denominator, v_scale, kh)
         o_row = out + tl.cast(q_batch, tl.int64) * stride_ob + q_row * stride_os + h * stride_oh
         stored = (rows < q_rows)[:, None]
         if BLOCK_DV != V_HEAD_DIM:
@@ -251,4 +235,4 @@ def prefill_kernel(
         tl.store(o_row + rows[:, None] * stride_os + dv[None, :], acc.to(out.dtype.element_ty), mask=stored)
         if lse is not None:
             l_row = lse + q_batch * stride_lb + h * stride_lh + q_row
-            tl.store(l_row + rows, tl.where(unseen, HIDDEN, m + tl.log(denominator)), mask=rows < q_rows)
+            tl.store(l_row + rows, row_lse, mask=rows < q_rows)

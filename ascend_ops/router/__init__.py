@@ -7,8 +7,8 @@ documented limits (`validate`). What an operator cannot do is a reason, with the
 
 from __future__ import annotations
 
-from .attention import choose, empty, reasons_against, unsupported
-from .call import AttentionCall, Lengths, lengths
+from .attention import Route, empty, route
+from .call import AttentionCall, Lengths, host, lengths
 from .chips import Chip, chip_of, current
 from .invocation import Invocation
 
@@ -17,11 +17,11 @@ __all__ = [
     "Chip",
     "Invocation",
     "Lengths",
+    "Route",
     "chip_of",
-    "choose",
     "current",
     "empty",
+    "host",
     "lengths",
-    "reasons_against",
-    "unsupported",
+    "route",
 ]

@@ -6,6 +6,8 @@ nothing to overlap, so decoding keeps matmul and all-reduce apart.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,12 @@ def reasons(rows: int, dtype: torch.dtype, weight_dtype: torch.dtype, world: int
     if rows < 2 * MIN_TILE:
         out.append(f"rows: {rows}, fewer than two tiles of {MIN_TILE}: nothing would overlap")
     return out
+
+
+def hcom(group: Any, rank: int) -> str:
+    """The name by which CANN's operators know a process group; it exists only where its backend is HCCL."""
+    name: str = group._get_backend(torch.device("npu")).get_hccl_comm_name(rank)  # noqa: SLF001
+    return name
 
 
 def invocation(x: Tensor, weight: Tensor, bias: Tensor | None, hcom: str) -> Invocation:

@@ -3,75 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import atlas_310p, fused_infer, fusion
+from . import atb, fused_infer, fusion
 from .call import AttentionCall, Lengths, lengths, on_device
 from .chips import Chip
 from .invocation import Invocation
 
-Reasons = dict[str, list[str]]
+
+class Route(NamedTuple):
+    """Where a call goes: what speaks against each family of operators, and the call of the first that can."""
+
+    call: AttentionCall
+    chip: Chip
+    capturing: bool
+    against: dict[str, list[str]]  # in order of preference; [] for a family that can run the call
+    lengths: Lengths | None  # None: they have no say, and were not read
+
+    def unsupported(self) -> list[str]:
+        """Why no operator of torch_npu can run the call, one line for each family; [] if one can."""
+        if not all(self.against.values()):
+            return []
+        return [f"{name}: {'; '.join(why)}" for name, why in self.against.items()]
+
+    def invocation(self) -> Invocation | None:
+        """The exact call; None when there are no scores, so that `empty` is the result.
+
+        Raises ValueError with every reason when no operator can run it.
+        """
+        lines = self.unsupported()
+        if lines:
+            text = "\n  ".join(lines)
+            raise ValueError(f"no operator of torch_npu on {self.chip.family} can run this call:\n  {text}")
+        assert self.lengths is not None
+        if _empty(self.lengths):
+            return None
+        family = next(name for name, why in self.against.items() if not why)
+        if family == "fused_infer":
+            return fused_infer.invocation(self.call, self.lengths, self.chip)
+        if family == "fusion":
+            return fusion.invocation(self.call, self.lengths, capturing=self.capturing)
+        return atb.invocation(self.call, self.lengths, self.chip)
 
 
-def reasons_against(call: AttentionCall, chip: Chip, *, capturing: bool = False) -> Reasons:
-    """The reasons of each operator family, in order of preference; [] for those that can run the call.
+def route(call: AttentionCall, chip: Chip, *, capturing: bool = False) -> Route:
+    """Decides once; lengths on a device are read once, and not at all if nothing depends on them.
 
     ``capturing``: into a graph, during which lengths on a device cannot be read.
     """
-    found = _static(call, chip, capturing=capturing)
-    if all(found.values()):
-        return found
-    if capturing and on_device(call):
-        return {
-            name: [*why, "lengths: on the device, while a graph is captured"] for name, why in found.items()
-        }
-    lens = lengths(call)
-    if _empty(lens):
-        return found
-    later: dict[str, Callable[[], list[str]]] = {
-        "fused_infer": lambda: fused_infer.reasons(call, lens, chip),
-        "fusion": lambda: fusion.reasons(call, lens),
-        "310p": lambda: atlas_310p.reasons(call, lens),
-    }
-    return {name: why or later[name]() for name, why in found.items()}
-
-
-def _static(call: AttentionCall, chip: Chip, *, capturing: bool) -> Reasons:
-    return {
+    against = {
         "fused_infer": fused_infer.static_reasons(call, chip, capturing=capturing),
         "fusion": fusion.static_reasons(call, chip, capturing=capturing),
-        "310p": atlas_310p.static_reasons(call, chip),
+        "atb": atb.static_reasons(call, chip),
     }
-
-
-def unsupported(call: AttentionCall, chip: Chip, *, capturing: bool = False) -> list[str]:
-    """Why no operator of torch_npu can run the call, one line for each family of them; [] if one can."""
-    found = reasons_against(call, chip, capturing=capturing)
-    if not all(found.values()):
-        return []
-    return [f"{name}: {'; '.join(why)}" for name, why in found.items()]
-
-
-def choose(call: AttentionCall, chip: Chip, *, capturing: bool = False) -> Invocation | None:
-    """The first operator that can run the call; None when there are no scores, so that `empty` is the result.
-
-    Raises ValueError with every reason when none can.
-    """
-    found = reasons_against(call, chip, capturing=capturing)
-    able = [name for name, why in found.items() if not why]
-    if not able:
-        lines = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in found.items())
-        raise ValueError(f"no operator of torch_npu on {chip.family} can run this call:\n{lines}")
+    if all(against.values()):
+        return Route(call, chip, capturing, against, None)
+    if capturing and on_device(call):
+        against = {
+            n: [*why, "lengths: on the device, while a graph is captured"] for n, why in against.items()
+        }
+        return Route(call, chip, capturing, against, None)
     lens = lengths(call)
-    if _empty(lens):
-        return None
-    if able[0] == "fused_infer":
-        return fused_infer.invocation(call, lens, chip)
-    if able[0] == "fusion":
-        return fusion.invocation(call, lens, capturing=capturing)
-    return atlas_310p.invocation(call, lens)
+    if not _empty(lens):
+        later: dict[str, Callable[[], list[str]]] = {
+            "fused_infer": lambda: fused_infer.reasons(call, lens, chip),
+            "fusion": lambda: fusion.reasons(call, lens),
+            "atb": lambda: atb.reasons(call, lens, chip),
+        }
+        against = {name: why or later[name]() for name, why in against.items()}
+    return Route(call, chip, capturing, against, lens)
 
 
 def empty(call: AttentionCall) -> tuple[Tensor, Tensor | None]:

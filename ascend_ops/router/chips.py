@@ -1,7 +1,10 @@
 """Ascend chips by the operators they have.
 
 Product names of CANN's documents: "Atlas training" is 910A, "Atlas inference" 310P, "Atlas A2" 910B,
-"Atlas A3" 910_93. Support lists: the pages of torch_npu's custom operators and of the ATB operators.
+"Atlas A3" 910_93. Support lists: the pages of torch_npu's custom operators and of the ATB operators, those
+in CANN 9.1, where 910A has PagedAttentionOperation and ReshapeAndCacheOperation, but
+SelfAttentionOperation "in certain scenarios" of which only the layout BNSD is named: torch_npu's binding asks
+for another.
 """
 
 from __future__ import annotations
@@ -20,12 +23,22 @@ _SOC_VERSIONS: tuple[tuple[range, Family], ...] = (
     (range(260, 270), "950"),
 )
 _OPERATORS: dict[Family, frozenset[str]] = {
-    "910a": frozenset({"npu_rms_norm", "npu_rotary_mul"}),
+    "910a": frozenset(
+        {
+            "_npu_paged_attention",
+            "_npu_paged_attention_splitfuse",
+            "_npu_reshape_and_cache",
+            "npu_rms_norm",
+            "npu_rotary_mul",
+        }
+    ),
     "310p": frozenset(
         {
             "_npu_flash_attention",
+            "_npu_flash_attention_v3",
             "_npu_paged_attention",
             "_npu_paged_attention_splitfuse",
+            "_npu_paged_attention_splitfuse_v2",
             "_npu_reshape_and_cache",
             "npu_rms_norm",
             "npu_add_rms_norm",
@@ -67,6 +80,11 @@ class Chip(NamedTuple):
 
     family: Family
     operators: frozenset[str]
+
+    @property
+    def kv_layout(self) -> str:
+        """Of the pages that its attention operators read."""
+        return "npu_nz" if self.family in ("910a", "310p") else "nhd"
 
     @property
     def compiles_triton(self) -> bool:

@@ -20,7 +20,6 @@ from .chips import Chip
 from .invocation import Invocation, Results
 
 V1, V2 = "npu_fused_infer_attention_score", "npu_fused_infer_attention_score_v2"
-UNBOUNDED = 2147483647
 _NEVER = (
     "softcap",
     "alibi_slopes",
@@ -191,14 +190,7 @@ def _mask(call: AttentionCall, lens: Lengths, tnd: bool, kwargs: dict[str, Any])
         return hidden.all(-1).transpose(1, 2)
     if not tnd and (max(lens.q) == 1 or (call.left is None and call.right is None)):
         return None
-    kwargs["atten_mask"] = masks.compressed(call.q.device)
-    if call.left is None and call.right == 0:
-        kwargs["sparse_mode"] = 3
-    else:
-        # Without bounds too: TND without a mask has given uniform averages.
-        kwargs["sparse_mode"] = 4
-        kwargs["pre_tokens"] = UNBOUNDED if call.left is None else min(call.left, UNBOUNDED)
-        kwargs["next_tokens"] = UNBOUNDED if call.right is None else min(call.right, UNBOUNDED)
+    kwargs |= masks.band(call.left, call.right, call.q.device)  # without bounds too, in TND
     if any(lens.unseen(call.right)) and max(lens.q) > 1:
         kwargs["inner_precise"] = 2
     return None

@@ -19,7 +19,6 @@ from .chips import Chip
 from .invocation import Invocation, Results
 
 V2, V3 = "npu_fusion_attention_v2", "npu_fusion_attention_v3"
-UNBOUNDED = 2147483647
 _NEVER = (
     "softcap", "alibi_slopes", "block_table", "seqused_k", "cache_batch_idx", "cache_leftpad", "q_pos0",
     "k_pos0", "k_scale", "v_scale",
@@ -116,13 +115,7 @@ def _mask(call: AttentionCall, lens: Lengths, kwargs: dict[str, Any]) -> Tensor 
     if call.attn_mask is None:
         if call.left is None and call.right is None:
             return None
-        kwargs["atten_mask"] = masks.compressed(call.q.device)
-        if call.left is None and call.right == 0:
-            kwargs["sparse_mode"] = 3
-        else:
-            kwargs["sparse_mode"] = 4
-            kwargs["pre_tokens"] = UNBOUNDED if call.left is None else min(call.left, UNBOUNDED)
-            kwargs["next_tokens"] = UNBOUNDED if call.right is None else min(call.right, UNBOUNDED)
+        kwargs |= masks.band(call.left, call.right, call.q.device)
         if not any(lens.unseen(call.right)):
             return None
         kwargs["inner_precise"] = 2

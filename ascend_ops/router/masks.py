@@ -6,6 +6,8 @@ Causal and banded calls never have an S x S mask on 910B and newer: ``sparse_mod
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,38 @@ from ..capture import made_once
 
 COMPRESSED = 2048
 NZ_BLOCK = 16  # columns of a fractal block of 16-bit values
+_UNBOUNDED = 2147483647
+FRACTAL_NZ = 29  # of aclFormat
+_HIDDEN = -10000.0  # what ATB's documents and tests add to a hidden score of a compressed mask
 
 
 @made_once(8)
 def compressed(device: torch.device) -> Tensor:
     """bool (2048, 2048), True above the diagonal: what `sparse_mode` 2, 3 and 4 take (True: hidden)."""
     return torch.ones((COMPRESSED, COMPRESSED), dtype=torch.bool, device=device).triu_(1)
+
+
+def band(left: int | None, right: int | None, device: torch.device) -> dict[str, Any]:
+    """The arguments that hide what is outside of a bottom-right aligned band, an unbounded one included."""
+    found: dict[str, Any] = {"atten_mask": compressed(device)}
+    if left is None and right == 0:
+        return found | {"sparse_mode": 3}
+    before, after = (_UNBOUNDED if n is None else min(n, _UNBOUNDED) for n in (left, right))
+    return found | {"sparse_mode": 4, "pre_tokens": before, "next_tokens": after}
+
+
+@made_once(8)
+def compressed_additive(device: torch.device) -> Tensor:
+    """float16 (2048, 2048), 0 where seen: what `_npu_paged_attention_splitfuse_v2` takes."""
+    return torch.zeros((COMPRESSED, COMPRESSED), dtype=torch.float16, device=device).masked_fill_(
+        compressed(device), _HIDDEN
+    )
+
+
+@made_once(8)
+def compressed_nz(device: torch.device) -> Tensor:
+    """`compressed_additive` as NZ, (1, 128, 2048, 16): what `_npu_flash_attention_v3` takes."""
+    return tagged_nz(to_nz(compressed_additive(device)))
 
 
 def hidden(mask: Tensor, left: int | None, right: int | None) -> Tensor:
@@ -47,6 +75,18 @@ def to_nz(rows: Tensor) -> Tensor:
     r, c = (-(-n // NZ_BLOCK) * NZ_BLOCK for n in rows.shape)
     padded = torch.nn.functional.pad(rows, (0, c - rows.shape[1], 0, r - rows.shape[0]))
     return padded.view(1, r, c // NZ_BLOCK, NZ_BLOCK).transpose(1, 2).contiguous()
+
+
+def tagged_nz(stored: Tensor) -> Tensor:
+    """``stored``, in NZ's order of bytes, with CANN's format tag FRACTAL_NZ where there are tags: on an NPU.
+
+    ATB reads the tag of a mask and transposes one that says ND, which here would be the second time. A last
+    dimension of 16 is one fractal column, so that the cast moves nothing. Caches need no tag.
+    """
+    if stored.device.type != "npu":
+        return stored
+    tagged: Tensor = torch.ops.npu.npu_format_cast(stored, FRACTAL_NZ)
+    return tagged
 
 
 def additive_rows(positions: Tensor, columns: int, left: int | None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .atlas_310p import nz_view
+from .atb import nz_view
 from .call import host
 from .chips import Chip
 from .invocation import Invocation
@@ -91,11 +91,11 @@ def append_kv(
 ) -> Choice:
     """Writes k and v (N, Hkv, D) into the pages at ``slots``; negative slots are left out."""
     nz = kv_layout == "npu_nz"
-    name = "_npu_reshape_and_cache" if chip.family == "310p" else "npu_scatter_pa_kv_cache"
+    name = "_npu_reshape_and_cache" if chip.kv_layout == "npu_nz" else "npu_scatter_pa_kv_cache"
     if name not in chip.operators:
         return f"{name} does not exist on {chip.family}"
-    if nz != (chip.family == "310p"):
-        return f"kv_layout: {kv_layout!r}, {chip.family} keeps {'NZ' if not nz else 'nhd'} pages"
+    if kv_layout != chip.kv_layout:
+        return f"kv_layout: {kv_layout!r}, {chip.family} keeps {chip.kv_layout} pages"
     if {k.dtype, v.dtype, k_cache.dtype, v_cache.dtype} != {k.dtype} or k.dtype not in _HALVES:
         return f"dtypes: {k.dtype} into {k_cache.dtype}, one of float16 and bfloat16 for all"
     if nz and (k.shape != v.shape or k.shape[1:].numel() % 16):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .invocation import Invocation
+from .masks import COMPRESSED
 
 Named = dict[str, Any]
 
@@ -126,7 +127,7 @@ def _sparse(kw: Named, rows: int, columns: int, *, decode: bool) -> list[str]:
     elif mask is None:
         out.append(f"atten_mask: none, sparse_mode {mode} needs one")
     elif mode in (2, 3, 4):
-        out += _expect("atten_mask", (mask.dtype, tuple(mask.shape)), (torch.bool, (2048, 2048)))
+        out += _expect("atten_mask", (mask.dtype, tuple(mask.shape)), (torch.bool, (COMPRESSED, COMPRESSED)))
     elif mode == 1:
         out += _expect("atten_mask", (mask.dtype, tuple(mask.shape[-2:])), (torch.bool, (rows, columns)))
     if (mode == 4) != bool(tokens):
@@ -143,17 +144,18 @@ def _ends(name: str, found: Any, total: int) -> list[str]:
     )
 
 
-def _prefill_310p(args: tuple[Any, ...], kw: Named) -> list[str]:
+def _atb_prefill(args: tuple[Any, ...], kw: Named) -> list[str]:
     q, k, mask, lens = (kw[n] for n in ("query", "key", "mask", "seq_len"))
     out = _expect("rows", (q.shape[0] % 16, k.shape[0]), (0, q.shape[0]))
-    out += _expect("sum of seq_len", int(lens.sum()), q.shape[0]) + _expect(
-        "seq_len", lens.device.type, "cpu"
-    )
-    size = -(-int(lens.max()) // 16) * 16
+    out += _expect("sum of seq_len", int(lens.sum()), q.shape[0])
+    out += _expect("seq_len", lens.device.type, "cpu")
+    compressed = "mask_type" in kw
+    out += _expect("mask_type", kw["mask_type"], 3) if compressed else []
+    size = COMPRESSED if compressed else -(-int(lens.max()) // 16) * 16
     return out + _expect("mask", (mask.dtype, tuple(mask.shape)), (torch.float16, (1, size // 16, size, 16)))
 
 
-def _cached_310p(args: tuple[Any, ...], kw: Named) -> list[str]:
+def _atb_paged(args: tuple[Any, ...], kw: Named) -> list[str]:
     q, cache, table = kw["query"], kw["key_cache"], kw["block_table"]
     out = _expect("key_cache", cache.shape[1] * 16, kw["num_kv_heads"] * q.shape[2])
     out += _expect("value_cache", kw["value_cache"].shape, cache.shape)
@@ -162,6 +164,11 @@ def _cached_310p(args: tuple[Any, ...], kw: Named) -> list[str]:
     if "seq_len" in kw:
         batch = kw["seq_len"].numel()
         out += _expect("sum of seq_len", int(kw["seq_len"].sum()), q.shape[0])
+        out += _expect("seq_len", kw["seq_len"].device.type, "cpu")
+    if "mask_type" in kw:
+        mask = (kw["mask"].dtype, tuple(kw["mask"].shape), kw["mask_type"])
+        out += _expect("mask", mask, (torch.float16, (COMPRESSED, COMPRESSED), 5))
+    elif "mask" in kw:
         rows, width = kw["mask"].shape[2], kw["mask"].shape[1] * 16
         out += _expect("rows of mask", rows, -(-q.shape[0] // 16) * 16)
         if width < int(kw["context_lens"].max()):
@@ -236,9 +243,11 @@ _CHECKS: dict[str, Callable[[tuple[Any, ...], Named], list[str]]] = {
     "npu_fused_infer_attention_score_v2": _fused_infer,
     "npu_fusion_attention_v2": _fusion,
     "npu_fusion_attention_v3": _fusion,
-    "_npu_flash_attention": _prefill_310p,
-    "_npu_paged_attention": _cached_310p,
-    "_npu_paged_attention_splitfuse": _cached_310p,
+    "_npu_flash_attention": _atb_prefill,
+    "_npu_flash_attention_v3": _atb_prefill,
+    "_npu_paged_attention": _atb_paged,
+    "_npu_paged_attention_splitfuse": _atb_paged,
+    "_npu_paged_attention_splitfuse_v2": _atb_paged,
     "npu_rms_norm": _norm,
     "npu_add_rms_norm": _norm,
     "npu_rotary_mul": _rotary,

@@ -116,9 +116,9 @@ def small_calls() -> Iterator[SmallCall]:
     yield SmallCall("rotary", lambda: ops.rotary(heads, table, table, slots))
     yield SmallCall("rotary of pairs", lambda: ops.rotary(heads, table, table, slots, interleaved=True))
     yield SmallCall("KV append", lambda: ops.append_kv(cache, cache, heads, heads, slots))
-    yield SmallCall(
-        "KV append with rotary", lambda: ops.append_kv(cache, cache, heads, heads, slots, **rotation)
-    )
+    for name, pairs in (("rotary", False), ("rotary of pairs", True)):
+        append = partial(ops.append_kv, cache, cache, heads, heads, slots, interleaved=pairs, **rotation)
+        yield SmallCall(f"KV append with {name}", append)
     for rows in (1, 64):
         for name, w in _weights().items():
             yield SmallCall(f"{name} linear, {rows} rows", partial(ops.linear, x[:1].expand(rows, -1), w))

@@ -62,3 +62,14 @@ def ratio(ours: float, peer: float | None, higher_is_better: bool) -> float | No
 def write(path: str | Path, records: Sequence[Record]) -> None:
     """Writes the records as a JSON list."""
     Path(path).write_text(json.dumps([asdict(r) for r in records], indent=1) + "\n")
+
+
+def append(path: str | Path, records: Sequence[Record]) -> list[Record]:
+    """Adds the records to those of a file, if there is one, in the place of what it has of the same metrics
+    of the same cases; returns all. So a sweep may be measured in parts.
+    """
+    new = {(r.bench, r.case, r.metric) for r in records}
+    held = [Record(**fields) for fields in json.loads(Path(path).read_text())] if Path(path).exists() else []
+    merged = [*(r for r in held if (r.bench, r.case, r.metric) not in new), *records]
+    write(path, merged)
+    return merged

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ascend_ops import router
 from ascend_ops.attention import DTYPES, MAX_HEAD_DIM
+from ascend_ops.capture import capturing
 
 from ..indices import check_indices
 from ..settings import settings
-from ..spec import AttentionArgs, AttentionSignature, Backend, Op, UnsupportedError
+from ..spec import AttentionArgs, AttentionSignature, Backend, Op, Pages, UnsupportedError
 from .interpreter import reasons_against_emulating
 
 _EMULATED = "ascend" in settings.emulate
@@ -46,14 +47,14 @@ def router_call(a: AttentionArgs) -> router.AttentionCall:
 
 def _run_attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
     """(out, lse), lse empty unless asked for. Raises UnsupportedError with the reasons of both ways."""
-    if a.q.device.type == "cpu":
+    if emulated():
         check_indices(a)
         return _by_kernels(a)
-    chip, call = router.current(), router_call(a)
-    capturing = torch.npu.is_current_stream_capturing()  # type: ignore[attr-defined]
-    against = router.unsupported(call, chip, capturing=capturing)
+    chip = router.current()
+    route = router.route(router_call(a), chip, capturing=capturing(a.q.device))
+    against = route.unsupported()
     if settings.ascend != "kernels" and not against:
-        return _by_torch_npu(call, chip, capturing=capturing)
+        return _by_torch_npu(route)
     why_not = kernel_reasons(a.signature())
     if settings.ascend != "torch_npu" and not why_not:
         return _by_kernels(a)
@@ -63,9 +64,9 @@ def _run_attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
     )
 
 
-def _by_torch_npu(call: router.AttentionCall, chip: router.Chip, *, capturing: bool) -> tuple[Tensor, Tensor]:
-    invocation = router.choose(call, chip, capturing=capturing)
-    out, lse = router.empty(call) if invocation is None else invocation()
+def _by_torch_npu(route: router.Route) -> tuple[Tensor, Tensor]:
+    invocation = route.invocation()
+    out, lse = router.empty(route.call) if invocation is None else invocation()
     return out, out.new_empty((0,), dtype=torch.float32) if lse is None else lse
 
 
@@ -94,6 +95,11 @@ def kernel_reasons(s: AttentionSignature) -> list[str]:
     return out
 
 
+def emulated() -> bool:
+    """Whether tensors are the CPU's, our kernels interpreted and torch_npu's operators absent."""
+    return _EMULATED
+
+
 def compiles_kernels() -> bool:
     """Whether Triton kernels run on this process's NPU, or are interpreted."""
     return _EMULATED or router.current().compiles_triton
@@ -107,7 +113,7 @@ def attention_reasons(s: AttentionSignature) -> list[str]:
     why_not = kernel_reasons(s)
     if not why_not or _EMULATED:
         return why_not
-    against = router.unsupported(_stand_in(s), router.current())
+    against = router.route(_stand_in(s), router.current()).unsupported()
     return [*why_not, *against] if against else []
 
 
@@ -146,6 +152,13 @@ def _ops() -> Mapping[str, Op]:
     return {"attention": Op(_run_attention, features, attention_reasons), **ascend_small.OPS}
 
 
+def _pages(head_dim: int) -> Pages:
+    """128 tokens: FIA takes no less, and no block of our kernels that fits is cut short. ATB's own in NZ."""
+    if _EMULATED or router.current().kv_layout == "nhd":
+        return Pages(128)
+    return Pages(min(128, 128 * 128 // head_dim // 16 * 16), "npu_nz")
+
+
 def _describe() -> Mapping[str, str]:
     if _EMULATED:
         import triton
@@ -162,4 +175,4 @@ def _describe() -> Mapping[str, str]:
     }
 
 
-BACKEND = Backend("ascend", ("npu", "cpu") if _EMULATED else ("npu",), _available, _ops, _describe)
+BACKEND = Backend("ascend", ("npu", "cpu") if _EMULATED else ("npu",), _available, _ops, _describe, _pages)

@@ -26,18 +26,16 @@ from ..spec import (
     SwigluArgs,
     UnsupportedError,
 )
-from .ascend import compiles_kernels
+from .ascend import compiles_kernels, emulated
 from .torch_ops import check_indices
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _BITS = {"int4": 4, "int8": 8, "dense": 16}
 
 
-def _run(
-    device: torch.device, choose: Callable[[router.Chip], small_ops.Choice], kernel: Callable[[], Any]
-) -> Any:
+def _run(choose: Callable[[router.Chip], small_ops.Choice], kernel: Callable[[], Any]) -> Any:
     """By torch_npu if it can and may, otherwise by our kernel; UnsupportedError if neither."""
-    if device.type == "cpu":
+    if emulated():
         return kernel()
     choice: small_ops.Choice = "FASTATTN_ASCEND=kernels"
     if settings.ascend != "kernels":
@@ -52,7 +50,6 @@ def _run(
 def rms_norm(a: RmsNormArgs) -> tuple[Tensor, Tensor]:
     """(normalised, x + residual) in x's dtype; the sum is empty without a residual."""
     out, total = _run(
-        a.x.device,
         lambda chip: small_ops.rms_norm(a.x, a.weight, a.eps, a.residual, chip),
         lambda: kernels.rms_norm(a.x, a.weight, a.eps, a.residual),
     )
@@ -61,7 +58,7 @@ def rms_norm(a: RmsNormArgs) -> tuple[Tensor, Tensor]:
 
 def swiglu(a: SwigluArgs) -> Tensor:
     """``silu(gate) * up`` of x (..., 2 F)."""
-    found: Tensor = _run(a.x.device, lambda chip: small_ops.swiglu(a.x, chip), lambda: kernels.swiglu(a.x))
+    found: Tensor = _run(lambda chip: small_ops.swiglu(a.x, chip), lambda: kernels.swiglu(a.x))
     return found
 
 
@@ -74,7 +71,6 @@ def rotary(a: RotaryArgs) -> Tensor:
     if compiles_kernels() and settings.ascend != "torch_npu":
         return kernels.rotary(a.x, a.cos, a.sin, a.positions, interleaved=a.interleaved)
     found: Tensor = _run(
-        a.x.device,
         lambda chip: small_ops.rotary(a.x, a.cos, a.sin, a.positions, a.interleaved, chip),
         lambda: kernels.rotary(a.x, a.cos, a.sin, a.positions, interleaved=a.interleaved),
     )
@@ -87,10 +83,10 @@ def append_kv(a: AppendKvArgs) -> None:
     check_indices(a.slots, "slots", pages * page, lowest=-(1 << 62))
     if a.cos is not None and a.positions is not None:
         check_indices(a.positions, "positions", a.cos.shape[0])
-    if not compiles_kernels() and not bool((a.slots >= 0).any()):
+    if not compiles_kernels() and all(slot < 0 for slot in router.host(a.slots)):
         return  # torch_npu's scatter has no slot for rows that are skipped
     if a.slots.numel() and pages * page:
-        _run(a.k.device, lambda chip: append_choice(a, chip), lambda: _append_kernel(a))
+        _run(lambda chip: append_choice(a, chip), lambda: _append_kernel(a))
 
 
 def append_choice(a: AppendKvArgs, chip: router.Chip) -> small_ops.Choice:
@@ -119,12 +115,11 @@ def _append_kernel(a: AppendKvArgs) -> None:
 def linear(a: LinearArgs) -> Tensor:
     """``x @ W^T + bias`` in x's dtype. On a device, a dense product is torch's own: CANN's matmul."""
     w, x = a.weight, a.x
-    if w.format == "dense" and x.device.type != "cpu":
+    if w.format == "dense" and not emulated():
         x = x if w.x_perm is None else x.index_select(1, w.x_perm)
         bias = None if w.bias is None else w.bias.to(x.dtype)
         return F.linear(x, w.tensors["weight"].to(x.dtype), bias)
     found: Tensor = _run(
-        x.device,
         lambda chip: _linear_choice(x, w, chip),
         lambda: kernels.linear(x, kernel_weight(w), w.bias),
     )
@@ -201,7 +196,7 @@ def _append_reasons(s: OpSignature) -> list[str]:
     if s.other_dtypes[0] not in FLOATS:
         out.append(f"cache dtype {s.other_dtypes[0]}: only float16, bfloat16 and float32")
     if "npu_nz" in s.dims and compiles_kernels():
-        out.append("kv_layout: nhd; NZ is for 310P")
+        out.append("kv_layout: nhd; NZ is for 310P and 910A")
     if out or compiles_kernels():
         return out
     page, dim, v_dim, layout = s.dims

@@ -6,7 +6,7 @@ A hop takes the link's latency and the time of the bytes that the busiest rank s
 from __future__ import annotations
 
 from ..spec import Link, Rates
-from .sums import Wire
+from .sums import Wire, pieces
 
 
 def hop(link: Link, sent: int) -> float:
@@ -48,8 +48,9 @@ def two_step_seconds(wire: Wire, rows: int, hidden: int, link: Link, rate: Rates
 
 
 def star_seconds(wire: Wire, rows: int, hidden: int, link: Link, rate: Rates) -> float:
-    """All messages meet on the hub's link, in both directions."""
+    """All messages meet on the hub's link, in both directions: out as soon as the first piece is in."""
     if rate.world == 1:
         return 0.0
     values = rows * hidden * (3 + rate.world)
-    return 2 * hop(link, star_bytes(wire, rows, hidden, rate.world)) + values * rate.value_s
+    sent, count = star_bytes(wire, rows, hidden, rate.world), len(pieces(rows, wire, hidden))
+    return hop(link, sent) + hop(link, sent // max(1, count)) + values * rate.value_s

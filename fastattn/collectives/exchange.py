@@ -16,7 +16,7 @@ import re
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
@@ -46,13 +46,19 @@ class Traffic:
 
 traffic = Traffic()
 
+#: Who may know which rank ended first, within so many seconds (`parallel.watch`): those that notice it in an
+#: exchange end too, and whoever waits for one of these would name a victim.
+witnesses: list[Callable[[float], int | None]] = []
+_WITNESS_S = 0.5
+
 
 def reason_of(error: BaseException, timeout_s: float) -> str:
     """A backend's message in our words, with its own behind."""
     text = re.sub(r"^\[\S+\.cc:\d+\]\s*", "", str(error).strip().split("\n")[0])
     own = re.split(r"\. (?:This is typically|Check the logs)", text)[0]
     if re.search(r"Connection (was likely )?closed|Connection reset|Broken pipe", text):
-        return f"another rank ended ({own})"
+        lost = next((rank for ask in witnesses if (rank := ask(_WITNESS_S)) is not None), None)
+        return f"{'another rank' if lost is None else f'rank {lost}'} ended ({own})"
     if "imed out" in text or "timeout" in text:
         return f"no answer within {timeout_s:g} s: another rank is stopped or the link is cut ({own})"
     return own
@@ -120,14 +126,6 @@ def device_of(g: TPGroup) -> torch.device:
     return torch.device({"nccl": "cuda", "hccl": "npu"}.get(backend, "cpu"))
 
 
-def hccl_name(g: TPGroup) -> str:
-    """The name by which CANN's operators know this group; it exists only where the backend is HCCL."""
-    assert g.pg is not None
-    backend: Any = g.pg._get_backend(torch.device("npu"))  # noqa: SLF001
-    name: str = backend.get_hccl_comm_name(g.rank)
-    return name
-
-
 def all_reduce(g: TPGroup, x: Tensor, where: str) -> Pending:
     """Starts the sum of the ranks' ``x`` (one shape and dtype), in place; every rank gets the same bits.
 
@@ -142,6 +140,8 @@ def all_reduce(g: TPGroup, x: Tensor, where: str) -> Pending:
         return Pending(g, where, [(None, dist.all_reduce(_lend(x), group=g.pg, async_op=True))])
 
 
+LAST_STEP = 15  # of a lane, from 0
+_STEPS = LAST_STEP + 1
 _lanes: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()  # of each group
 
 
@@ -152,11 +152,10 @@ class Lane:
     receiver among everything else under way, whichever thread posts it and when.
     """
 
-    _STEPS = 4
-
     def __init__(self, g: TPGroup, where: str) -> None:
         self.group, self.where = g, where
-        self._number = next(_lanes.setdefault(g.pg, count())) % (1 << 28)  # tags have 31 bits
+        self._number = next(_lanes.setdefault(g.pg, count())) % (1 << 27)  # tags have 31 bits
+        self.others = [r for r in range(g.world) if r != g.rank]
 
     def swap(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor], step: int = 0) -> Pending:
         """Starts to send ``outgoing[r]`` to each rank r and to fill ``incoming[r]`` by what r sends: one hop.
@@ -164,9 +163,9 @@ class Lane:
         All are contiguous and of equal size on both ends; those without elements do not travel. What goes
         out must stay as it is until the `Pending` has been waited for.
         """
-        if not 0 <= step < self._STEPS:
-            raise ValueError(f"step: {step}, expected 0 to {self._STEPS - 1}")
-        g, tag = self.group, self._number * self._STEPS + step
+        if not 0 <= step < _STEPS:
+            raise ValueError(f"step: {step}, expected 0 to {_STEPS - 1}")
+        g, tag = self.group, self._number * _STEPS + step
         works: list[tuple[int | None, Any]] = []
         with _errors(g, self.where):
             for r, x in incoming.items():

@@ -18,7 +18,7 @@ from ascend_ops.router import all_reduce
 
 from ..spec import Point, TPGroup
 from .exact import Exact
-from .exchange import Lane, Pending, device_of, hccl_name, traffic
+from .exchange import Lane, Pending, device_of, traffic
 from .steps import Steps
 from .sums import Partial
 
@@ -42,7 +42,8 @@ class MatmulSum(Exact):
         product = x.gemm_input()
         weight = x.weight.tensors["weight"]
         traffic.add("mm_all_reduce", product)
-        total: Tensor = all_reduce.invocation(product, weight, None, hccl_name(lane.group))()
+        hcom = all_reduce.hcom(lane.group.pg, lane.group.rank)
+        total: Tensor = all_reduce.invocation(product, weight, None, hcom)()
         yield Pending(lane.group, lane.where)  # in order on the device's stream: nothing to wait for here
         return total
 

@@ -24,11 +24,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..spec import PackedWeight
+from ..spec import PackedWeight, Span
 from .exchange import Lane
 from .steps import Steps
 
-Span = tuple[int, int]
+Shape = tuple[int, int, torch.dtype]  # rows, hidden
 
 
 class Wire(Protocol):
@@ -51,6 +51,9 @@ class Wire(Protocol):
         ...
 
 
+_CACHED_VALUES = 1 << 15  # float32 sums of 16-bit values: large temporaries cost more than adding does
+
+
 class Plain(NamedTuple):
     """Values travel as they are."""
 
@@ -63,14 +66,25 @@ class Plain(NamedTuple):
         return torch.empty((rows, hidden), dtype=dtype)
 
     def add(self, messages: Sequence[Tensor], rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
-        first, *others = messages
-        if not others:
-            return first
+        if len(messages) == 1:
+            return messages[0]
         wide = torch.promote_types(dtype, torch.float32)
-        total = torch.add(first.to(wide), others[0])
-        for x in others[1:]:
-            total += x
-        return total.to(dtype)
+        if len(messages) == 2 or wide == dtype:
+            first, second, *others = messages
+            total = torch.add(first, second)  # of two, rounded once in any dtype
+            for x in others:
+                total += x
+            return total
+        total = torch.empty((rows, hidden), dtype=dtype)
+        few = max(1, _CACHED_VALUES // hidden)
+        scratch = torch.empty((few, hidden), dtype=wide)
+        for lo in range(0, rows, few):
+            part = scratch[: min(few, rows - lo)]
+            part.copy_(messages[0][lo : lo + few])
+            for x in messages[1:]:
+                part += x[lo : lo + few]
+            total[lo : lo + few] = part
+        return total
 
     def message_bytes(self, rows: int, hidden: int) -> int:
         return rows * hidden * self.item_bytes
@@ -91,90 +105,114 @@ class Partial(NamedTuple):
     weight: PackedWeight | None = None  # with gemm_input: compute() is gemm_input() @ weight^T
     gemm_input: Callable[[], Tensor] | None = None
 
+    @property
+    def shape(self) -> Shape:
+        return self.rows, self.hidden, self.dtype
+
 
 def one_step(lane: Lane, x: Partial, wire: Wire) -> Steps[Tensor]:
     """Every rank sends all of its ``x`` to every other one."""
-    others = [r for r in range(lane.group.world) if r != lane.group.rank]
-    messages = {r: wire.inbox(x.rows, x.hidden, x.dtype) for r in others}
-    arriving = lane.swap({}, messages)
+    inbox = Inbox(lane, dict.fromkeys(lane.others, x.rows), x.shape, wire, 0)
     mine = wire.encode(x.compute())
-    sent = lane.swap(dict.fromkeys(others, mine), {})
-    yield arriving
+    sent = lane.swap(dict.fromkeys(lane.others, mine), {}, 0)
+    total = yield from inbox.sum(mine)
     yield sent
-    return wire.add(_in_order(lane, mine, messages), x.rows, x.hidden, x.dtype)
+    return total
 
 
-def two_step(lane: Lane, x: Partial, wire: Wire) -> Steps[Tensor]:
-    """`scatter_sum`, then `gather_rows`."""
-    inbox = RowInbox(lane, x.rows, x.hidden, x.dtype, wire)
-    share = yield from scatter_sum(lane, x, wire)
-    return (yield from gather_rows(lane, share, wire, inbox))
+def two_step(
+    lane: Lane, x: Partial, wire: Wire, between: Callable[[Tensor], Tensor] = lambda total: total
+) -> Steps[Tensor]:
+    """A reduce-scatter in one hop and an all-gather in another: each rank adds its `row_spans` share.
 
-
-def scatter_sum(lane: Lane, x: Partial, wire: Wire) -> Steps[Tensor]:
-    """The sum of this rank's share of the rows (`row_spans`): a reduce-scatter in one hop, step 0."""
-    g = lane.group
-    spans = row_spans(x.rows, g.world)
-    lo, hi = spans[g.rank]
-    messages = {}
-    if lo < hi:
-        messages = {r: wire.inbox(hi - lo, x.hidden, x.dtype) for r in range(g.world) if r != g.rank}
-    arriving = lane.swap({}, messages)
+    ``between`` gets the sums of this rank's rows; what it returns is gathered instead.
+    """
+    spans = row_spans(x.rows, lane.group.world)
+    lo, hi = spans[lane.group.rank]
+    inbox = Inbox(lane, dict.fromkeys(lane.others, hi - lo), x.shape, wire, 0)
+    gather = Gather(lane, x.shape, wire, 1)
     values = x.compute()
-    filled = {r: (a, b) for r, (a, b) in enumerate(spans) if r != g.rank and a < b}
-    sent = lane.swap({r: wire.encode(values[a:b]) for r, (a, b) in filled.items()}, {})
-    yield arriving
+    due = {r: spans[r] for r in lane.others}
+    sent = lane.swap({r: wire.encode(values[a:b]) for r, (a, b) in due.items()}, {}, 0)
+    total = yield from inbox.sum(wire.encode(values[lo:hi]))
+    result = yield from gather.rows(between(total))
     yield sent
-    if lo == hi:
-        return values[:0]
-    return wire.add(_in_order(lane, wire.encode(values[lo:hi]), messages), hi - lo, x.hidden, x.dtype)
+    return result
 
 
-class RowInbox:
-    """Room for the other ranks' shares of a tensor of ``rows``, announced to them at once."""
+class Inbox:
+    """Room for one message of each rank in ``rows``, of so many, announced to them at once."""
 
-    def __init__(
-        self, lane: Lane, rows: int, hidden: int, dtype: torch.dtype, wire: Wire, step: int = 1
-    ) -> None:
-        self.step, me = step, lane.group.rank
-        self.sizes = {r: hi - lo for r, (lo, hi) in enumerate(row_spans(rows, lane.group.world)) if lo < hi}
-        self.messages = {r: wire.inbox(n, hidden, dtype) for r, n in self.sizes.items() if r != me}
-        self.arriving = lane.swap({}, self.messages, step)
+    def __init__(self, lane: Lane, rows: Mapping[int, int], shape: Shape, wire: Wire, step: int) -> None:
+        self._lane, self._rows, self._wire = lane, rows, wire
+        _, self._hidden, self._dtype = shape
+        self._messages = {r: wire.inbox(n, self._hidden, self._dtype) for r, n in rows.items()}
+        self._arriving = lane.swap({}, self._messages, step)
+
+    def sum(self, mine: Tensor) -> Steps[Tensor]:
+        """Of all ranks' messages, this rank's ``mine`` among them, in the order of the ranks."""
+        yield self._arriving
+        messages = {**self._messages, self._lane.group.rank: mine}
+        (rows,) = set(self._rows.values())
+        return self._wire.add([messages[r] for r in sorted(messages)], rows, self._hidden, self._dtype)
+
+    def read(self) -> Steps[dict[int, Tensor]]:
+        """What each rank sent."""
+        yield self._arriving
+        shape = self._hidden, self._dtype
+        return {r: self._wire.add([m], self._rows[r], *shape) for r, m in self._messages.items()}
 
 
-def gather_rows(lane: Lane, share: Tensor, wire: Wire, inbox: RowInbox) -> Steps[Tensor]:
-    """All rows, of which each rank brings the ``share`` that `row_spans` gives it, in one hop."""
-    g, hidden, dtype = lane.group, share.shape[1], share.dtype
-    messages = dict(inbox.messages)
-    if g.rank in inbox.sizes:
-        messages[g.rank] = wire.encode(share)
-        sent = lane.swap({r: messages[g.rank] for r in range(g.world) if r != g.rank}, {}, inbox.step)
-    else:
-        sent = lane.swap({}, {}, inbox.step)
-    yield inbox.arriving
-    yield sent
-    parts = [wire.add([messages[r]], n, hidden, dtype) for r, n in inbox.sizes.items()]
-    return torch.cat(parts) if parts else share
+class Gather:
+    """All rows, of which each rank brings the share that `row_spans` gives it, in one hop."""
+
+    def __init__(self, lane: Lane, shape: Shape, wire: Wire, step: int) -> None:
+        """Announces room for the others' shares."""
+        self._lane, self._wire, self._step = lane, wire, step
+        spans = row_spans(shape[0], lane.group.world)
+        rows = {r: spans[r][1] - spans[r][0] for r in lane.others}
+        self._inbox = Inbox(lane, rows, shape, wire, step)
+
+    def rows(self, share: Tensor) -> Steps[Tensor]:
+        """Sends this rank's share; every rank reads the same messages, its own included."""
+        message, (rows, hidden) = self._wire.encode(share), share.shape
+        sent = self._lane.swap(dict.fromkeys(self._lane.others, message), {}, self._step)
+        parts = {self._lane.group.rank: self._wire.add([message], rows, hidden, share.dtype)}
+        parts |= yield from self._inbox.read()
+        yield sent
+        return torch.cat([parts[r] for r in sorted(parts)])
+
+
+PIECES = 4  # at most
+PIECE_BYTES = 1 << 14  # at least
+
+
+def pieces(rows: int, wire: Wire, hidden: int) -> list[Span]:
+    """How a star's messages are cut."""
+    return row_spans(rows, min(rows, PIECES, max(1, wire.message_bytes(rows, hidden) // PIECE_BYTES)))
 
 
 def star(lane: Lane, x: Partial, wire: Wire, hub: int) -> Steps[Tensor]:
-    """Every rank sends to ``hub``, which adds and sends the sum back to all."""
-    g, shape = lane.group, (x.rows, x.hidden, x.dtype)
-    if g.rank != hub:
-        answer = wire.inbox(*shape)
-        answered = lane.swap({}, {hub: answer}, step=1)
-        yield lane.swap({hub: wire.encode(x.compute())}, {})
-        yield answered
-        return wire.add([answer], *shape)
-    others = [r for r in range(g.world) if r != hub]
-    messages = {r: wire.inbox(*shape) for r in others}
-    arriving = lane.swap({}, messages)
-    mine = wire.encode(x.compute())
-    yield arriving
-    total = wire.encode(wire.add(_in_order(lane, mine, messages), *shape))
-    yield lane.swap(dict.fromkeys(others, total), {}, step=1)
-    return wire.add([total], *shape)
+    """Every rank sends to ``hub``, which adds and sends the sum back to all.
 
-
-def _in_order(lane: Lane, mine: Tensor, messages: Mapping[int, Tensor]) -> list[Tensor]:
-    return [mine if r == lane.group.rank else messages[r] for r in range(lane.group.world)]
+    In `pieces`: while the last ones come in, the hub sends the sum of the first ones, so both directions of
+    its link, which carries everything, are busy. Other sums keep both busy as they are.
+    """
+    cut = pieces(x.rows, wire, x.hidden)
+    sizes = [hi - lo for lo, hi in cut]
+    if lane.group.rank != hub:
+        answers = [Inbox(lane, {hub: n}, x.shape, wire, PIECES + i) for i, n in enumerate(sizes)]
+        values = x.compute()
+        sent = [lane.swap({hub: wire.encode(values[lo:hi])}, {}, i) for i, (lo, hi) in enumerate(cut)]
+        parts: list[Tensor] = []
+        for answer in answers:
+            parts += (yield from answer.read()).values()
+    else:
+        inboxes = [Inbox(lane, dict.fromkeys(lane.others, n), x.shape, wire, i) for i, n in enumerate(sizes)]
+        values, parts, sent = x.compute(), [], []
+        for i, ((lo, hi), inbox) in enumerate(zip(cut, inboxes, strict=True)):
+            total = wire.encode((yield from inbox.sum(wire.encode(values[lo:hi]))))
+            sent.append(lane.swap(dict.fromkeys(lane.others, total), {}, PIECES + i))
+            parts.append(wire.add([total], hi - lo, x.hidden, x.dtype))
+    yield from sent
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -13,11 +13,10 @@ from typing import ClassVar
 
 import torch
 
-from ..spec import Epilogue, Link, Point, Produce, Rates, Stream, TPGroup
+from ..spec import Epilogue, Link, Point, Produce, Rates, Span, Stream, TPGroup
 from .exact import Exact
 from .policy import Sum, partial
 from .steps import Exchange
-from .sums import Span
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,7 @@ class Tiled:
     needs_full_residual: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.tiles or not all(0 < t < float("inf") for t in self.tiles):
-            raise ValueError(f"tiles: {self.tiles}, expected positive shares of the rows")
+        check_tiles(self.tiles)
 
     @property
     def exact(self) -> bool:
@@ -100,8 +98,16 @@ class TiledWork:
             work.cancel()
 
 
-def tile_spans(rows: int, shares: Sequence[float]) -> list[Span]:
-    """Tiles of ``rows`` in proportion to ``shares``; those that round to nothing are left out."""
+def check_tiles(shares: Sequence[float]) -> None:
+    """Raises ValueError for what `tile_spans` cannot use."""
+    if not shares or not all(0 < t < float("inf") for t in shares):
+        raise ValueError(f"tiles: {shares}, expected positive shares of the rows")
+
+
+def tile_spans(rows: int, shares: Sequence[float], multiple: int = 1) -> list[Span]:
+    """Tiles of ``rows`` in proportion to ``shares``, which end at a ``multiple`` but for the last; those that
+    round to nothing are left out.
+    """
     total = sum(shares)
-    ends = [0, *(round(rows * part / total) for part in accumulate(shares))]
-    return [(lo, hi) for lo, hi in pairwise(ends) if lo < hi]
+    inner = [round(rows * part / total / multiple) * multiple for part in accumulate(shares[:-1])]
+    return [(lo, hi) for lo, hi in pairwise([0, *(min(n, rows) for n in inner), rows]) if lo < hi]

@@ -64,10 +64,10 @@ def parallelize(model: M, tp: str | TPGroup | None = "auto", sync: str = "exact"
     for name, layer in _linears(blocks):
         if type(layer) is not nn.Linear:
             raise UnsupportedError(f"model: {name} is a {type(layer).__name__}, expected a dense nn.Linear")
-    g = ranks_of(tp)
+    weights = next(model.parameters())
+    g = ranks_of(tp, weights.device)
     dims = _dims(config)
     mine = shard.plan(dims, g.world, g.weights)[g.rank]
-    weights = next(model.parameters())
     reasons = policy.reasons(Point(0, "attn", "prefill"), 1, dims.hidden_size, weights.dtype, g)
     if reasons:
         raise UnsupportedError(f"sync: {'; '.join(reasons)}")

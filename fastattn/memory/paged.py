@@ -33,6 +33,7 @@ class PagedKvCache:
         num_pages: pages in the pool; the memory is committed as pages are first written.
         page_size: tokens a page.
         kv_heads: KV heads of this rank. head_dim, v_head_dim: of keys and values.
+        layout: of a page: "nhd", or "npu_nz" (Ascend's fractal format; multiples of 16 values a token).
 
     Raises `CacheFull` when the system does not give so much address space.
     """
@@ -48,12 +49,18 @@ class PagedKvCache:
         v_head_dim: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        layout: str = "nhd",
     ) -> None:
         if page_size < 1 or num_pages < 0:
             raise ValueError(f"page_size, num_pages: {page_size}, {num_pages}, expected at least 1 and 0")
         shape = (num_layers, num_pages, page_size, kv_heads)
-        self.page_size = page_size
+        self.page_size, self.layout = page_size, layout
         dims = (head_dim, v_head_dim or head_dim)
+        if layout not in ("nhd", "npu_nz") or (layout == "npu_nz" and any(kv_heads * d % 16 for d in dims)):
+            given = f"{layout!r} of {kv_heads} heads of {dims}"
+            raise ValueError(
+                f"layout: {given}, expected 'nhd', or 'npu_nz' of multiples of 16 values a token"
+            )
         try:
             self.keys, self.values = (torch.empty((*shape, d), dtype=dtype, device=device) for d in dims)
         except RuntimeError as error:
@@ -101,11 +108,12 @@ class PagedKvCache:
 
     def append(self, layer: int, step: KvStep, k: Tensor, v: Tensor) -> None:
         """Writes the step's new keys and values (total, Hkv, D) of one layer."""
-        append_kv(self.keys[layer], self.values[layer], k, v, step.slots)
+        append_kv(self.keys[layer], self.values[layer], k, v, step.slots, kv_layout=self.layout)
 
     def parts(self, layer: int, step: KvStep) -> tuple[KvPart, ...]:
         """One part: everything is here."""
-        return (KvPart(self.keys[layer], self.values[layer], step.block_table, step.seqused, None),)
+        keys, values = self.keys[layer], self.values[layer]
+        return (KvPart(keys, values, step.block_table, step.seqused, None, layout=self.layout),)
 
     def truncate(self, seq: int, length: int) -> None:
         """Forgets the tokens of ``seq`` from ``length`` on."""

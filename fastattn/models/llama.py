@@ -21,7 +21,7 @@ from ..memory.attend import attend, narrow
 from ..ops import rms_norm, rotary, swiglu
 from ..parallel.act_order import Align
 from ..parallel.linear import ColumnLinear, RowLinear
-from ..parallel.schedule import one_after_another, woven
+from ..parallel.schedule import woven
 from ..parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 from ..spec import (
     Epilogue,
@@ -189,12 +189,11 @@ class Decoder:
             if self._alone[key]:
                 return shared.fused.forward(ids)
         x = self.embedding(ids)
-        split = self.schedule[phase].split(x.shape[0]) if self.group.world > 1 else 0
-        if not split:
-            return one_after_another(self._layers(x, shared))
-        first = self._shared(phase, shared.tile(0, split), cache)
-        second = self._shared(phase, shared.tile(split, x.shape[0]), cache)
-        return torch.cat(woven(self._layers(x[:split], first), self._layers(x[split:], second)))
+        spans = self.schedule[phase].spans(x.shape[0]) if self.group.world > 1 else ()
+        if len(spans) <= 1:
+            return woven([self._layers(x, shared)])[0]
+        tiles = [self._shared(phase, shared.tile(lo, hi), cache) for lo, hi in spans]
+        return torch.cat(woven([self._layers(x[lo:hi], t) for (lo, hi), t in zip(spans, tiles, strict=True)]))
 
     def _shared(self, phase: Phase, step: KvStep, cache: KvCache) -> Forward:
         cos, sin = self.rope.upto(step.max_used)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..collectives.exchange import agree
+from ..devices import usable_device
 from ..ops import check_act
 from ..parallel import plan as plans
 from ..parallel.act_order import Align, check_layout, ffn_cuts, head_cuts
@@ -70,9 +71,9 @@ def load(
     """
     check_act(act)
     check_layout(layout)
-    g = ranks_of(tp)
+    g = ranks_of(tp, device)
     checkpoint = open_checkpoint(path)
-    chosen, where = parse_dtype(dtype, checkpoint), parse_device(device)
+    chosen, where = parse_dtype(dtype, checkpoint), usable_device(device)
     agree(g, "the model", checkpoint.fingerprint().encode())
     agree(g, "the dtype", str(chosen).encode())
     agree(g, "act", act.encode())
@@ -97,17 +98,6 @@ def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint[Any]) -> torch.
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype: {dtype}, expected {', '.join(map(str, DTYPES.values()))}")
     return dtype
-
-
-def parse_device(device: str | torch.device) -> torch.device:
-    """The device asked for. Raises ValueError when torch does not know it or sees none of its kind."""
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device: {str(device)!r}, expected one that torch sees: {reason}") from None
-    return found
 
 
 def _sync_plan(

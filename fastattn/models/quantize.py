@@ -182,6 +182,7 @@ def _quantize_site(
         for x in site.inputs(sequences, layer):
             hessian.add(x)
         moments = hessian.matrix()
+        del hessian  # as large, and factoring needs the room
     heads = Heads(config.num_heads, config.num_kv_heads) if "self_attn.o_proj.weight" in site.names else None
     parts = recipe.quantize(weight, moments, heads).split(sizes)
     for name, q in zip(site.names, parts, strict=True):

@@ -7,12 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
-from ..memory.paged import PagedKvCache
 from ..parallel.measure import Alone
 from ..parallel.plan import PHASES
 from ..parallel.schedule import Plain
 from ..spec import Phase, Point, Schedule, SyncPolicy
-from .generate import PAGE_SIZE, PREFILL_TOKENS, Model
+from .generate import PREFILL_TOKENS, Model
 
 
 class Trials:
@@ -33,11 +32,7 @@ class Trials:
         self.ids = torch.randint(
             config.vocab_size, (prefill_tokens,), generator=torch.Generator().manual_seed(0)
         )
-        attention = model.decoder.blocks[0][0]
-        pages = (batch + 1) * -(-(prefill_tokens + 1) // PAGE_SIZE)
-        self._cache = PagedKvCache(
-            config.num_layers, pages, PAGE_SIZE, attention.kv_heads, config.head_dim, dtype=model.dtype
-        )
+        self._cache = model.kv_cache([prefill_tokens + 1] * (batch + 1))
         self._decoding = range(1, batch + 1)  # sequence 0 is prefilled
         alone = Alone()  # what the keys are costs nothing
         with deciding(model, lambda _: alone, dict.fromkeys(PHASES, Plain())):

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ..collectives.exchange import gather_last
 from ..quant.grouped import sorted_columns
-from ..spec import Cut, Shard, TPGroup
-from .shard import Dims, ModelShard, Span, ffn_columns, ffn_rows, kv_rows, o_columns
+from ..spec import Cut, Shard, Span, TPGroup
+from .shard import Dims, ModelShard, ffn_columns, ffn_rows, kv_rows, o_columns
 
 LAYOUTS = ("tp_aware", "naive", "local_sort")
 

@@ -29,6 +29,9 @@ TILINGS: tuple[tuple[float, ...], ...] = tuple(
     )
 )  # fmt: skip
 
+#: Equal tiles that pass the whole stack.
+WEAVES = (2, 4, 8)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -111,8 +114,8 @@ def candidates(
     if rows >= g.world:
         whole += [FusedNorm(s) for s in sums if isinstance(s, Pairwise)]
     found: list[tuple[SyncPolicy, Schedule]] = [(p, Plain()) for p in whole]
-    if rows > 1:
-        weave = TokenWeave(min_tokens=max(2, rows // 2), multiple=16 if rows >= 64 else 1)
+    for count in (n for n in WEAVES if rows >= n * (1 if n == 2 else 16)):
+        weave = TokenWeave(max(2, rows // 2), (1.0,) * count, multiple=16 if rows >= 64 else 1)
         found += [(p, weave) for p in whole]
     if phase == "prefill":
         fitting = [t for t in TILINGS if rows >= 16 * len(t)]
@@ -133,9 +136,11 @@ def _sums(rows: int, g: TPGroup, item_bytes: int, codecs: Sequence[Codec]) -> It
 def family(c: Candidate) -> tuple[str, ...]:
     """What kind of candidate it is: schedule, policies, inner policies, without their parameters.
 
-    But for a star's hub: the model takes all links for equal, they may not be.
+    But for a star's hub: the model takes all links for equal, they may not be. And for the number of a
+    weave's tiles: the model takes computing and exchanging for independent, where cores carry the link.
     """
     policies = (c.attn[0], c.mlp[0])
     inner = [getattr(getattr(p, "of", None), "name", "") for p in policies]
     hub = str(policies[0].hub) if isinstance(policies[0], Star) and isinstance(c.schedule, Plain) else ""
-    return (c.schedule.name, *(p.name for p in policies), *inner, hub)
+    tiles = str(len(c.schedule.tiles)) if isinstance(c.schedule, TokenWeave) else ""
+    return (c.schedule.name, *(p.name for p in policies), *inner, hub, tiles)

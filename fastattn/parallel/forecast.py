@@ -1,7 +1,7 @@
 """The model of a forward's time: alpha-beta for each sync point, and what overlaps what.
 
-Half-blocks and sync points add up, where a schedule does not let one half of the rows compute while the other
-half's sums are under way.
+Half-blocks and sync points add up, where a schedule does not let some of the rows compute while the sums of
+others are under way.
 """
 
 from __future__ import annotations
@@ -45,18 +45,16 @@ class _Stage(NamedTuple):
 
 def seconds(c: Candidate, rows: int, costs: Costs) -> float:
     """Modelled time of all layers of one forward of ``rows`` rows."""
-    split = c.schedule.split(rows)
-    halves = (split, rows - split) if split else (rows,)
-
+    tiles = tile_rows(c, rows)
     known: dict[Any, list[_Stage]] = {}  # most layers have the same policies
     for site, policy in zip(SITES, (c.attn, c.mlp), strict=True):
         for p in policy:
             if (site, p) not in known:
-                known[site, p] = [_stage(site, p, n, costs) for n in halves]
+                known[site, p] = [_stage(site, p, n, costs) for n in tiles]
     layers = zip(c.attn, c.mlp, strict=True)
     points = [known[site, p] for layer in layers for site, p in zip(SITES, layer, strict=True)]
     computed, link_free = 0.0, 0.0
-    ready = [0.0] * len(halves)
+    ready = [0.0] * len(tiles)
     for stage in points:
         for i, part in enumerate(stage):
             computed = max(computed, ready[i]) + part.compute_s
@@ -74,9 +72,13 @@ def _stage(site: Site, policy: SyncPolicy, rows: int, costs: Costs) -> _Stage:
 
 def wire_bytes(c: Candidate, rows: int, hidden: int, world: int) -> int:
     """Bytes of one forward that the rank which sends most sends, of the sync points."""
-    split = c.schedule.split(rows)
-    halves = (split, rows - split) if split else (rows,)
-    return sum(p.wire_bytes(n, hidden, world) for p in (*c.attn, *c.mlp) for n in halves)
+    tiles = tile_rows(c, rows)
+    return sum(p.wire_bytes(n, hidden, world) for p in (*c.attn, *c.mlp) for n in tiles)
+
+
+def tile_rows(c: Candidate, rows: int) -> list[int]:
+    """Rows of each tile that passes the layers."""
+    return [hi - lo for lo, hi in c.schedule.spans(rows)]
 
 
 def communication_share(rows: int, costs: Costs) -> float:

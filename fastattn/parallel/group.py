@@ -23,7 +23,8 @@ from typing import NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 
-from ..collectives.exchange import agree, all_gather, device_of, idle, reason_of
+from ..collectives.exchange import agree, all_gather, device_of, idle, reason_of, witnesses
+from ..devices import device_named
 from ..settings import settings
 from ..spec import SyncError, TPGroup, UnsupportedError
 from ..threads import machine
@@ -68,14 +69,15 @@ def init(
         if not os.environ.get(name):
             raise ValueError(f"environment variable {name} is not set, WORLD_SIZE={world} ranks need it")
     host, port = os.environ["MASTER_ADDR"], _integer("MASTER_PORT", None, lowest=1)
-    backend = _backend(torch.device(device))
+    backend = _backend(device_named(device))
     network = _choose_interface(world) if backend == "gloo" else "chosen by " + backend
     try:
         _join(backend, rank, world, host, port, timeout_s)
     except (RuntimeError, OSError) as error:
+        reason = reason_of(error, timeout_s)
         _leave(farewell=False)
         where = f"{world} ranks meet at {host}:{port}, network interface {network}"
-        raise SyncError(rank, "start-up", f"{reason_of(error, timeout_s)}; {where}") from error
+        raise SyncError(rank, "start-up", f"{reason}; {where}") from error
     g = TPGroup(dist.group.WORLD, rank, world, timeout_s, weights)
     # gloo's threads must be idle before the interpreter ends, or the process aborts.
     atexit.register(_at_exit, g)
@@ -94,14 +96,17 @@ def _join(backend: str, rank: int, world: int, host: str, port: int, timeout_s: 
     )  # fmt: skip
 
     def on_loss(lost: int) -> None:
-        abort(single(), SyncError(rank, "watch", f"another rank ended (rank {lost})"))
+        abort(single(), SyncError(rank, "watch", f"rank {lost} ended"))
 
     prefixed = dist.PrefixStore("fastattn", store)  # type: ignore[attr-defined]
-    _watches.append(Watch(rank, world, prefixed, host, timeout_s, on_loss))
+    watch = Watch(rank, world, prefixed, host, timeout_s, on_loss)
+    _watches.append(watch)
+    witnesses.append(watch.first_lost)
     dist.init_process_group(backend, store=store, timeout=timeout, rank=rank, world_size=world)
 
 
 def _leave(*, farewell: bool) -> None:
+    witnesses.clear()
     while _watches:
         _watches.pop().leave(farewell=farewell)
 
@@ -167,12 +172,12 @@ def set_threads(g: TPGroup, threads: int | None = None) -> Threads:
     return chosen
 
 
-def ranks_of(tp: str | TPGroup | None) -> TPGroup:
+def ranks_of(tp: str | TPGroup | None, device: torch.device | str = "cpu") -> TPGroup:
     """What ``tp`` means: "auto" joins the launcher's ranks, each with its share of this machine's threads;
-    a group is itself; None is this process alone. Raises as `init`.
+    a group is itself; None is this process alone. ``device`` and errors as for `init`.
     """
     if tp == "auto":
-        g = init()
+        g = init(device=device)
         set_threads(g)
         return g
     if isinstance(tp, str):
@@ -211,14 +216,9 @@ def _at_exit(g: TPGroup) -> None:
 def _backend(device: torch.device) -> str:
     if device.type not in _BACKENDS:
         raise UnsupportedError(f"device: {device}, tensor parallelism runs on {', '.join(_BACKENDS)}")
-    if device.type == "cuda":
-        torch.cuda.set_device(_integer("LOCAL_RANK", 0, lowest=0) if device.index is None else device.index)
-    if device.type == "npu":
-        import torch_npu  # registers the device and HCCL
-
-        torch_npu.npu.set_device(
-            _integer("LOCAL_RANK", 0, lowest=0) if device.index is None else device.index
-        )
+    if device.type != "cpu":
+        index = _integer("LOCAL_RANK", 0, lowest=0) if device.index is None else device.index
+        torch.get_device_module(device).set_device(index)
     return _BACKENDS[device.type]
 
 

@@ -14,9 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..spec import Cut, Shard
-
-Span = tuple[int, int]
+from ..spec import Cut, Shard, Span
 
 
 class Dims(Protocol):

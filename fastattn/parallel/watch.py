@@ -50,6 +50,8 @@ class Watch:
         """
         self._on_loss, self._missing = on_loss, world - 1
         self._leaving, self._farewell = threading.Event(), False
+        self._lost: int | None = None
+        self._told = threading.Event()
         self._peers: dict[socket.socket, int] = {}
         self._selector = selectors.DefaultSelector()
         self._listener: socket.socket | None = None
@@ -76,6 +78,13 @@ class Watch:
             self._wake.send(b"\0")
         self._thread.join(_HELLO_S + 1)
 
+    def first_lost(self, seconds: float) -> int | None:
+        """The rank whose process ended first, once it is known and the others have been told; None if nothing
+        is heard of one within ``seconds``.
+        """
+        self._told.wait(seconds)
+        return self._lost
+
     def _run(self) -> None:
         lost = None
         while lost is None and not self._leaving.is_set():
@@ -86,13 +95,22 @@ class Watch:
                     lost = self._hear(key.fileobj)
         if lost is not None:
             self._tell(lost)
+            self._lost = lost
+            self._told.set()
             if not self._leaving.wait(_GRACE_S):
                 self._on_loss(lost)
         elif self._farewell:
+            self._admit_waiting()
             self._tell(_FAREWELL)
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
         self._selector.close()
+
+    def _admit_waiting(self) -> None:
+        """Those that have connected: to them a closed listener looks like a lost rank."""
+        while self._missing and any(key.fileobj is self._listener for key, _ in self._selector.select(0)):
+            assert self._listener
+            self._admit(self._listener)
 
     def _admit(self, listener: socket.socket) -> None:
         """Takes in a rank; after the last one, nobody listens any more."""

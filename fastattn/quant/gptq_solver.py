@@ -100,7 +100,7 @@ def solve(
         raise ValueError(f"hessian: {tuple(hessian.shape)}, expected finite ({weight.shape[1]},) * 2")
     visit = order.visit
     hessian = hessian.to(weight.dtype)
-    factor = inverse_factor(hessian[visit[:, None], visit], damp)
+    factor = inverse_factor(hessian, visit, damp)
     wt = weight.T[visit].contiguous()
     groups = order.g_idx[visit].long()
     charge = factor.diagonal().square().reciprocal()
@@ -112,28 +112,31 @@ def solve(
     return _better_rows(weight, hessian, solved, plain)
 
 
-def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Upper triangular U with ``U^T U = (H + damp mean(diag H) I)^-1``, in the dtype of H.
+def inverse_factor(hessian: Tensor, visit: Tensor, damp: float) -> Tensor:
+    """Upper triangular U with ``U^T U = (H + damp mean(diag H) I)^-1``, H in the order ``visit``; its dtype.
 
     H in reversed order has a Cholesky factor L; L reversed back is an upper triangular R with H = R R^T, and
-    U = R^-1: one factorization, whose error grows with the condition of H and not with its square. In
-    float64 where float32 would leave less than two digits.
+    U = R^-1, which is L^-1 reversed back: one factorization, whose error grows with the condition of H and
+    not with its square. In float64 where float32 would leave less than two digits. L replaces the copy of H,
+    and L^-1 the identity: beside H, two matrices are held at a time.
     """
     mean = float(hessian.diagonal().mean())
     if mean == 0:  # no input was ever active: nothing tells the columns apart
         return torch.eye(len(hessian), dtype=hessian.dtype)
+    last_first = visit.flip(0)
     for dtype in dict.fromkeys((hessian.dtype, torch.float64)):
-        flipped = hessian.to(dtype).flip(0, 1)
-        flipped.diagonal().add_(damp * mean)
-        lower, info = torch.linalg.cholesky_ex(flipped)
-        del flipped
+        lower = hessian[last_first[:, None], last_first].to(dtype).mT  # LAPACK works on columns in place
+        lower.diagonal().add_(damp * mean)
+        info = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32))).info
         diagonal = lower.diagonal()
-        if int(info) or not bool(lower.isfinite().all()):
+        if int(info) or not bool(diagonal.isfinite().all()):
             continue
         spread = float((diagonal.max() / diagonal.min()).square())
         if dtype == torch.float64 or spread * len(hessian) ** 0.5 * torch.finfo(dtype).eps < _CONDITION:
-            eye = torch.eye(len(hessian), dtype=dtype)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).to(hessian.dtype)
+            inverse = torch.eye(len(hessian), dtype=dtype).mT
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower, diagonal
+            return inverse.to(hessian.dtype).flip(0, 1)
     raise ValueError(f"hessian: not positive definite with damp {damp:g}; use a larger one")
 
 

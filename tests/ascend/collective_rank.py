@@ -43,7 +43,7 @@ def main() -> None:
     g = group.init()
     calls: list[Invocation] = []
     matmul_sum.on_npu = lambda g: True
-    matmul_sum.hccl_name = lambda g: "hccl_world"
+    matmul_sum.all_reduce.hcom = lambda group, rank: "hccl_world"
     matmul_sum.router.current = lambda: router.chip_of("910b")
     Invocation.__call__ = record(calls)  # type: ignore[method-assign]
     model = fastattn.load(model_folder, dtype="float16", tp=g)

@@ -141,8 +141,18 @@ def from_nz(t: Tensor) -> Tensor:
     return t[0].transpose(0, 1).flatten(1)
 
 
-def _prefill_310p(args: tuple[Any, ...], kw: dict[str, Any]) -> None:
+def _compressed(mask: Tensor) -> None:
+    """Asserts that it is the canvas of a causal mask: 0 where seen, -10000 or -60000 where hidden."""
+    assert torch.equal(mask <= -10000, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+    assert not mask.tril().any()
+
+
+def _atb_prefill(args: tuple[Any, ...], kw: dict[str, Any]) -> None:
     mask, start = from_nz(kw["mask"]), 0
+    if kw.get("mask_type") == 3:  # one canvas for any length
+        _compressed(mask)
+        longest = int(kw["seq_len"].max())
+        mask = torch.zeros(longest, longest).masked_fill(torch.ones(longest, longest).triu(1) > 0, -torch.inf)
     for n in kw["seq_len"].tolist():
         rows = slice(start, start + n)
         triple = (kw[name][rows] for name in ("query", "key", "value"))
@@ -152,7 +162,7 @@ def _prefill_310p(args: tuple[Any, ...], kw: dict[str, Any]) -> None:
     assert start == kw["query"].shape[0]
 
 
-def _cached_310p(args: tuple[Any, ...], kw: dict[str, Any]) -> None:
+def _atb_paged(args: tuple[Any, ...], kw: dict[str, Any]) -> None:
     q, heads = kw["query"], kw["num_kv_heads"]
     lens = kw["seq_len"].tolist() if "seq_len" in kw else [1] * q.shape[0]
     start = 0
@@ -163,7 +173,10 @@ def _cached_310p(args: tuple[Any, ...], kw: dict[str, Any]) -> None:
             for c in ("key_cache", "value_cache")
         )
         hidden = torch.zeros(1, n, used, dtype=torch.bool)
-        if "mask" in kw:
+        if kw.get("mask_type") == 5:
+            _compressed(kw["mask"])
+            hidden = (torch.arange(used) > torch.arange(used - n, used)[:, None])[None]
+        elif "mask" in kw:
             hidden = (from_nz(kw["mask"])[start : start + n, :used] == -torch.inf)[None]
         out = _one(q[start : start + n], k, v, kw["scale_value"], hidden, None, None)[0]
         kw["out"][start : start + n] = out.to(q.dtype)
@@ -220,9 +233,11 @@ _OPERATORS: dict[str, Any] = {
     "npu_fused_infer_attention_score_v2": _fused_infer,
     "npu_fusion_attention_v2": _fusion,
     "npu_fusion_attention_v3": _fusion,
-    "_npu_flash_attention": _prefill_310p,
-    "_npu_paged_attention": _cached_310p,
-    "_npu_paged_attention_splitfuse": _cached_310p,
+    "_npu_flash_attention": _atb_prefill,
+    "_npu_flash_attention_v3": _atb_prefill,
+    "_npu_paged_attention": _atb_paged,
+    "_npu_paged_attention_splitfuse": _atb_paged,
+    "_npu_paged_attention_splitfuse_v2": _atb_paged,
     "npu_rms_norm": _rms,
     "npu_add_rms_norm": _rms,
     "npu_rotary_mul": _rotary_mul,

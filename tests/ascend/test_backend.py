@@ -60,13 +60,14 @@ def test_310p_takes_what_atb_can(on_chip):
     assert reasons(args(causal=True)) == ""
     assert reasons(args(causal=True, page=64, kv_layout="npu_nz")) == ""
     assert "no compiler for 310p" in reasons(args(causal=True, softcap=5.0))
-    assert "pages on 310P are NZ" in reasons(args(causal=True, page=64))
+    assert "pages on 310p are NZ" in reasons(args(causal=True, page=64))
     assert "causal" in reasons(args())
 
 
-def test_910a_takes_no_attention(on_chip):
+def test_910a_takes_pages_in_nz(on_chip):
     on_chip("910a")
-    assert "does not exist on 910a" in reasons(args(causal=True))
+    assert reasons(args(causal=True, page=64, kv_layout="npu_nz")) == ""
+    assert "k: not in pages" in reasons(args(causal=True))
     norm = ascend_small.OPS["rms_norm"]
     assert norm.reasons(fastattn.spec.RmsNormArgs(torch.zeros(2, 8), torch.zeros(8), 1e-5).signature()) == []
 
@@ -94,7 +95,8 @@ def test_what_torch_npu_cannot_do_there_is_left_to_other_backends(on_chip):
     assert "weight" in table["rms_norm"].reasons(norm._replace(weight=norm.weight.float()).signature())[0]
     assert "kv_layout" in table["append_kv"].reasons(append._replace(kv_layout="nhd").signature())[0]
     on_chip("910a")
-    assert "does not exist on 910a" in table["append_kv"].reasons(append.signature())[0]
+    assert table["append_kv"].reasons(append.signature()) == []
+    assert "does not exist on 910a" in table["rms_norm"].reasons(norm._replace(residual=x).signature())[0]
 
 
 def test_append_reads_no_slots_where_our_kernel_runs(on_chip, monkeypatch):

@@ -9,23 +9,16 @@ from itertools import accumulate
 import pytest
 import torch
 
-from ascend_ops.router import (
-    AttentionCall,
-    Invocation,
-    chip_of,
-    choose,
-    current,
-    reasons_against,
-    unsupported,
-)
+from ascend_ops.router import AttentionCall, Invocation, chip_of, current, route
 from ascend_ops.router import attention as routing
+from ascend_ops.router.atb import plain_pages
 from ascend_ops.router.call import host
 from ascend_ops.router.validate import faults
 from fastattn import reference
 from fastattn.spec import AttentionArgs
 from tests.api.cases import assert_accurate, torch_math
 
-from .cases import FAMILIES, nz_stored, random_args, router_call
+from .cases import CHIPS, nz_stored, random_args, router_call
 from .documented import outputs
 from .schemas import ask
 
@@ -41,9 +34,9 @@ def chosen(family: str) -> list[tuple[AttentionArgs, Invocation]]:
         if a.kv_layout == "npu_nz":
             a = nz_stored(a)
         call = router_call(a)
-        if unsupported(call, chip_of(family)):
+        if route(call, CHIPS[family]).unsupported():
             continue
-        i = choose(call, chip_of(family))
+        i = route(call, CHIPS[family]).invocation()
         if i is not None:
             found.append((a, i))
     return found
@@ -54,14 +47,10 @@ def plain(a: AttentionArgs) -> AttentionArgs:
     if a.kv_layout == "nhd":
         return a
 
-    def back(stored: torch.Tensor) -> torch.Tensor:
-        p, page, heads, dim = stored.shape
-        return stored.reshape(p, heads * dim // 16, page, 16).transpose(1, 2).reshape(stored.shape)
-
-    return a._replace(k=back(a.k), v=back(a.v), kv_layout="nhd")
+    return a._replace(k=plain_pages(a.k), v=plain_pages(a.v), kv_layout="nhd")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHIPS)
 def test_calls_mean_what_was_asked(family):
     """The documented meaning of each call, against the oracle; accuracy as of any backend."""
     names = Counter(i.name for _, i in chosen(family))
@@ -70,10 +59,13 @@ def test_calls_mean_what_was_asked(family):
         "910_93": {"npu_fused_infer_attention_score_v2": 30},
         "950": {"npu_fusion_attention_v2": 20},
         "310p": {
-            "_npu_flash_attention": 10,
+            "_npu_flash_attention_v3": 10,
             "_npu_paged_attention": 10,
-            "_npu_paged_attention_splitfuse": 10,
+            "_npu_paged_attention_splitfuse_v2": 10,
+            "_npu_paged_attention_splitfuse": 5,
         },
+        "310p before": {"_npu_flash_attention": 10, "_npu_paged_attention_splitfuse": 10},
+        "910a": {"_npu_paged_attention": 10, "_npu_paged_attention_splitfuse": 10},
     }[family]
     assert all(names[n] >= count for n, count in expected.items()), names
     for a, i in chosen(family):
@@ -86,20 +78,20 @@ def test_calls_mean_what_was_asked(family):
             assert_accurate(lse, same_lse, exact_lse, i)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHIPS)
 def test_calls_keep_to_the_operators_rules(family):
     for a, i in chosen(family):
         assert faults(i) == [], (i, a.features())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHIPS)
 def test_calls_capture_nothing_that_the_host_must_read(family):
     """In a capture, what runs is dense and of known lengths; the rest has the reason."""
     for seed in range(40):
         call = router_call(random_args(seed, family))
-        if unsupported(call, chip_of(family), capturing=True):
+        if route(call, CHIPS[family], capturing=True).unsupported():
             continue
-        i = choose(call, chip_of(family), capturing=True)
+        i = route(call, CHIPS[family], capturing=True).invocation()
         assert i is None or faults(i) == []
 
 
@@ -169,7 +161,7 @@ LIMITS = {
 def test_limits_are_reasons(name):
     """Each documented limit, just passed, is named."""
     call, family, text = LIMITS[name]
-    assert any(text in why for why in reasons_against(call, chip_of("910b"))[family])
+    assert any(text in why for why in route(call, chip_of("910b")).against[family])
 
 
 @pytest.mark.parametrize(
@@ -180,39 +172,53 @@ def test_limits_are_reasons(name):
         (call_of(sk=4, right=0, dtype=torch.bfloat16), "float16"),
         (call_of(sk=4, right=0, left=2), "window"),
         (call_of(sk=4, right=0, return_lse=True), "return_lse"),
-        (paged(right=0), "pages on 310P are NZ"),
+        (paged(right=0), "pages on 310p are NZ"),
         (paged(right=0, kv_layout="npu_nz", page=256), "page size: 256"),
-        (call_of(sq=16400, sk=16400, right=0, d=16, heads=(1, 1), batch=1), "at most 16384"),
+        (
+            paged(right=0, left=99, kv_layout="npu_nz", pages=300, lens=(16400, 9)),
+            "16400 keys, a mask as large as the scores is made for at most 16384",
+        ),
+        (paged(right=0, kv_layout="npu_nz", lens=(9,) * 2001, pages=1), "batch: 2001, at most 2000"),
     ],
 )
 def test_limits_of_310p(call, text):
     call = call._replace(right=0) if text.startswith("k: other") else call
-    assert any(text in why for why in reasons_against(call, chip_of("310p"))["310p"])
+    assert any(text in why for why in route(call, chip_of("310p")).against["atb"])
 
 
-def test_nothing_runs_on_910a():
-    assert "does not exist on 910a" in "\n".join(unsupported(call_of(), chip_of("910a")))
+def test_310p_needs_no_large_mask_for_long_prompts():
+    """Where ATB has compressed masks; 16400 tokens, in pages or not."""
+    plain_call = call_of(sq=16400, sk=16400, right=0, d=16, heads=(1, 1), batch=1)
+    pages = paged(right=0, kv_layout="npu_nz", pages=300, lens=(16400, 9))
+    for call, shape in ((plain_call, (1, 128, 2048, 16)), (pages, (2048, 2048))):
+        assert route(call, CHIPS["310p"]).invocation().kwargs["mask"].shape == shape
+        with pytest.raises(ValueError, match="at most 16384"):
+            route(call, CHIPS["310p before"]).invocation()
+
+
+def test_910a_reads_pages_only():
+    assert "k: not in pages" in "\n".join(route(call_of(right=0), chip_of("910a")).unsupported())
     with pytest.raises(ValueError, match="on 910a can run this call"):
-        choose(call_of(), chip_of("910a"))
+        route(call_of(), chip_of("910a")).invocation()
 
 
 def test_the_longest_that_is_allowed():
     for call in (packed((1 << 20) - 8, 8), call_of(heads=(255, 255), d=256), paged()):
-        assert reasons_against(call, chip_of("910b"))["fused_infer"] == []
+        assert route(call, chip_of("910b")).against["fused_infer"] == []
 
 
 def test_refusal_says_everything():
     with pytest.raises(
-        ValueError, match=r"(?s)fused_infer: softcap.*fusion: softcap.*310p: _npu_flash"
+        ValueError, match=r"(?s)fused_infer: softcap.*fusion: softcap.*atb: _npu_paged"
     ) as error:
-        choose(call_of(softcap=2.0), chip_of("910b"))
+        route(call_of(softcap=2.0), chip_of("910b")).invocation()
     assert "910b" in str(error.value)
 
 
 def test_old_torch_npu_gets_the_first_operator():
     chip = chip_of("910b")
     older = chip._replace(operators=chip.operators - {"npu_fused_infer_attention_score_v2"})
-    i = choose(call_of(right=0), older)
+    i = route(call_of(right=0), older).invocation()
     assert i.name == "npu_fused_infer_attention_score"
     assert faults(i) == []
 
@@ -225,9 +231,28 @@ def test_lengths_are_read_once_per_version():
 
 
 class OnDevice(torch.Tensor):
-    """Values of the CPU that say they are on a device."""
+    """Values of the CPU that say they are on a device; counts how often the host reads them."""
 
     device = torch.device("meta")
+    reads = 0
+
+    def tolist(self):
+        OnDevice.reads += 1
+        return super().tolist()
+
+
+def test_a_call_reads_its_lengths_once():
+    """To refuse and to call is one decision, even for tensors of inference mode, which tell no version."""
+    with torch.inference_mode():
+        lens = torch.tensor([9, 9], dtype=torch.int32).as_subclass(OnDevice)
+        call = paged(right=0)._replace(seqused_k=lens)
+        OnDevice.reads = 0
+        found = route(call, chip_of("910b"))
+        assert not found.unsupported()
+        assert found.invocation().kwargs["actual_seq_kvlen"] == [9, 9]
+        assert OnDevice.reads == 1
+        assert "softcap" in route(call._replace(softcap=1.0), chip_of("910b")).unsupported()[0]
+        assert OnDevice.reads == 1  # nothing to decide by them
 
 
 def test_captures_freeze_no_lengths():
@@ -235,16 +260,16 @@ def test_captures_freeze_no_lengths():
     lens = torch.tensor([9, 9], dtype=torch.int32).as_subclass(OnDevice)
     call = paged()._replace(seqused_k=lens)
     assert host(lens) == (9, 9)
-    assert not unsupported(call, chip_of("910b"))
-    assert "lengths: on the device" in unsupported(call, chip_of("910b"), capturing=True)[0]
+    assert not route(call, chip_of("910b")).unsupported()
+    assert "lengths: on the device" in route(call, chip_of("910b"), capturing=True).unsupported()[0]
     on_host = call._replace(seqused_k=torch.tensor([9, 9], dtype=torch.int32))
-    assert not unsupported(on_host, chip_of("910b"), capturing=True)
+    assert not route(on_host, chip_of("910b"), capturing=True).unsupported()
 
 
 def test_sinks_are_read_once_per_version_and_never_in_a_capture():
     def against(sinks, **o):
         call = call_of(left=2, right=0, sinks=sinks)
-        return "; ".join(reasons_against(call, chip_of("910b"), **o)["fused_infer"])
+        return "; ".join(route(call, chip_of("910b"), **o).against["fused_infer"])
 
     sinks = torch.ones(4)
     assert against(sinks) == ""
@@ -258,7 +283,7 @@ def test_sinks_are_read_once_per_version_and_never_in_a_capture():
 
 def test_empty_calls_need_no_operator():
     call = call_of(sk=0, return_lse=True)
-    assert choose(call, chip_of("910b")) is None
+    assert route(call, chip_of("910b")).invocation() is None
     out, lse = routing.empty(call)
     assert out.shape == (2, 4, 4, 128)
     assert not out.any()
@@ -271,7 +296,7 @@ def test_a_mask_per_head_has_every_sequence(kind):
     """The operator takes BNSS, B1SS and 11SS; (1, N, Sq, Sk) is none of them."""
     mask = torch.rand(1, 4, 4, 9) > 0.5
     mask = (mask if kind == torch.bool else torch.zeros(1, 4, 4, 9).masked_fill(~mask, -torch.inf)).to(kind)
-    i = choose(call_of(attn_mask=mask.expand(2, -1, -1, -1)), chip_of("910b"))
+    i = route(call_of(attn_mask=mask.expand(2, -1, -1, -1)), chip_of("910b")).invocation()
     assert i.name == "npu_fusion_attention_v2"
     assert i.kwargs["atten_mask"].shape == (2, 4, 4, 9)
     assert faults(i) == []
@@ -285,18 +310,18 @@ def test_no_square_mask_for_long_sequences():
         call = AttentionCall(
             *(torch.empty(1, 65536, 1, 128, dtype=torch.float16, device="meta"),) * 3, 0.1, **o
         )
-        mask = choose(call, chip_of("910b")).kwargs["atten_mask"]
+        mask = route(call, chip_of("910b")).invocation().kwargs["atten_mask"]
         assert mask.shape == (2048, 2048)
 
 
 @pytest.mark.toolchain
 def test_calls_match_torch_npus_schemas():
     """Names, keywords and dtypes of every call, and the shapes that the meta kernels infer."""
-    invocations = [i for family in FAMILIES for _, i in chosen(family)]
+    invocations = [i for family in CHIPS for _, i in chosen(family)]
     for seed in range(100):
         call = router_call(random_args(seed, "910b"))
-        if not unsupported(call, chip_of("910b"), capturing=True):
-            captured = choose(call, chip_of("910b"), capturing=True)
+        if not route(call, chip_of("910b"), capturing=True).unsupported():
+            captured = route(call, chip_of("910b"), capturing=True).invocation()
             invocations += [] if captured is None else [captured]
     assert {i.name for i in invocations} >= {"npu_fusion_attention_v3", "_npu_paged_attention"}
     for i, answer in zip(invocations, ask(invocations), strict=True):
@@ -317,7 +342,7 @@ def test_calls_match_torch_npus_schemas():
 @pytest.mark.toolchain
 def test_schemas_refuse_what_is_wrong():
     """The check above can fail: a keyword of v1 in v2, and a layout that does not exist."""
-    good = choose(call_of(right=0), chip_of("910b"))
+    good = route(call_of(right=0), chip_of("910b")).invocation()
     renamed = good._replace(kwargs={**good.kwargs, "num_heads": 4})
     layout = good._replace(kwargs={**good.kwargs, "input_layout": "DNSB"})
     answers = ask([good, renamed, layout])
@@ -338,7 +363,7 @@ def test_schemas_refuse_what_is_wrong():
     ],
 )
 def test_validator_finds_what_schemas_miss(change, text):
-    good = choose(call_of(right=0), chip_of("910b"))
+    good = route(call_of(right=0), chip_of("910b")).invocation()
     assert faults(good) == []
     assert any(text in f for f in faults(good._replace(kwargs={**good.kwargs, **change})))
 
@@ -355,9 +380,9 @@ def test_on_a_device():
         moved = stored._replace(
             **{n: t.npu() for n, t in stored._asdict().items() if isinstance(t, torch.Tensor)}
         )
-        if unsupported(router_call(moved), chip):
+        if route(router_call(moved), chip).unsupported():
             continue
-        i = choose(router_call(moved), chip)
+        i = route(router_call(moved), chip).invocation()
         if i is not None:
             a = plain(a)
             assert_accurate(i()[0].cpu(), torch_math(a)[0], reference.attention(a)[0], i.name)

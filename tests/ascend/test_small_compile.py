@@ -26,10 +26,7 @@ def test_planner_accepts_every_kernel(vendor_python: Path) -> None:
             launch(op, args)
         assert seen, name
         distinct |= dict.fromkeys(seen, name)
-    requests = [
-        {"kernel": i.kernel, "signature": dict(i.signature), "constants": dict(i.constants), "chips": TARGETS}
-        for i in distinct
-    ]
+    requests = [i.planning(*TARGETS) for i in distinct]
     answers = call_all(vendor_python, [ROOT], "ascend_ops.toolchain.worker:plan_kernel", requests)
     for name, answer in zip(distinct.values(), answers, strict=True):
         for target in TARGETS:

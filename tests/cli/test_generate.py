@@ -13,6 +13,7 @@ import pytest
 import transformers
 from tokenizers.processors import TemplateProcessing
 
+from tests.cli.forks import Forks
 from tests.models.builders import CHAT_TEMPLATE, SPECIALS, byte_level_tokenizer, hf_model, save_hf
 
 
@@ -76,19 +77,24 @@ def test_batch_as_text(directory: Path) -> None:
         (["MODEL", "--threads", "0"], "fastattn: error: threads: 0, expected at least 1"),
         (["MODEL", "--split", "1,2"], "fastattn: error: split: 2 shares"),
         (["MODEL", "--system", "Be brief."], "fastattn: error: --system: needs --chat"),
-        (["MODEL", "--prompt", ""], r"fastattn: error: prompts[1]: no tokens"),
+        (["MODEL", "--prompt", ""], "fastattn: error: prompts[1]: no tokens"),
+        (["MODEL", "--device", "abacus"], "fastattn: error: device: 'abacus', expected one that torch sees"),
     ],
     ids=lambda v: v[-1].strip("-/") if isinstance(v, list) else "",
 )
-def test_errors_are_one_line(directory: Path, arguments: list[str], message: str) -> None:
+def test_errors_are_one_line(directory: Path, forks: Forks, arguments: list[str], message: str) -> None:
     arguments = [str(directory) if a == "MODEL" else a for a in arguments]
-    done = run("generate", *arguments, "--prompt", "The quick")
-    if arguments[-2:] == ["--prompt", ""]:
-        done = run("generate", str(directory), "--prompt", "The quick", "--prompt", "")
+    done = forks.run("generate", "--prompt", "The quick", *arguments)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_an_error_of_the_whole_program() -> None:
+    done = run("generate", "/nonexistent", "--prompt", "The quick")
+    wanted = "fastattn: error: /nonexistent: no such file or directory\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", wanted)
 
 
 def start(*arguments: object, **streams: Any) -> subprocess.Popen[str]:
@@ -157,7 +163,7 @@ def test_chat_prompts_hold_what_the_template_wrote(tmp_path: Path) -> None:
         assert json.loads(done.stdout)["completions"][0]["prompt_ids"] == ids, done.stderr
 
 
-def test_bad_split_text(directory: Path) -> None:
-    done = run("generate", directory, "--prompt", "x", "--split", "one,two")
+def test_bad_split_text(directory: Path, forks: Forks) -> None:
+    done = forks.run("generate", directory, "--prompt", "x", "--split", "one,two")
     assert done.returncode == 2
     assert "'one,two', expected numbers such as 2,1" in done.stderr

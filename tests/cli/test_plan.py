@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastattn.parallel import plan as plans
+from tests.cli.forks import Forks
 from tests.models.builders import hf_model, save_hf
 from tests.parallel.ranks import Ranks
 
@@ -66,31 +67,36 @@ def test_a_text_lets_lossy_formats_compete(model: Path, tmp_path: Path) -> None:
     assert len(tokens(tmp_path / "b", model, str(file))) == 20
 
 
-def test_one_rank_gets_the_exact_plan_and_the_reason(model: Path, tmp_path: Path) -> None:
+def test_one_rank_gets_the_exact_plan_and_the_reason(model: Path, tmp_path: Path, forks: Forks) -> None:
     file = tmp_path / "plan.json"
-    out, _ = run(tmp_path / "a", 1, "plan", str(model), "--out", str(file), "--prefill-tokens", "64")
-    assert out.count("chosen: exact (one rank has nothing to sum)") == 2
+    made = forks.run("plan", model, "--out", file, "--prefill-tokens", 64)
+    assert made.stdout.count("chosen: exact (one rank has nothing to sum)") == 2, made.stderr
     assert {p.name for p in plans.read(file).points.values()} == {"exact"}
     prompt = ("--prompt", "The", "--max-tokens", "2", "--sync", str(file))
-    run(tmp_path / "b", 1, "generate", str(model), *prompt)
+    assert forks.run("generate", model, *prompt).returncode == 0
     _, errors = run(tmp_path / "c", 2, "generate", str(model), *prompt, fails=True)
     assert "the plan is for 1 ranks, there are 2" in errors
     wider = hf_model("llama", num_hidden_layers=3, intermediate_size=192)
     other = save_hf(wider, tmp_path / "other")
-    _, errors = run(tmp_path / "d", 1, "generate", str(other), *prompt, fails=True)
-    assert "the plan is for another model" in errors
+    refused = forks.run("generate", other, *prompt)
+    assert refused.returncode == 1
+    assert "the plan is for another model" in refused.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (["--prefill-tokens", "512"], "prefill_tokens: 512, expected 2 to 511, the model's context"),
-        (["--batch", "0"], "batch: 0, expected at least 1"),
-        (["--budget", "0"], "budget_s: 0.0, expected seconds > 0"),
-        (["--text", "none.txt"], "none.txt"),
+        pytest.param(["--batch", "0"], "batch: 0, expected at least 1", marks=pytest.mark.slow),
+        pytest.param(["--budget", "0"], "budget_s: 0.0, expected seconds > 0", marks=pytest.mark.slow),
+        pytest.param(["--text", "none.txt"], "none.txt", marks=pytest.mark.slow),
         (["--text", "short.txt"], "too few for 2 chunks of 512"),
-        (["--text", "long.txt", "--max-increase", "0"], "max_increase: 0.0, expected a positive share"),
-        (["--threads", "0"], "threads: 0, expected at least 1"),
+        pytest.param(
+            ["--text", "long.txt", "--max-increase", "0"],
+            "max_increase: 0.0, expected a positive share",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--threads", "0"], "threads: 0, expected at least 1", marks=pytest.mark.slow),
         (["--out", "none/plan.json"], "none: no such folder"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",

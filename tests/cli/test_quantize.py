@@ -10,6 +10,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from tests.cli.forks import Forks
 from tests.models.builders import hf_model, save_hf
 
 
@@ -87,8 +88,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(folder: Path) -> None
     ],
     ids=lambda v: "-".join(v[-2:]).strip("-/") if isinstance(v, list) else "",
 )
-def test_errors_are_one_line(folder: Path, arguments: list[str], message: str) -> None:
-    done = run(folder, "quantize", *OPTIONS, *arguments)
+def test_errors_are_one_line(folder: Path, forks: Forks, arguments: list[str], message: str) -> None:
+    done = forks.run("quantize", *OPTIONS, *arguments, folder=folder)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("fastattn: error: ")
     assert message in done.stderr
@@ -96,7 +97,7 @@ def test_errors_are_one_line(folder: Path, arguments: list[str], message: str) -
     assert not (folder / "q0").exists()
 
 
-def test_text_is_required(folder: Path) -> None:
-    done = run(folder, "quantize", "m", "q0")
+def test_text_is_required(folder: Path, forks: Forks) -> None:
+    done = forks.run("quantize", "m", "q0", folder=folder)
     assert done.returncode == 2
     assert "the following arguments are required: --text" in done.stderr

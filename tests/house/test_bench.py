@@ -91,6 +91,18 @@ def test_ratio_above_one_means_ours_is_better() -> None:
     assert records.ratio(10.0, None, higher_is_better=True) is None
 
 
+def test_a_sweep_is_recorded_in_parts(tmp_path: Path) -> None:
+    """A case measured again takes the place of its record; others stay."""
+    file = tmp_path / "records.json"
+    shared = {"bench": "b", "spread": 0.0, "claim": "measured", "env": {}}
+    first, second = ({**shared, "case": case} for case in ("first", "second"))
+    records.append(file, [records.Record.of(first, "time", "ms", 1.0)])
+    records.append(file, [records.Record.of(second, "time", "ms", 2.0)])
+    found = records.append(file, [records.Record.of(first, "time", "ms", 3.0)])
+    assert [(r.case, r.ours) for r in found] == [("second", 2.0), ("first", 3.0)]
+    assert [records.Record(**r) for r in json.loads(file.read_text())] == found
+
+
 def test_record_refuses_another_claim() -> None:
     shared = {"bench": "b", "case": "c", "spread": 0.0, "claim": "assumed", "env": {}}
     with pytest.raises(ValueError, match="'assumed', expected measured, compiled, emulated, modelled"):
@@ -245,6 +257,7 @@ def test_quant_program(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_perplexity_program(tmp_path: Path) -> None:
     out = tmp_path / "perplexity.json"
     run_program("perplexity.py", "--context=48", "--chunks=2", "--act=none", "--json", str(out))

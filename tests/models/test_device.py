@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,23 @@ def test_a_device_that_is_not_there_is_named(directory: Path) -> None:
     for device in ("cuda:63", "abacus"):
         with pytest.raises(ValueError, match=f"device: '{device}', expected one that torch sees: "):
             fastattn.load(directory, device=device)
+    if find_spec("torch_npu") is None:
+        with pytest.raises(ValueError, match=r"device: 'npu:1', .* torch_npu is not installed"):
+            fastattn.load(directory, device="npu:1")
+
+
+def test_the_ranks_join_for_the_device_that_computes(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="device: meta, tensor parallelism runs on cpu, cuda, npu"):
+        fastattn.load(directory, tp="auto", device="meta")
+    with torch.device("meta"):
+        model = hf_model("llama")
+    with pytest.raises(ValueError, match="device: meta, tensor parallelism runs on cpu, cuda, npu"):
+        fastattn.parallelize(model)
 
 
 @pytest.mark.gpu

@@ -17,23 +17,10 @@ from fastattn.quant import packed
 from fastattn.spec import LinearArgs, PackedWeight
 
 from .runners import FLOATS, assert_accurate, random, run
-from .weights import make
+from .weights import QUANTIZED, make
 
-FORMATS = {
-    "int4": {},
-    "int4 g16": {"group": 16},
-    "int4 g128 float32": {"group": 128, "scale_dtype": torch.float32},
-    "int4 cut at 32": {"group": 64, "offset": 32},
-    "int4 cut at 16": {"group": 64, "offset": 16},
-    "int4 cut at 5": {"offset": 5},
-    "int4 g_idx": {"g_idx": True},
+FORMATS = QUANTIZED | {
     "int4 g_idx runs": {"g_idx": "runs", "group": 64},
-    "int4 x_perm bias": {"x_perm": True, "bias": torch.float32},
-    "int8": {},
-    "int8 no mins": {"mins": False},
-    "int8 g16 float32": {"group": 16, "scale_dtype": torch.float32, "mins": False},
-    "int8 cut at 7 bias": {"group": 48, "offset": 7, "bias": torch.float16},
-    "int8 g_idx x_perm": {"g_idx": True, "x_perm": True},
     "int8 g_idx runs": {"g_idx": "runs", "group": 48, "mins": False},
     "float32": {},
     "float16 bias": {"bias": torch.float16},
@@ -133,14 +120,14 @@ def test_strided_input_and_a_cut_weight(ops):
     check(ops, w, random(128, 5, seed=1).T)
 
 
-QUANTIZED = [
+INTEGERS = [
     "int4", "int4 g128 float32", "int4 cut at 32", "int4 cut at 5", "int4 g_idx runs",
     "int8", "int8 no mins", "int8 g16 float32", "int8 g_idx runs",
 ]  # fmt: skip
 
 
 @DTYPES
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", INTEGERS)
 @pytest.mark.parametrize("rows", range(1, 18))
 def test_every_number_of_rows(ops, kind, dtype, rows):
     w = weight(kind, 21, 320)
@@ -148,7 +135,7 @@ def test_every_number_of_rows(ops, kind, dtype, rows):
 
 
 @DTYPES
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", INTEGERS)
 def test_outliers_do_not_drown_the_rest(ops, kind, dtype):
     w = weight(kind, 37, 203)
     for rows in (1, 6):
@@ -157,7 +144,7 @@ def test_outliers_do_not_drown_the_rest(ops, kind, dtype):
         check(ops, w, x.to(dtype))
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", INTEGERS)
 @pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-37, 1e-20, 1e20, 1e32, 1e34, 1e36])
 def test_magnitudes(ops, kind, scale):
     w = weight(kind, 37, 203)
@@ -169,7 +156,7 @@ def test_magnitudes(ops, kind, scale):
 
 
 @DTYPES
-@pytest.mark.parametrize("kind", [*QUANTIZED, "int8 cut at 7 bias"])
+@pytest.mark.parametrize("kind", [*INTEGERS, "int8 cut at 7 bias"])
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 def test_what_is_not_finite_shows(ops, kind, dtype, value):
     w = weight(kind, 37, 203)
@@ -195,7 +182,7 @@ def assert_rounded(ours, x, w):
 
 
 @DTYPES
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", INTEGERS)
 def test_activations_in_8_bits(native_ops, kind, dtype):
     """As far off as roundings of each 32 columns to 1/254 of their largest value explain, and no more."""
     w = weight(kind, 64, 320)

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastattn.quant import packed
 from fastattn.spec import PackedWeight
+
+#: Kinds of quantized weights, as options of `make` (its format is the first word).
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "int4": {},
+    "int4 g16": {"group": 16},
+    "int4 g128 float32": {"group": 128, "scale_dtype": torch.float32},
+    "int4 cut at 32": {"group": 64, "offset": 32},
+    "int4 cut at 16": {"group": 64, "offset": 16},
+    "int4 cut at 5": {"offset": 5},
+    "int4 g_idx": {"g_idx": True},
+    "int4 x_perm bias": {"x_perm": True, "bias": torch.float32},
+    "int8": {},
+    "int8 no mins": {"mins": False},
+    "int8 g16 float32": {"group": 16, "scale_dtype": torch.float32, "mins": False},
+    "int8 cut at 7 bias": {"group": 48, "offset": 7, "bias": torch.float16},
+    "int8 g_idx x_perm": {"g_idx": True, "x_perm": True},
+}
 
 
 def make(

@@ -22,8 +22,9 @@ from tests.parallel.run import Case, run
 EXACT = (
     "star", "star:hub=1", "direct:scheme=one_step", "direct:scheme=two_step", "tiled:tiles=1/2/1",
     "tiled+direct", "fused_norm", "token_weave:min_tokens=2+exact",
-    "token_weave:min_tokens=2,first=0.3,multiple=1+fused_norm", "token_weave:min_tokens=2+tiled+star",
-    "token_weave:min_tokens=2+direct:scheme=two_step",
+    "token_weave:min_tokens=2,tiles=3/7,multiple=1+fused_norm", "token_weave:min_tokens=2+tiled+star",
+    "token_weave:min_tokens=2+direct:scheme=two_step", "token_weave:min_tokens=2,tiles=1/1/1/1+exact",
+    "token_weave:min_tokens=4,tiles=1/3/2+fused_norm",
 )  # fmt: skip
 INT8 = "compressed:element=int8,scale=fp16"
 LOSSY = (
@@ -115,8 +116,8 @@ def generation_gives_the_same_tokens(g: TPGroup) -> None:
         assert [c.token_ids for c in found] == wanted, sync
 
 
-def weaving_overlaps_each_half_with_the_others_exchange(g: TPGroup) -> None:
-    """Between the start of a half's sum and its end, the other half computes."""
+def weaving_overlaps_each_tile_with_the_others_exchanges(g: TPGroup) -> None:
+    """Between the start of a tile's sum and its end, the other tiles compute."""
     if g.world == 1:
         return
     events: list[str] = []
@@ -152,17 +153,19 @@ def weaving_overlaps_each_half_with_the_others_exchange(g: TPGroup) -> None:
 
     before = m.decoder.schedule
     policy = Traced()
-    try:
-        m.decoder.policy, m.decoder.schedule = (lambda p: policy), {"prefill": TokenWeave(2, 0.4, 1)}
-        hidden_states(m, ((10,),))
-    finally:
-        m.decoder.policy, m.decoder.schedule = inner, before
     points = 2 * m.config.num_layers
-    middle = ["end 4", "start 4", "end 6", "start 6"] * (points - 1)
-    assert events == ["start 4", "start 6", *middle, "end 4", "end 6"]
+    for shares, tiles in (((2, 3), (4, 6)), ((1, 3, 5, 1), (1, 3, 5, 1))):
+        events.clear()
+        try:
+            m.decoder.policy, m.decoder.schedule = (lambda p: policy), {"prefill": TokenWeave(2, shares, 1)}
+            hidden_states(m, ((10,),))
+        finally:
+            m.decoder.policy, m.decoder.schedule = inner, before
+        middle = [f"{what} {n}" for n in tiles for what in ("end", "start")] * (points - 1)
+        assert events == [*(f"start {n}" for n in tiles), *middle, *(f"end {n}" for n in tiles)]
 
 
-def an_error_in_one_half_awaits_the_other(g: TPGroup) -> None:
+def an_error_in_one_tile_awaits_the_others(g: TPGroup) -> None:
     if g.world == 1:
         return
     m = model("token_weave:min_tokens=2+exact", g)
@@ -199,8 +202,8 @@ CASES: tuple[Case, ...] = (
     lossy_policies_stay_near,
     policies_mix_by_layer_and_point,
     generation_gives_the_same_tokens,
-    weaving_overlaps_each_half_with_the_others_exchange,
-    an_error_in_one_half_awaits_the_other,
+    weaving_overlaps_each_tile_with_the_others_exchanges,
+    an_error_in_one_tile_awaits_the_others,
 )
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from fastattn.collectives.dropped import Dropped
 from fastattn.collectives.exact import Exact
 from fastattn.collectives.fused_norm import FusedNorm
 from fastattn.collectives.star import Star
-from fastattn.collectives.sums import Partial, row_spans
+from fastattn.collectives.sums import PIECES, Partial, row_spans
 from fastattn.collectives.tiled import Tiled
 from fastattn.quant import packed
 from fastattn.quant.codec import Codec
@@ -101,6 +101,7 @@ def problems(g: TPGroup) -> Iterator[Problem]:
             (2, True, True),
             (7, True, False),
             (33, False, True),
+            (401, True, False),  # a star's travel in pieces
         ):
             yield Problem(g, rows, dtype, biased=biased, pending=pending)
 
@@ -141,6 +142,38 @@ def lossy_policies_err_by_their_format_alone(g: TPGroup) -> None:
             two_steps = (1 + 1.1 * g.world) * step
             assert error <= two_steps + 8 * eps * float(total.abs().max() + g.world * largest)
             assert same_bits(g, out.hidden)
+
+
+def a_star_uses_both_directions_of_its_hubs_link(g: TPGroup) -> None:
+    """The sums of the first rows leave while the hub waits for the last ones."""
+    hub = g.world - 1
+    if g.world == 1:
+        return
+    events: list[str] = []
+    swap, wait = exchange.Lane.swap, exchange.Pending.wait
+
+    def noted(lane, outgoing, incoming, step=0):  # type: ignore[no-untyped-def]
+        pending = swap(lane, outgoing, incoming, step)
+        if outgoing:
+            events.append(f"send {step}")
+        elif step < PIECES:
+            arrivals.append(pending)
+        return pending
+
+    def waited(pending: exchange.Pending) -> None:
+        wait(pending)
+        if pending in arrivals:
+            events.append(f"arrived {arrivals.index(pending)}")
+
+    arrivals: list[exchange.Pending] = []
+    problem = Problem(g, 401, torch.float32, biased=False, pending=False)
+    exchange.Lane.swap, exchange.Pending.wait = noted, waited  # type: ignore[assignment,method-assign]
+    try:
+        problem.run(Star(hub))
+    finally:
+        exchange.Lane.swap, exchange.Pending.wait = swap, wait  # type: ignore[method-assign]
+    if g.rank == hub:
+        assert events.index(f"send {PIECES}") < events.index("arrived 1"), events
 
 
 def tiles_are_summed_while_the_next_is_computed(g: TPGroup) -> None:
@@ -336,6 +369,7 @@ def not_a_number_is_carried_through(g: TPGroup) -> None:
 CASES: tuple[Case, ...] = (
     exact_policies_equal_float64,
     lossy_policies_err_by_their_format_alone,
+    a_star_uses_both_directions_of_its_hubs_link,
     tiles_are_summed_while_the_next_is_computed,
     tiles_of_no_rows_are_left_out,
     receives_are_posted_before_computing,

@@ -90,6 +90,16 @@ class Ranks:
     def send(self, rank: int, number: signal.Signals) -> None:
         self.processes[rank].send_signal(number)
 
+    def kill(self, victim: int) -> list[int]:
+        """Kills a rank. The others end with an error within 5 s: returns them."""
+        self.send(victim, signal.SIGKILL)
+        codes = self.wait(5)
+        assert codes.pop(victim) == -signal.SIGKILL
+        assert set(codes.values()) == {1}, self.everything()
+        for rank in codes:
+            assert f"fastattn: error: rank {rank}: " in self.err(rank), self.everything()
+        return list(codes)
+
     def wait(self, seconds: float, ranks: Sequence[int] | None = None) -> dict[int, int]:
         """Exit status of each rank; fails when one still runs after ``seconds``, all together."""
         end = time.monotonic() + seconds

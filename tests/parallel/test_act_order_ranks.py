@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from tests.parallel.ranks import HERE, Ranks
 from tests.quant.stored import Spec
 
 LAYERS = 2
+WORLDS = [1, 2, pytest.param(3, marks=pytest.mark.slow)]
+Runs = Callable[[int], list[dict[str, Any]]]
 ACT = Spec("gptq", 4, 16, act_order=True)
 KINDS: dict[str, tuple[Spec, tuple[str, ...]]] = {
     "inside": (ACT, ()),  # o's act-order stays inside heads
@@ -47,41 +51,41 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, An
 
 
 @pytest.fixture(scope="module")
-def runs(
-    models: dict[str, tuple[Path, Any]], tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, list[dict[str, Any]]]:
-    """What each rank of each world says."""
-    found = {}
+def runs(models: dict[str, tuple[Path, Any]], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What each rank of a world says."""
     paths = [str(path) for path, _ in models.values()]
-    for world in (1, 2, 3):
+
+    @cache
+    def of(world: int) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp(f"world{world}")
         with Ranks(HERE / "act_order_rank.py", paths, world, folder) as ranks:
             assert set(ranks.wait(240).values()) == {0}, ranks.everything()
-            found[world] = [json.loads(ranks.out(r)) for r in range(world)]
-    return found
+            return [json.loads(ranks.out(r)) for r in range(world)]
+
+    return of
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_exact_policy_gives_the_same_tokens(
-    kind: str, world: int, models: dict[str, Any], runs: dict[int, Any]
+    kind: str, world: int, models: dict[str, Any], runs: Runs
 ) -> None:
     path, _ = models[kind]
-    alone = runs[1][0][f"{path} tp_aware"]
-    for rank in runs[world]:
+    alone = runs(1)[0][f"{path} tp_aware"]
+    for rank in runs(world):
         for sync, tokens in rank[f"{path} policies"].items():
             assert tokens == alone["tokens"], sync
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_model(kind: str, layout: str, world: int, models: dict[str, Any], runs: dict[int, Any]) -> None:
+def test_model(kind: str, layout: str, world: int, models: dict[str, Any], runs: Runs) -> None:
     path, wanted = models[kind]
-    said = [rank[f"{path} {layout}"] for rank in runs[world]]
+    said = [rank[f"{path} {layout}"] for rank in runs(world)]
     for found, expected in zip(said[0]["logits"], wanted, strict=True):
         assert (torch.tensor(found) - expected).abs().max() < 1e-4 * expected.abs().max()
-    alone = runs[1][0][f"{path} tp_aware"]
+    alone = runs(1)[0][f"{path} tp_aware"]
     for rank in said:
         assert rank["tokens"] == alone["tokens"]
         gathers = LAYERS if layout == "naive" and kind != "awq" else 0

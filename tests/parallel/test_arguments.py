@@ -52,8 +52,20 @@ def test_without_a_launcher_there_is_one_rank() -> None:
         ({}, {"split": (1, 0)}, r"split: \(1, 0\), expected positive numbers"),
         ({}, {"timeout_s": 0}, r"timeout_s: 0, expected seconds > 0"),
         ({}, {"device": "meta"}, r"device: meta, tensor parallelism runs on cpu, cuda, npu"),
+        ({}, {"device": "abacus"}, r"device: 'abacus', expected one that torch sees: "),
     ],
-    ids=["no rank", "rank", "world", "no world", "master", "split length", "split zero", "timeout", "device"],
+    ids=[
+        "no rank",
+        "rank",
+        "world",
+        "no world",
+        "master",
+        "split length",
+        "split zero",
+        "timeout",
+        "device",
+        "no device",
+    ],
 )
 def test_wrong_environments_and_arguments(
     clean: pytest.MonkeyPatch, change: dict[str, str], arguments: dict[str, object], message: str

@@ -100,6 +100,17 @@ def test_woven_halves_compute_while_the_other_is_summed() -> None:
     assert seconds(woven, 10, late) == pytest.approx(4 * (0.005 + 0.001 + 0.1) + 0.005)
 
 
+def test_more_tiles_leave_less_to_wait_for_at_both_ends() -> None:
+    rate = Rates(row_s=0.001, item_bytes=2, world=2)
+    costs = Costs(Link(0.0, 2e5), {"attn": rate, "mlp": rate}, {}, HIDDEN)  # 1 ms a row to compute and to sum
+    times = []
+    for count in (1, 2, 4, 8):
+        weave = TokenWeave(2, (1.0,) * count, multiple=1)
+        times.append(seconds(Candidate.uniform(Direct(item_bytes=2), weave, 2), 8, costs))
+    # Four half-blocks of 8 ms; the last tile's sum is what is left over.
+    assert times == pytest.approx([0.064, 0.036, 0.034, 0.033])
+
+
 def test_fused_norm_spares_the_other_ranks_rows() -> None:
     costs = COSTS._replace(rates=dict.fromkeys(("attn", "mlp"), RATE._replace(norm_row_s=0.00005)))
     fused = Candidate.uniform(FusedNorm(Direct(item_bytes=2)), Plain(), 1)
@@ -139,7 +150,8 @@ def test_candidates_begin_with_exact_and_hold_every_kind() -> None:
     assert len(set(found)) == len(found)
     names = {str(c) for c in found}
     assert {"exact", "star:hub=3", "direct:scheme=one_step", "direct:scheme=two_step"} <= names
-    assert {"tiled:tiles=1/2", "tiled:tiles=2/1+star", "token_weave:min_tokens=128"} & names
+    assert {"tiled:tiles=1/2", "tiled:tiles=2/1+star", "token_weave:min_tokens=128+exact"} <= names
+    assert "token_weave:min_tokens=128,tiles=1/1/1/1+fused_norm+direct:scheme=one_step" in names
     assert "token_weave:min_tokens=128+fused_norm+direct:scheme=two_step" in names
     assert all(c.exact for c in found)
 

@@ -55,11 +55,12 @@ SUMS: st.SearchStrategy[Sum] = (
     st.builds(Exact, ITEMS) | st.builds(Star, st.integers(0, 1), item_bytes=ITEMS) | PAIRWISE
 )
 SHARES = st.integers(1, 100) | st.floats(1e-3, 1e30)
-TILED = st.builds(Tiled, SUMS, st.lists(SHARES, min_size=1, max_size=5).map(tuple))
+TILES = st.lists(SHARES, min_size=1, max_size=5).map(tuple)
+TILED = st.builds(Tiled, SUMS, TILES)
 ANYWHERE: st.SearchStrategy[SyncPolicy] = SUMS | TILED | st.builds(FusedNorm, PAIRWISE)
 POLICIES: st.SearchStrategy[SyncPolicy] = ANYWHERE | st.just(Dropped())
 SCHEDULES: st.SearchStrategy[Schedule] = st.just(Plain()) | st.builds(
-    TokenWeave, st.integers(1, 4096), st.floats(0.01, 0.99), st.integers(1, 256)
+    TokenWeave, st.integers(1, 4096), TILES, st.integers(1, 256)
 )
 
 
@@ -74,6 +75,26 @@ def plan_of(draw: st.DrawFn) -> SyncPlan:
 
 def a_plan(text: str = "tiled:tiles=1/2+compressed:element=int8") -> SyncPlan:
     return plans.uniform(text, "0123abcd", LAYERS, TWO, 2)
+
+
+# ------------------------------------------------------------------------------------------------ tiles
+@given(SCHEDULES, st.integers(1, 5000))
+def test_tiles_are_all_rows_in_order(schedule: Schedule, rows: int) -> None:
+    spans = schedule.spans(rows)
+    assert [n for lo, hi in spans for n in range(lo, hi)] == list(range(rows))
+    assert all(lo < hi for lo, hi in spans)
+    if isinstance(schedule, TokenWeave) and rows >= schedule.min_tokens:
+        assert len(spans) <= len(schedule.tiles)
+    else:
+        assert len(spans) == 1
+
+
+def test_tiles_end_at_multiples_where_the_rows_suffice() -> None:
+    weave = TokenWeave(2, (1, 2, 1), multiple=16)
+    assert weave.spans(130) == [(0, 32), (32, 96), (96, 130)]
+    assert weave.spans(9) == [(0, 2), (2, 7), (7, 9)]
+    assert weave.spans(2) == [(0, 2)]
+    assert weave.spans(1) == [(0, 1)]
 
 
 # ------------------------------------------------------------------------------------------ round trips
@@ -109,7 +130,7 @@ def test_equal_neighbours_become_one_rule_and_defaults_are_left_out() -> None:
         ("tiled:tiles=1/2+direct", Tiled(Direct(), (1, 2)), Plain()),
         ("tiled:tiles=3/", Tiled(Exact(), (3,)), Plain()),
         ("token_weave", Exact(), TokenWeave()),
-        ("token_weave:first=0.4+fused_norm", FusedNorm(), TokenWeave(first=0.4)),
+        ("token_weave:tiles=2/3+fused_norm", FusedNorm(), TokenWeave(tiles=(2, 3))),
         (
             "compressed:element=int4,outliers=1/7,scheme=two_step",
             Compressed(codec=Codec(element="int4", outliers=(1, 7)), scheme="two_step"),
@@ -143,7 +164,7 @@ def test_text(text: str, policy: SyncPolicy, schedule: Schedule) -> None:
         ("direct:scheme=ring", "scheme: 'ring', expected one of auto, one_step, two_step"),
         ("compressed:element=e9m9", "element"),
         ("compressed:codec=int8", "codec: 'int8', expected an object"),
-        ("token_weave:first=1", "first: 1, expected a share between 0 and 1"),
+        ("token_weave:tiles=1/0", r"tiles: \(1, 0\), expected positive shares of the rows"),
         ("token_weave:min_tokens=0", "min_tokens: 0, expected at least 1"),
     ],
 )

@@ -16,7 +16,7 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 constexpr int64_t STEP_BYTES = 512 << 10;  // of a step's keys and values, unless fewer than W keys
-constexpr int VALUE_KEYS = 16;             // values that are added to all heads' rows before the next ones
+constexpr int VALUE_KEYS = 32;             // values that are added to all heads' rows before the next ones
 constexpr int ACCUMULATORS = REGISTERS == 32 ? 16 : 8;  // vectors of the products below
 constexpr int MAX_BLOCK = ACCUMULATORS / 4;             // rows that go over a key or value together
 
@@ -131,14 +131,15 @@ private:
     void dot_products(int64_t r0, int64_t n, int64_t offset, int64_t j, int64_t count, Ahead<T>& ahead) {
         row_blocks(r0, n, [&](auto block, int64_t r) {
             for (int64_t i = 0; i < count; i += ACCUMULATORS / block.rows)
-                dot_block(block, r, offset, j + i, count - i, ahead);
+                dot_block(block, r, offset, j + i, count - i, r == r0, ahead);
         });
     }
 
     // Rows [r, r + R) against the next ACCUMULATORS / R keys, of which `left` exist; the last one stands in
-    // for those past the end.
+    // for those past the end. Only the first rows that read a key fetch ahead: as many bytes as are read.
     template <int R>
-    void dot_block(RowBlock<R>, int64_t r, int64_t offset, int64_t j, int64_t left, Ahead<T>& shared) {
+    FA_INLINE_MEMBER void dot_block(RowBlock<R>, int64_t r, int64_t offset, int64_t j, int64_t left,
+                                    bool first, Ahead<T>& shared) {
         constexpr int K = ACCUMULATORS / R;
         const T* key[K];
         for (int i = 0; i < K; i++) key[i] = k_rows[j + imin(i, left - 1)] + offset;
@@ -149,7 +150,7 @@ private:
         for (int i = 0; i < ACCUMULATORS; i++) acc[i] = zero();
         int64_t d = 0;
         for (; d + WIDE <= a.head_dim; d += WIDE) {
-            ahead.template fetch<K * WIDE * sizeof(T)>();
+            if (first) ahead.template fetch<K * WIDE * sizeof(T)>();
             dot_step<R, K>(query + d, key, d, WIDE, acc);
         }
         if (d < a.head_dim) dot_step<R, K>(query + d, key, d, a.head_dim - d, acc);
@@ -180,19 +181,19 @@ private:
             constexpr int V = block.rows == 1 ? 8 : 4;
             int64_t c = 0;
             for (; c + V * W <= a.v_head_dim; c += V * W)
-                value_block<V>(block, r, offset, c, j, count, ahead);
+                value_block<V>(block, r, offset, c, j, count, r == r0, ahead);
             if (V > 4 && c + 4 * W <= a.v_head_dim) {
-                value_block<4>(block, r, offset, c, j, count, ahead);
+                value_block<4>(block, r, offset, c, j, count, r == r0, ahead);
                 c += 4 * W;
             }
             for (; c < a.v_head_dim; c += COLUMNS)
-                value_block<COLUMNS / W>(block, r, offset, c, j, count, ahead);
+                value_block<COLUMNS / W>(block, r, offset, c, j, count, r == r0, ahead);
         });
     }
 
     // V vectors of columns from c on, of rows [r, r + R).
     template <int V, int R>
-    void value_block(RowBlock<R>, int64_t r, int64_t offset, int64_t c, int64_t j, int64_t count,
+    void value_block(RowBlock<R>, int64_t r, int64_t offset, int64_t c, int64_t j, int64_t count, bool first,
                      Ahead<T>& shared) {
         Ahead<T> ahead = shared;
         vf acc[R][V];
@@ -202,7 +203,9 @@ private:
             for (int v = 0; v < V; v++) acc[row][v] = zero();
         Values<Units>::template add<R, V>(probabilities + r * DECODE_KEYS + j, v_rows + j, offset + c, count,
                                           a.v_head_dim - c, acc,
-                                          [&] { ahead.template fetch<V * W * sizeof(T)>(); });
+                                          [&] {
+                                              if (first) ahead.template fetch<V * W * sizeof(T)>();
+                                          });
         shared = ahead;
         const int64_t stride = out_stride;
         float* to = out + r * stride + c;

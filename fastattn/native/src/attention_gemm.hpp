@@ -1,11 +1,11 @@
 // Register-blocked products of packed operands, the inner loops of prefill.
 //
-// An operand is made of units along the summed dimension: one float, or (BF16 dot products) a pair of bf16.
-// B is packed in panels: unit k of column c of a panel is at b[k * PANEL + c]. A is read at compile-time
-// strides.
+// An operand is made of units (simd_units.hpp) along the summed dimension. B is packed in panels: unit k of
+// column c of a panel is at b[k * PANEL + c]. A is read at compile-time strides.
 #pragma once
 
 #include "attention_sequence.hpp"
+#include "simd_units.hpp"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -18,14 +18,8 @@ constexpr int64_t CHAIN = 32;  // units summed one after another
 static_assert(KEYS % PANEL == 0 && KEYS % 16 == 0, "a block is whole panels");
 
 // Computes in float, from float, f16 or bf16 tensors.
-struct FloatUnits {
-    using Unit = float;
+struct FloatUnits : Floats {
     using Probability = float;
-    static constexpr int STEP = 1;  // elements of a unit
-    using Vector = vf;
-    FA_INLINE Vector load_b(const Unit* p) { return load(p); }
-    FA_INLINE Vector spread(const Unit* p) { return set1(*p); }
-    FA_INLINE vf dot(Vector a, Vector b, vf c) { return fma(a, b, c); }
 
     // One row of a query, key or value, W * STEP elements at a time.
     using Stored = float;  // a query kept for reuse
@@ -39,14 +33,8 @@ struct FloatUnits {
 
 #if defined(__AVX512BF16__)
 // Computes bf16 x bf16 + float, two products an instruction lane; probabilities are rounded to bf16.
-struct Bf16Units {
-    using Unit = uint32_t;
+struct Bf16Units : Bf16Pairs {
     using Probability = bf16;
-    static constexpr int STEP = 2;
-    using Vector = __m512i;
-    FA_INLINE Vector load_b(const Unit* p) { return _mm512_loadu_si512(p); }
-    FA_INLINE Vector spread(const Unit* p) { return _mm512_set1_epi32(int(*p)); }
-    FA_INLINE vf dot(Vector a, Vector b, vf c) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a, (__m512bh)b)}; }
 
     using Stored = bf16;
     FA_INLINE Vector load_row(const bf16* p, int64_t n) {
@@ -73,7 +61,7 @@ static __attribute__((noinline)) void tile_product(const typename Units::Unit* a
         for (int64_t n = imin(CHAIN, depth - first); n > 0; n--) {
             typename Units::Vector vb[NV];
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; v++) vb[v] = Units::load_b(b + v * W);
+            for (int v = 0; v < NV; v++) vb[v] = Units::load_units(b + v * W);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
                 const typename Units::Vector va = Units::spread(a + r * A_ROW);

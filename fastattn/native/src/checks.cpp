@@ -1,5 +1,7 @@
 #include "checks.hpp"
 
+#include <algorithm>
+
 namespace fastattn {
 
 using std::string;
@@ -15,11 +17,13 @@ string shape_text(const int64_t* shape, int ndim) {
     return s + (ndim == 1 ? ",)" : ")");
 }
 
+void expect_shape(const Tensor& t, const char* name, const int64_t* shape, int ndim) {
+    if (t.ndim != ndim || !std::equal(shape, shape + ndim, t.shape))
+        throw bad(name, "shape " + shape_text(t.shape, t.ndim), shape_text(shape, ndim));
+}
+
 void expect_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
-    bool same = t.ndim == int(shape.size());
-    for (int i = 0; same && i < t.ndim; i++) same = t.shape[i] == shape.begin()[i];
-    if (!same)
-        throw bad(name, "shape " + shape_text(t.shape, t.ndim), shape_text(shape.begin(), int(shape.size())));
+    expect_shape(t, name, shape.begin(), int(shape.size()));
 }
 
 void expect_dtype(const Tensor& t, const char* name, std::initializer_list<DType> dtypes) {

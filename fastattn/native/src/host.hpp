@@ -63,11 +63,6 @@ private:
     std::unique_lock<std::mutex> lock_;
 };
 
-// Lengths, cache rows and pages, read on the CPU before any kernel trusts them; ValueError names the argument.
-// q_total, k_total: rows of packed input; cache_rows: of k, or pages; max_pages: columns of block_table.
-void check_lengths(const AttentionArgs& a, int64_t q_total, int64_t k_total, int64_t cache_rows,
-                   int64_t max_pages);
-
 void bind_attention(py::module_& m);
 void bind_ops(py::module_& m);
 void bind_linear(py::module_& m);

@@ -6,6 +6,7 @@
 // transposed into the result at the end.
 #pragma once
 
+#include "integers.hpp"
 #include "ops_gemm_decode.hpp"
 #include "ops_linear.hpp"
 
@@ -16,8 +17,6 @@ namespace {
 constexpr int64_t GEMM_COLUMNS = 512;  // rows of x packed at a time
 constexpr int64_t GEMM_ROWS = 48;      // rows of W that a thread takes at a time
 static_assert(GEMM_ROWS % TILE_ROWS == 0 && GEMM_ROWS % W == 0, "whole tiles, and whole vectors of results");
-
-FA_INLINE int64_t round_to(int64_t n, int64_t grain) { return (n + grain - 1) / grain * grain; }
 
 // How the summed dimension is cut, and the workspace: packed x, the group index, then for each thread the
 // scales of GEMM_ROWS rows, the decoded rows of a tile, and sums.
@@ -32,9 +31,9 @@ static GemmLayout gemm_layout(const LinearArgs& a, int step) {
     GemmLayout l;
     const int64_t chunk = CHUNK / step;
     l.units = chunks_of(a.w.in) * chunk;
-    const int64_t blocks = l.units > DEPTH ? (l.units + DEPTH - 1) / DEPTH : 1;
-    l.depth = round_to((l.units + blocks - 1) / blocks, chunk);
-    l.columns = round_to(a.rows < GEMM_COLUMNS ? a.rows : GEMM_COLUMNS, W);
+    const int64_t blocks = imax(1, ceil_div(l.units, DEPTH));
+    l.depth = round_up(ceil_div(l.units, blocks), chunk);
+    l.columns = round_up(imin(a.rows, GEMM_COLUMNS), W);
     l.x = aligned(size_t(l.columns * l.units) * 4);
     l.index = a.w.kind == WeightKind::dense ? 0 : aligned(size_t(index_length(a.w)) * sizeof(int32_t));
     l.scales = aligned(size_t(GEMM_ROWS * scale_floats(a.w)) * sizeof(float));

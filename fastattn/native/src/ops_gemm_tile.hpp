@@ -1,11 +1,12 @@
 // The register tile of the GEMM: rows of W, decoded, times vectors of rows of x.
 //
-// The summed dimension is made of units: one float, or (BF16 dot products) a pair of bf16. The lanes of a
-// vector are rows of x, packed in panels [unit][W]; an element of W is spread over them, so that W stays in
-// its own order, whatever its format, and needs no transposition.
+// The summed dimension is made of units (simd_units.hpp): one or two columns. The lanes of a vector are rows
+// of x, packed in panels [unit][W]; an element of W is spread over them, so that W stays in its own order,
+// whatever its format, and needs no transposition.
 #pragma once
 
 #include "ops_decode.hpp"
+#include "simd_units.hpp"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -34,14 +35,8 @@ constexpr int64_t DEPTH = 320;                       // units of a block, at mos
 // Between decoded rows: an odd number of cache lines, so that rows do not meet in the same sets of L1.
 constexpr int64_t DECODED_STRIDE = DEPTH + 16;
 
-struct GemmFloat {
-    using Unit = float;
-    using Vector = vf;
-    static constexpr int STEP = 1;        // columns of a unit
+struct GemmFloat : Floats {
     static constexpr int64_t CHAIN = 64;  // units summed one after another: a long chain rounds worse
-    FA_INLINE Vector load_x(const Unit* p) { return load(p); }
-    FA_INLINE Vector spread(const Unit* p) { return set1(*p); }
-    FA_INLINE vf dot(Vector w, Vector x, vf c) { return fma(w, x, c); }
 #if defined(FASTATTN_SIMD_AVX512)
     FA_INLINE vh load_half_x(const Unit* p) { return load_half(p); }
     FA_INLINE vh spread_half(const Unit* p) { return {_mm256_set1_ps(*p)}; }
@@ -60,14 +55,8 @@ struct GemmFloat {
 
 #if defined(__AVX512BF16__)
 // bf16 x: W is rounded to bf16, products are exact and summed in float.
-struct GemmBf16 {
-    using Unit = uint32_t;
-    using Vector = __m512i;
-    static constexpr int STEP = 2;
+struct GemmBf16 : Bf16Pairs {
     static constexpr int64_t CHAIN = DEPTH;  // the result is rounded to bf16 anyway
-    FA_INLINE Vector load_x(const Unit* p) { return _mm512_loadu_si512(p); }
-    FA_INLINE Vector spread(const Unit* p) { return _mm512_set1_epi32(int(*p)); }
-    FA_INLINE vf dot(Vector w, Vector x, vf c) { return {_mm512_dpbf16_ps(c.v, (__m512bh)w, (__m512bh)x)}; }
     FA_INLINE __m256i load_half_x(const Unit* p) { return _mm256_loadu_si256((const __m256i*)p); }
     FA_INLINE __m256i spread_half(const Unit* p) { return _mm256_set1_epi32(int(*p)); }
     FA_INLINE __m256i low_half(Vector w) { return _mm512_castsi512_si256(w); }
@@ -103,7 +92,7 @@ static __attribute__((noinline)) void gemm_tile(const typename Units::Unit* w, c
         for (int64_t k = first; k < last; k++) {
             typename Units::Vector xs[V + 1];
 #pragma GCC unroll 2
-            for (int v = 0; v < V; v++) xs[v] = Units::load_x(x + v * panel + k * W);
+            for (int v = 0; v < V; v++) xs[v] = Units::load_units(x + v * panel + k * W);
             [[maybe_unused]] const typename Units::Unit* last_x = x + V * panel + k * W;
 #pragma GCC unroll 16
             for (int r = 0; r < TILE_ROWS; r++) {

@@ -1,0 +1,92 @@
+"""One row of the report: torch_npu's operator and our kernel on the same call, exactness and time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..router import Chip, Invocation
+
+
+class Setting(NamedTuple):
+    """Where the matrix runs, and what of it."""
+
+    device: torch.device
+    chip: Chip
+    runs: int = 20  # timed, of each case
+    full: bool = False  # long sequences too
+    quick: bool = False  # sizes that an interpreter can do
+    operators: bool = True  # torch_npu's
+    kernels: bool = True  # ours, if there is a compiler for the chip
+
+
+class Row(NamedTuple):
+    """What is printed of a case; ``right``: whatever ran was as exact as its dtype."""
+
+    name: str
+    operator: str
+    vendor: str
+    ours: str
+    right: bool
+
+
+def row(
+    setting: Setting,
+    name: str,
+    expected: Tensor,
+    vendor: Callable[[], Invocation | str],
+    result: Callable[[Any], Tensor],
+    ours: Callable[[], Tensor] | None,
+) -> Row:
+    """Runs a case both ways.
+
+    Args:
+        expected: float64 on the CPU.
+        vendor: the operator's call, or the reason why there is none; a choice is part of what is timed.
+        result: what of the operator's outputs is compared.
+        ours: our kernel's result; None where there is none.
+    """
+    operator, theirs, mine, right = "", "not called", "", True
+    if setting.operators:
+        choice = vendor()
+        theirs = choice if isinstance(choice, str) else ""
+        if isinstance(choice, Invocation):
+            operator = choice.name
+            theirs, right = measure(lambda: result(vendor()()), expected, setting)  # type: ignore[operator]
+    if ours is not None and not setting.chip.compiles_triton:
+        mine = f"no compiler for {setting.chip.family}"
+    elif ours is not None and setting.kernels:
+        mine, exact = measure(ours, expected, setting)
+        right &= exact
+    return Row(name, operator, theirs, mine, right)
+
+
+def measure(run: Callable[[], Tensor], expected: Tensor, setting: Setting) -> tuple[str, bool]:
+    """(error and time, whether the error is one of the dtype)."""
+    try:
+        out = run()
+        error = float((out.reshape(expected.shape).cpu().double() - expected).abs().max())
+        limit = 4 * torch.finfo(out.dtype).eps * max(1.0, float(expected.abs().max()))
+        times = []
+        for _ in range(setting.runs):
+            start = time.perf_counter()
+            run()
+            if setting.device.type == "npu":
+                torch.get_device_module(setting.device).synchronize()
+            times.append(time.perf_counter() - start)
+    except Exception as failure:  # noqa: BLE001 (whatever it is, it belongs into the report)
+        text = str(failure).strip().split("\n")[0][:120]
+        return f"FAILED {type(failure).__name__}: {text}", False
+    right = error <= limit
+    timed = f", {statistics.median(times) * 1e6:.0f} us" if times else ""
+    return f"{'' if right else 'WRONG '}{error:.1e}{timed}", right
+
+
+def same(found: Tensor) -> Tensor:
+    """The result of an operator that returns what is compared."""
+    return found
