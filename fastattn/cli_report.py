@@ -21,7 +21,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "Check a device: on an NPU every operator and kernel of ascend_ops (and, under torchrun, sums over "
         "ranks); on any device two small models as a whole, each op against float64. Prints Markdown."
     )
-    p.add_argument("--backend", required=True, help="such as ascend; it runs the ops of the models")
+    p.add_argument(
+        "--backend", required=True, choices=dispatch.BACKENDS, help="that runs the ops of the models"
+    )
     p.add_argument("--device", help="npu, cuda, cpu; default: the backend's")
     p.add_argument("--full", action="store_true", help="also long sequences, up to 32768")
 

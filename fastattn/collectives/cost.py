@@ -52,5 +52,5 @@ def star_seconds(wire: Wire, rows: int, hidden: int, link: Link, rate: Rates) ->
     if rate.world == 1:
         return 0.0
     values = rows * hidden * (3 + rate.world)
-    sent, count = star_bytes(wire, rows, hidden, rate.world), len(pieces((0, rows), wire, hidden))
+    sent, count = star_bytes(wire, rows, hidden, rate.world), len(pieces(rows, wire, hidden))
     return hop(link, sent) + hop(link, sent // max(1, count)) + values * rate.value_s

@@ -140,6 +140,8 @@ def all_reduce(g: TPGroup, x: Tensor, where: str) -> Pending:
         return Pending(g, where, [(None, dist.all_reduce(_lend(x), group=g.pg, async_op=True))])
 
 
+LAST_STEP = 15  # of a lane, from 0
+_STEPS = LAST_STEP + 1
 _lanes: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()  # of each group
 
 
@@ -149,8 +151,6 @@ class Lane:
     Every rank opens its lanes in the same order. What two ranks send each other in a step of a lane finds its
     receiver among everything else under way, whichever thread posts it and when.
     """
-
-    _STEPS = 16
 
     def __init__(self, g: TPGroup, where: str) -> None:
         self.group, self.where = g, where
@@ -163,9 +163,9 @@ class Lane:
         All are contiguous and of equal size on both ends; those without elements do not travel. What goes
         out must stay as it is until the `Pending` has been waited for.
         """
-        if not 0 <= step < self._STEPS:
-            raise ValueError(f"step: {step}, expected 0 to {self._STEPS - 1}")
-        g, tag = self.group, self._number * self._STEPS + step
+        if not 0 <= step < _STEPS:
+            raise ValueError(f"step: {step}, expected 0 to {_STEPS - 1}")
+        g, tag = self.group, self._number * _STEPS + step
         works: list[tuple[int | None, Any]] = []
         with _errors(g, self.where):
             for r, x in incoming.items():

@@ -2,6 +2,9 @@
 
 Each rank adds the residual and normalises its share of the rows only, which divides that work by the ranks;
 the residual stays where it is, scattered, from one fused norm to the next.
+
+On GPUs that address each other's memory all of it is one kernel between two barriers (`symmetric`);
+elsewhere, and for values that travel in fewer bits, the ranks exchange messages.
 """
 
 from __future__ import annotations
@@ -12,14 +15,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..spec import Epilogue, Link, Point, Produce, Rates, Span, Stream, TPGroup
+from ..spec import Epilogue, Link, Point, Produce, Rates, Stream, TPGroup
+from . import symmetric
 from .cost import two_step_bytes, two_step_seconds
 from .direct import Direct
 from .exchange import Lane
 from .pairwise import Pairwise
 from .policy import finish, own_residual, partial
 from .steps import Exchange, Steps
-from .sums import Partial, joined, row_spans, two_step
+from .sums import Partial, row_spans, two_step
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,26 @@ class FusedNorm:
     def _steps(self, where: str, x: Partial, s: Stream, e: Epilogue, g: TPGroup) -> Steps[Stream]:
         if g.world == 1:
             return finish(x.compute(), s.residual, e)
-        lo, hi = row_spans(x.rows, g.world)[g.rank]
-        residual, done = own_residual(s, x.rows, g), list[Tensor]()
+        residual = own_residual(s, x.rows, g)
+        memory = self._memory(x, s, e, g)
+        if memory is not None and isinstance(e.norm, symmetric.RmsNorm):
+            return symmetric.sum_and_normalise(memory, x.compute(), residual, e.norm, g)
 
-        def between(total: Tensor, span: Span) -> Tensor:
-            out = finish(total, residual[span[0] - lo : span[1] - lo], e)
-            done.append(out.residual)
-            return out.residual if out.hidden is None else out.hidden
+        def normalise(total: Tensor) -> Tensor:
+            nonlocal residual
+            out = finish(total, residual, e)
+            residual = out.residual
+            return residual if out.hidden is None else out.hidden
 
-        hidden = yield from two_step(Lane(g, where), x, self.of.wire, between)
-        return Stream(joined(done, residual), hidden if e.norm else None, rows=(lo, hi))
+        hidden = yield from two_step(Lane(g, where), x, self.of.wire, normalise)
+        return Stream(residual, hidden if e.norm else None, rows=row_spans(x.rows, g.world)[g.rank])
+
+    def _memory(self, x: Partial, s: Stream, e: Epilogue, g: TPGroup) -> symmetric.Memory | None:
+        """Where the kernel finds the ranks' partial results; None: they travel."""
+        call = symmetric.Call(x.rows, x.hidden, x.dtype, s.residual.device)
+        if not isinstance(self.of, Direct) or symmetric.reasons_against(call, e):
+            return None
+        return symmetric.memory(call, g)
 
     def seconds(self, rows: int, hidden: int, link: Link, rate: Rates) -> float:
         """Each rank leaves the other ranks' rows to them."""

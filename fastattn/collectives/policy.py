@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..spec import Epilogue, Link, Point, Produce, Rates, Stream, TPGroup
-from .exchange import Lane
+from .exchange import LAST_STEP, Lane
 from .steps import Exchange, Steps
-from .sums import PIECES, Gather, Partial, Plain, row_spans
+from .sums import Gather, Partial, Plain, row_spans
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -29,7 +29,7 @@ class Sum(ABC):
     def steps(self, lane: Lane, x: Partial) -> Steps[Tensor]:
         """Sum of the ranks' ``x``, the same bits on every rank; may overwrite what ``x`` computes.
 
-        Posts its receives, then computes ``x``, then yields. Uses the lane's first 2 `PIECES` steps.
+        Posts its receives, then computes ``x``, then yields. Uses any of the lane's steps but the last.
         """
 
     @abstractmethod
@@ -85,11 +85,8 @@ def full_residual(lane: Lane, s: Stream, rows: int) -> Steps[Tensor]:
     """The residual of all rows, of which a fused norm before may have left each rank its share."""
     if s.rows is None:
         return s.residual
-    lo = s.rows[0]
-    gather = Gather(lane, (rows, s.residual.shape[1], s.residual.dtype), Plain(), 2 * PIECES)
-    for a, b in gather.mine:
-        gather.bring(s.residual[a - lo : b - lo])
-    return (yield from gather.steps(s.residual))
+    gather = Gather(lane, (rows, s.residual.shape[1], s.residual.dtype), Plain(), LAST_STEP)
+    return (yield from gather.rows(s.residual))
 
 
 def own_residual(s: Stream, rows: int, g: TPGroup) -> Tensor:

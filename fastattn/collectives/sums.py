@@ -7,9 +7,6 @@ of hops decides where latency dominates, the bytes of the busiest rank where ban
 A message leaves when its receiver has announced room for it, which takes a hop of its own. So every receive
 of an exchange is posted first, and ``x`` is computed after that: the announcement travels meanwhile.
 
-What is large travels in a few pieces: while one is added (or encoded) the next is on the wire, and a sum's
-first rows go on to the second hop before the last ones have arrived.
-
 =============  ====  ==========================  =======================================================
 algorithm      hops  bytes a rank sends (of x)
 =============  ====  ==========================  =======================================================
@@ -28,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..spec import PackedWeight, Span
-from .exchange import Lane, Pending
+from .exchange import Lane
 from .steps import Steps
 
 Shape = tuple[int, int, torch.dtype]  # rows, hidden
@@ -54,6 +51,9 @@ class Wire(Protocol):
         ...
 
 
+_CACHED_VALUES = 1 << 15  # float32 sums of 16-bit values: large temporaries cost more than adding does
+
+
 class Plain(NamedTuple):
     """Values travel as they are."""
 
@@ -66,14 +66,25 @@ class Plain(NamedTuple):
         return torch.empty((rows, hidden), dtype=dtype)
 
     def add(self, messages: Sequence[Tensor], rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
-        first, *others = messages
-        if not others:
-            return first
+        if len(messages) == 1:
+            return messages[0]
         wide = torch.promote_types(dtype, torch.float32)
-        total = torch.add(first.to(wide), others[0])
-        for x in others[1:]:
-            total += x
-        return total.to(dtype)
+        if len(messages) == 2 or wide == dtype:
+            first, second, *others = messages
+            total = torch.add(first, second)  # of two, rounded once in any dtype
+            for x in others:
+                total += x
+            return total
+        total = torch.empty((rows, hidden), dtype=dtype)
+        few = max(1, _CACHED_VALUES // hidden)
+        scratch = torch.empty((few, hidden), dtype=wide)
+        for lo in range(0, rows, few):
+            part = scratch[: min(few, rows - lo)]
+            part.copy_(messages[0][lo : lo + few])
+            for x in messages[1:]:
+                part += x[lo : lo + few]
+            total[lo : lo + few] = part
+        return total
 
     def message_bytes(self, rows: int, hidden: int) -> int:
         return rows * hidden * self.item_bytes
@@ -82,17 +93,6 @@ class Plain(NamedTuple):
 def row_spans(rows: int, world: int) -> list[Span]:
     """Rows that each rank adds: contiguous, their numbers differing by one at most."""
     return [(r * rows // world, (r + 1) * rows // world) for r in range(world)]
-
-
-PIECES = 4  # at most
-PIECE_BYTES = 1 << 14  # at least
-
-
-def pieces(span: Span, wire: Wire, hidden: int) -> list[Span]:
-    """``span`` of rows, cut into what travels as one message each."""
-    lo, hi = span
-    count = min(PIECES, max(1, wire.message_bytes(hi - lo, hidden) // PIECE_BYTES), hi - lo)
-    return [(lo + a, lo + b) for a, b in row_spans(hi - lo, count)] if count else []
 
 
 class Partial(NamedTuple):
@@ -112,51 +112,41 @@ class Partial(NamedTuple):
 
 def one_step(lane: Lane, x: Partial, wire: Wire) -> Steps[Tensor]:
     """Every rank sends all of its ``x`` to every other one."""
-    others, cut = lane.others, pieces((0, x.rows), wire, x.hidden)
-    inboxes = [Inbox(lane, dict.fromkeys(others, span), x.shape, wire, i) for i, span in enumerate(cut)]
-    values = x.compute()
-    mine, sent = [], []
-    for i, (lo, hi) in enumerate(cut):
-        mine.append(wire.encode(values[lo:hi]))
-        sent.append(lane.swap(dict.fromkeys(others, mine[-1]), {}, i))
-    parts = []
-    for message, inbox in zip(mine, inboxes, strict=True):
-        parts.append((yield from inbox.sum(message)))
-    yield from sent
-    return joined(parts, values)
+    inbox = Inbox(lane, dict.fromkeys(lane.others, x.rows), x.shape, wire, 0)
+    mine = wire.encode(x.compute())
+    sent = lane.swap(dict.fromkeys(lane.others, mine), {}, 0)
+    total = yield from inbox.sum(mine)
+    yield sent
+    return total
 
 
 def two_step(
-    lane: Lane, x: Partial, wire: Wire, between: Callable[[Tensor, Span], Tensor] = lambda total, _: total
+    lane: Lane, x: Partial, wire: Wire, between: Callable[[Tensor], Tensor] = lambda total: total
 ) -> Steps[Tensor]:
     """A reduce-scatter in one hop and an all-gather in another: each rank adds its `row_spans` share.
 
-    ``between`` gets each piece of this rank's sums, and which rows of all they are; what it returns is
-    gathered instead.
+    ``between`` gets the sums of this rank's rows; what it returns is gathered instead.
     """
-    others, cut = lane.others, [pieces(s, wire, x.hidden) for s in row_spans(x.rows, lane.group.world)]
-    own = cut[lane.group.rank]
-    inboxes = [Inbox(lane, dict.fromkeys(others, span), x.shape, wire, i) for i, span in enumerate(own)]
-    gather = Gather(lane, x.shape, wire, PIECES)
+    spans = row_spans(x.rows, lane.group.world)
+    lo, hi = spans[lane.group.rank]
+    inbox = Inbox(lane, dict.fromkeys(lane.others, hi - lo), x.shape, wire, 0)
+    gather = Gather(lane, x.shape, wire, 1)
     values = x.compute()
-    sent = []
-    for i in range(max(map(len, cut))):
-        due = {r: cut[r][i] for r in others if i < len(cut[r])}
-        sent.append(lane.swap({r: wire.encode(values[lo:hi]) for r, (lo, hi) in due.items()}, {}, i))
-    for (lo, hi), inbox in zip(own, inboxes, strict=True):
-        total = yield from inbox.sum(wire.encode(values[lo:hi]))
-        gather.bring(between(total, (lo, hi)))
-    yield from sent
-    return (yield from gather.steps(values))
+    due = {r: spans[r] for r in lane.others}
+    sent = lane.swap({r: wire.encode(values[a:b]) for r, (a, b) in due.items()}, {}, 0)
+    total = yield from inbox.sum(wire.encode(values[lo:hi]))
+    result = yield from gather.rows(between(total))
+    yield sent
+    return result
 
 
 class Inbox:
-    """Room for one message of each rank in ``spans``, of so many rows, announced to them at once."""
+    """Room for one message of each rank in ``rows``, of so many, announced to them at once."""
 
-    def __init__(self, lane: Lane, spans: Mapping[int, Span], shape: Shape, wire: Wire, step: int) -> None:
-        self._lane, self._wire, (_, self._hidden, self._dtype) = lane, wire, shape
-        self._rows = {r: hi - lo for r, (lo, hi) in spans.items()}
-        self._messages = {r: wire.inbox(n, self._hidden, self._dtype) for r, n in self._rows.items()}
+    def __init__(self, lane: Lane, rows: Mapping[int, int], shape: Shape, wire: Wire, step: int) -> None:
+        self._lane, self._rows, self._wire = lane, rows, wire
+        _, self._hidden, self._dtype = shape
+        self._messages = {r: wire.inbox(n, self._hidden, self._dtype) for r, n in rows.items()}
         self._arriving = lane.swap({}, self._messages, step)
 
     def sum(self, mine: Tensor) -> Steps[Tensor]:
@@ -174,64 +164,55 @@ class Inbox:
 
 
 class Gather:
-    """All rows, of which each rank brings the share that `row_spans` gives it, piece by piece."""
+    """All rows, of which each rank brings the share that `row_spans` gives it, in one hop."""
 
     def __init__(self, lane: Lane, shape: Shape, wire: Wire, step: int) -> None:
-        """Announces room for the others' pieces, which take `PIECES` steps of the lane from ``step`` on."""
+        """Announces room for the others' shares."""
         self._lane, self._wire, self._step = lane, wire, step
-        self._cut = [pieces(span, wire, shape[1]) for span in row_spans(shape[0], lane.group.world)]
-        self._inboxes = []
-        for i in range(max(map(len, self._cut))):
-            due = {r: self._cut[r][i] for r in lane.others if i < len(self._cut[r])}
-            self._inboxes.append(Inbox(lane, due, shape, wire, step + i))
-        self._own: list[Tensor] = []
-        self._sent: list[Pending] = []
+        spans = row_spans(shape[0], lane.group.world)
+        rows = {r: spans[r][1] - spans[r][0] for r in lane.others}
+        self._inbox = Inbox(lane, rows, shape, wire, step)
 
-    @property
-    def mine(self) -> list[Span]:
-        """The pieces that this rank brings, as rows of all."""
-        return self._cut[self._lane.group.rank]
+    def rows(self, share: Tensor) -> Steps[Tensor]:
+        """Sends this rank's share; every rank reads the same messages, its own included."""
+        message, (rows, hidden) = self._wire.encode(share), share.shape
+        sent = self._lane.swap(dict.fromkeys(self._lane.others, message), {}, self._step)
+        parts = {self._lane.group.rank: self._wire.add([message], rows, hidden, share.dtype)}
+        parts |= yield from self._inbox.read()
+        yield sent
+        return torch.cat([parts[r] for r in sorted(parts)])
 
-    def bring(self, values: Tensor) -> None:
-        """Sends this rank's next piece."""
-        message, step = self._wire.encode(values), self._step + len(self._own)
-        self._sent.append(self._lane.swap(dict.fromkeys(self._lane.others, message), {}, step))
-        self._own.append(self._wire.add([message], *values.shape, values.dtype))
 
-    def steps(self, empty: Tensor) -> Steps[Tensor]:
-        """The rows; ``empty`` where there are none."""
-        parts = {(self._lane.group.rank, i): values for i, values in enumerate(self._own)}
-        for i, inbox in enumerate(self._inboxes):
-            for r, values in (yield from inbox.read()).items():
-                parts[r, i] = values
-        yield from self._sent
-        return joined([parts[key] for key in sorted(parts)], empty)
+PIECES = 4  # at most
+PIECE_BYTES = 1 << 14  # at least
+
+
+def pieces(rows: int, wire: Wire, hidden: int) -> list[Span]:
+    """How a star's messages are cut."""
+    return row_spans(rows, min(rows, PIECES, max(1, wire.message_bytes(rows, hidden) // PIECE_BYTES)))
 
 
 def star(lane: Lane, x: Partial, wire: Wire, hub: int) -> Steps[Tensor]:
-    """Every rank sends to ``hub``, which adds and sends the sum back to all."""
-    cut = pieces((0, x.rows), wire, x.hidden)
+    """Every rank sends to ``hub``, which adds and sends the sum back to all.
+
+    In `pieces`: while the last ones come in, the hub sends the sum of the first ones, so both directions of
+    its link, which carries everything, are busy. Other sums keep both busy as they are.
+    """
+    cut = pieces(x.rows, wire, x.hidden)
+    sizes = [hi - lo for lo, hi in cut]
     if lane.group.rank != hub:
-        answers = [Inbox(lane, {hub: span}, x.shape, wire, PIECES + i) for i, span in enumerate(cut)]
+        answers = [Inbox(lane, {hub: n}, x.shape, wire, PIECES + i) for i, n in enumerate(sizes)]
         values = x.compute()
         sent = [lane.swap({hub: wire.encode(values[lo:hi])}, {}, i) for i, (lo, hi) in enumerate(cut)]
-        parts = []
+        parts: list[Tensor] = []
         for answer in answers:
             parts += (yield from answer.read()).values()
-        yield from sent
-        return joined(parts, values)
-    inboxes = [Inbox(lane, dict.fromkeys(lane.others, span), x.shape, wire, i) for i, span in enumerate(cut)]
-    values, parts, sent = x.compute(), [], []
-    for i, ((lo, hi), inbox) in enumerate(zip(cut, inboxes, strict=True)):
-        total = wire.encode((yield from inbox.sum(wire.encode(values[lo:hi]))))
-        sent.append(lane.swap(dict.fromkeys(lane.others, total), {}, PIECES + i))
-        parts.append(wire.add([total], hi - lo, x.hidden, x.dtype))
+    else:
+        inboxes = [Inbox(lane, dict.fromkeys(lane.others, n), x.shape, wire, i) for i, n in enumerate(sizes)]
+        values, parts, sent = x.compute(), [], []
+        for i, ((lo, hi), inbox) in enumerate(zip(cut, inboxes, strict=True)):
+            total = wire.encode((yield from inbox.sum(wire.encode(values[lo:hi]))))
+            sent.append(lane.swap(dict.fromkeys(lane.others, total), {}, PIECES + i))
+            parts.append(wire.add([total], hi - lo, x.hidden, x.dtype))
     yield from sent
-    return joined(parts, values)
-
-
-def joined(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
-    """The rows of all parts; ``empty`` without any."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts) if parts else empty
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -136,9 +136,11 @@ def _sums(rows: int, g: TPGroup, item_bytes: int, codecs: Sequence[Codec]) -> It
 def family(c: Candidate) -> tuple[str, ...]:
     """What kind of candidate it is: schedule, policies, inner policies, without their parameters.
 
-    But for a star's hub: the model takes all links for equal, they may not be.
+    But for a star's hub: the model takes all links for equal, they may not be. And for the number of a
+    weave's tiles: the model takes computing and exchanging for independent, where cores carry the link.
     """
     policies = (c.attn[0], c.mlp[0])
     inner = [getattr(getattr(p, "of", None), "name", "") for p in policies]
     hub = str(policies[0].hub) if isinstance(policies[0], Star) and isinstance(c.schedule, Plain) else ""
-    return (c.schedule.name, *(p.name for p in policies), *inner, hub)
+    tiles = str(len(c.schedule.tiles)) if isinstance(c.schedule, TokenWeave) else ""
+    return (c.schedule.name, *(p.name for p in policies), *inner, hub, tiles)
