@@ -9,11 +9,17 @@ precision policies of activations. Input and output lengths are fixed: end token
   limit     of TTFT: the linear layers at the rate of torch's GEMM, measured here; of TPOT: a step that
             reads the weights and the KV cache once, at the bandwidth measured here
   tokens/s  batch * output / latency
-  peak MB   resident memory of each rank's process while it loads and generates, torch included
+  peak MB   resident memory of each rank's process while it loads and generates, torch included; with
+            --device what torch allocates on the device
 
 With --link, the ranks run in network namespaces that such an emulated link joins (bench/links.py), and the
 limit is the link's if that is larger: at each sync point one hop, and the bytes that the busiest rank sends.
 With several --sync, one model follows them in turn, each has a row, and ratio is the first's time over its.
+
+With --device or --backend, another than the CPU's kernels compute; with FASTATTN_EMULATE=volta (or ascend,
+triton) and --backend volta, those kernels in an emulator, whose times are "emulated". The lines "ops served
+by" count what ran where, and --peer cpu compares the tokens with the CPU backend's. Decoding launches every
+op from Python; bench/decode_step.py measures a step as a CUDA graph.
 
 With --peer, the rival generates from the same file with the same prompts and as many threads as all
 ranks together; the runs alternate. It has a row below ours, and ratio is its time over ours (above 1:
@@ -33,8 +39,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fastattn.dispatch import BACKENDS
 from fastattn.spec import Link
-from lib import env
+from lib import env, random_llama
 from lib.args import ACTS, DTYPES, link, names, positive, sweep, sync
 from lib.llm_peers import NAMES
 from lib.llm_rows import TABLE, notes
@@ -48,11 +55,18 @@ QUESTION = "Why is the sky blue? Answer in one sentence."
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="smollm2", help="a directory, a GGUF file, or smollm2 (default)")
+    p.add_argument(
+        "--model", type=random_llama.name, default="smollm2",
+        help="a directory, a GGUF file, smollm2 (default), or random weights: random:LAYERSxHIDDEN[:int4]",
+    )  # fmt: skip
+    p.add_argument("--device", choices=env.DEVICES, default="cpu", help="that computes; default: cpu")
+    p.add_argument("--backend", choices=BACKENDS, help="for every op, or refuse (see fastattn info)")
     p.add_argument("--batch_size", type=sweep, default=(1, 4), metavar="N,N", help="default: 1,4")
     p.add_argument("--input_len", type=sweep, default=(128,), metavar="N,N", help="tokens; default: 128")
     p.add_argument("--output_len", type=sweep, default=(32,), metavar="N,N", help="tokens; default: 32")
-    p.add_argument("--tensor_para_size", type=sweep, default=(1, 2), metavar="N,N", help="default: 1,2")
+    p.add_argument(
+        "--tensor_para_size", type=sweep, metavar="N,N", help="default: 1,2; only 1 where --device is not cpu"
+    )
     p.add_argument(
         "--inference_data_type", type=names(tuple(DTYPES)), default=("fp32",), metavar="T,T",
         help=f"of activations and KV cache: {', '.join(DTYPES)}; default: fp32",
@@ -80,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Runs each (tensor_para_size, data type, act) in processes of its own, then reports."""
-    args = parser().parse_args()
+    args = arguments()
     if args.result:
         run(args)
         return
@@ -88,12 +102,18 @@ def main() -> None:
     answer = ""
     records: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
+        made = random_llama.parse(args.model)
+        common = [] if made is None else ["--model", str(random_llama.write(made, Path(folder) / "model"))]
+        if made is not None:
+            args.chat = ""  # it has nothing to say
         for i, (world, dtype, act) in enumerate(configurations):
             threads = args.threads or max(1, env.cores() // world)
             if i == 0:
-                print(f"{args.model}: {env.headline(env.capture(threads))}")
+                with env.device(args.device):
+                    print(f"{args.model}: {env.headline(env.capture(threads))}")
                 print(TABLE.header(), flush=True)
-            chosen = ["--inference_data_type", dtype, "--act", act, *(() if i == 0 else ("--chat", ""))]
+            chosen = [*common, "--inference_data_type", dtype, "--act", act]
+            chosen += ["--chat", args.chat if i == 0 else ""]
             if world == 1:
                 chosen += ["--sync", "exact"]  # one rank has nothing to sum
             result = launch(world, threads, chosen, args.link, Path(folder) / f"{i}.json")
@@ -108,6 +128,19 @@ def main() -> None:
         llm(records, args.plot)
     if args.chat:
         print(f"\n> {args.chat}\n{answer.strip()}")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    p = parser()
+    args = p.parse_args()
+    on_cpu = args.device == "cpu"
+    args.tensor_para_size = args.tensor_para_size or ((1, 2) if on_cpu else (1,))
+    if not on_cpu and args.tensor_para_size != (1,):
+        p.error(f"--tensor_para_size {args.tensor_para_size}, expected 1 with --device {args.device}")
+    if not on_cpu and set(args.peer) - {"cpu"}:
+        p.error(f"--peer {','.join(args.peer)}, expected cpu with --device {args.device}")
+    return args
 
 
 def launch(
@@ -146,6 +179,7 @@ METRICS = (
 def to_records(model: str, result: dict[str, Any]) -> list[Record]:
     """One record a metric of a row and peer, and two a rank for its peak memory."""
     records = []
+    emulated, cores = result["emulated"], result["env"]["cores"]
     for row in result["rows"]:
         shape = f"batch={row['batch']} input={row['input']} output={row['output']} tp={row['world']}"
         if row["link"]:
@@ -157,7 +191,7 @@ def to_records(model: str, result: dict[str, Any]) -> list[Record]:
             "bench": "llm",
             "case": f"{Path(model).name} {row['dtype']} act={row['act']} {shape}",
             "spread": row["spread"],
-            "claim": "emulated" if row["link"] or threads > result["env"]["cores"] else "measured",
+            "claim": "emulated" if emulated or row["link"] or threads > cores else "measured",
             "env": result["env"],
         }
         limits = {

@@ -7,13 +7,14 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .checks import expect_device, expect_half
+from .checks import expect, expect_device, expect_half
 from .rotary import RotaryTable, rotary_table
 from .runtime import load
 from .variant import Variant
 
 APPEND = Variant("append", "append.cu", "append", (), threads=256, min_blocks=4, shared_bytes=0)
 VARIANTS = (APPEND,)
+_SCALES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class NewRows(ctypes.Structure):
@@ -59,30 +60,27 @@ def append_kv(
     divide what is stored. Raises ValueError for what the kernel cannot take, before anything is written.
     """
     tensors = [slots]
-    if k_cache.shape[0] * k_cache.shape[1] >= 1 << 31:
+    expect("slots", slots, (-1,), torch.int64)
+    expect_half("k_cache", k_cache)
+    expect("k_cache", k_cache, (-1,) * 4, torch.float16)
+    pages, page, heads, _ = k_cache.shape
+    if pages * page >= 1 << 31:
         raise ValueError(f"k_cache: {tuple(k_cache.shape)}, expected fewer than 2^31 slots")
-    p = AppendParams(page=k_cache.shape[1], heads=k.shape[1], num_slots=k_cache.shape[0] * k_cache.shape[1])
+    p = AppendParams(page=page, heads=heads, num_slots=pages * page)
     for name, cache, new, scale in (("k", k_cache, k, k_scale), ("v", v_cache, v, v_scale)):
         expect_half(name, new)
         expect_half(f"{name}_cache", cache)
         expect_device(k_cache, **{name: new, f"{name}_cache": cache, f"{name}_scale": scale}, slots=slots)
-        if cache.ndim != 4 or new.shape != (slots.shape[0], *cache.shape[2:]):
-            raise ValueError(
-                f"{name}: {tuple(new.shape)}, expected ({slots.shape[0]}, {tuple(cache.shape[2:])})"
-            )
+        expect(f"{name}_cache", cache, (*k_cache.shape[:3], -1), torch.float16)
+        expect(name, new, (slots.shape[0], *cache.shape[2:]), torch.float16)
         rows = NewRows(
             new.data_ptr(), cache.data_ptr(), None, *new.stride()[:2], *cache.stride()[:3], new.shape[2]
         )
         if scale is not None:
-            if tuple(scale.shape) != (new.shape[1],):
-                raise ValueError(f"{name}_scale: {tuple(scale.shape)}, expected ({new.shape[1]},)")
+            expect(f"{name}_scale", scale, (new.shape[1],), *_SCALES)
             tensors.append(scale.float().contiguous())
             rows.scale = tensors[-1].data_ptr()
         setattr(p, name, rows)
-    if k_cache.shape[:3] != v_cache.shape[:3]:
-        raise ValueError(f"v_cache: {tuple(v_cache.shape)}, k_cache is {tuple(k_cache.shape)}")
-    if slots.dtype != torch.int64:
-        raise ValueError(f"slots: {slots.dtype}, expected int64")
     if cos is not None and sin is not None and positions is not None:
         p.table, used = rotary_table(k, cos, sin, positions, interleaved)
         tensors += used

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import in_octets
+from .checks import expect, expect_device, expect_half, in_octets
 
 _POINTERS = (
     "q", "k", "v", "out", "lse", "alibi_slopes", "sinks", "attn_mask", "cu_seqlens_q", "cu_seqlens_k",
@@ -191,15 +191,9 @@ def _page_rows(c: AttentionCall) -> int:
 
 def check(c: AttentionCall) -> None:
     """Raises ValueError naming the first argument that the kernels cannot take."""
-    for name, t in c._asdict().items():
-        if isinstance(t, Tensor) and t.device != c.q.device:
-            raise ValueError(f"{name}: on {t.device}, q is on {c.q.device}")
+    expect_device(c.q, **{name: t for name, t in c._asdict().items() if isinstance(t, Tensor)})
     for name, t in (("q", c.q), ("k", c.k), ("v", c.v)):
-        if t.dtype != torch.float16:
-            hint = "; Volta has no bfloat16: convert with .half()" if t.dtype == torch.bfloat16 else ""
-            raise ValueError(f"{name}: {t.dtype}, expected torch.float16{hint}")
-        if t.stride(-1) != 1 and t.shape[-1] != 1:
-            raise ValueError(f"{name}: stride {t.stride(-1)} in the last dimension, expected 1")
+        expect_half(name, t)
         if not 1 <= t.shape[-1] <= 256:
             raise ValueError(f"{name}: head_dim {t.shape[-1]}, expected 1..256")
     batch, heads, kv_heads = c.batch, c.q.shape[-2], c.k.shape[-2]
@@ -215,14 +209,15 @@ def check(c: AttentionCall) -> None:
     if rows and c.k.shape[0] != batch:
         raise ValueError(f"k: batch {c.k.shape[0]}, q has {batch}")
     for name in ("seqused_k", "cache_batch_idx", "cache_leftpad", "q_pos0", "k_pos0"):
-        _expect(name, getattr(c, name), torch.int32, (batch,))
+        _expect(name, getattr(c, name), torch.int32, batch)
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        _expect(name, getattr(c, name), torch.int32, (batch + 1,))
-    _expect("block_table", c.block_table, torch.int32, (batch, -1))
-    _expect("alibi_slopes", c.alibi_slopes, torch.float32, (heads,), (batch, heads))
-    _expect("sinks", c.sinks, torch.float32, (heads,))
-    _expect("k_scale", c.k_scale, torch.float32, (kv_heads,))
-    _expect("v_scale", c.v_scale, torch.float32, (kv_heads,))
+        _expect(name, getattr(c, name), torch.int32, batch + 1)
+    _expect("block_table", c.block_table, torch.int32, batch, -1)
+    each = c.alibi_slopes is not None and c.alibi_slopes.ndim == 2
+    _expect("alibi_slopes", c.alibi_slopes, torch.float32, *((batch,) if each else ()), heads)
+    _expect("sinks", c.sinks, torch.float32, heads)
+    _expect("k_scale", c.k_scale, torch.float32, kv_heads)
+    _expect("v_scale", c.v_scale, torch.float32, kv_heads)
     if max(c.q.shape[-3], c.longest_k) > _ROW_LIMIT:
         raise ValueError(f"q, k: {c.q.shape[-3]} and {c.longest_k} rows, expected at most {_ROW_LIMIT}")
     if c.attn_mask is not None:
@@ -235,17 +230,12 @@ def check(c: AttentionCall) -> None:
             )
 
 
-def _expect(name: str, t: Tensor | None, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
-    """Raises ValueError unless ``t`` is None or contiguous, of the dtype and one of the shapes (-1: any)."""
-    if t is None:
-        return
-    if t.dtype != dtype or not t.is_contiguous():
-        raise ValueError(f"{name}: {t.dtype}, strides {t.stride()}, expected contiguous {dtype}")
-    given = tuple(t.shape)
-    if all(
-        len(s) != len(given) or any(n not in (m, -1) for m, n in zip(given, s, strict=True)) for s in shapes
-    ):
-        raise ValueError(f"{name}: {given}, expected {' or '.join(map(str, shapes))}")
+def _expect(name: str, t: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
+    """Raises ValueError unless ``t`` is None, or contiguous and of this dtype and shape (-1: any size)."""
+    if t is not None:
+        expect(name, t, shape, dtype)
+        if not t.is_contiguous():
+            raise ValueError(f"{name}: strides {t.stride()}, expected contiguous")
 
 
 def aligned(c: AttentionCall) -> bool:

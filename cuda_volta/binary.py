@@ -11,7 +11,8 @@ from .cache import Cache, digest
 from .nvrtc import Nvrtc, nvrtc
 from .variant import KERNELS, Variant
 
-ARCHITECTURES = ("sm_70", "sm_72")
+#: Turing (sm_75) has Volta's tensor-core instruction too (HMMA.884), but 64 KB of shared memory a block.
+ARCHITECTURES = ("sm_70", "sm_72", "sm_75")
 _FLAGS = ("-std=c++17", "-default-device", "--ptxas-options=-v")
 #: Of CUDA 12.0, so that any driver of the 12 series compiles the PTX.
 _PTX_ISA = "8.0"

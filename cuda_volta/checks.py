@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, bfloat16, float16
+from torch import Tensor, bfloat16, dtype, float16
 
 
 def expect_half(name: str, t: Tensor) -> None:
@@ -12,6 +12,16 @@ def expect_half(name: str, t: Tensor) -> None:
         raise ValueError(f"{name}: {t.dtype}, expected torch.float16{hint}")
     if t.shape[-1] > 1 and t.stride(-1) != 1:
         raise ValueError(f"{name}: stride {t.stride(-1)} in the last dimension, expected 1")
+
+
+def expect(name: str, t: Tensor, shape: tuple[int, ...], *dtypes: dtype) -> None:
+    """Raises ValueError naming what ``t`` is and should be (-1: any); rows of a matrix have unit stride."""
+    fits = len(shape) == t.ndim and all(n in (m, -1) for m, n in zip(t.shape, shape, strict=True))
+    if not fits or t.dtype not in dtypes:
+        wanted = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name}: {t.dtype} {tuple(t.shape)}, expected {wanted} {shape}")
+    if t.ndim > 1 and t.shape[-1] > 1 and t.stride(-1) != 1:
+        raise ValueError(f"{name}: last stride {t.stride(-1)}, expected 1")
 
 
 def expect_device(like: Tensor, **tensors: Tensor | None) -> None:

@@ -4,7 +4,8 @@ A call of few rows reads W once, as integers: 0.5 bytes a weight and its group's
 many rows cuBLAS on a copy in halves is better: per 1000 weights of 4 bits, reading the integers, writing
 halves and reading them again moves 4.5 KB (5 ns at 900 GB/s), and the product takes 0.022 ns a row at 90
 TFLOP/s; the kernel of few rows takes 1.3 ns for every 16 rows (issue simulator, README.md). The two meet at
-86 rows; `FEW_ROWS` lies below, since nothing of this is measured.
+86 rows; `FEW_ROWS` lies below, since nothing of this is measured. Where groups are no whole chunks, 16 rows
+take 3.1 ns, and 32 as long as cuBLAS: that kernel gets one tile of `ROWS`.
 """
 
 from __future__ import annotations
@@ -15,31 +16,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import expect_device, expect_half, in_octets
+from .checks import expect, expect_device, expect_half, in_octets
 from .permute import permuted
 from .runtime import load, processors
 from .variant import Variant
-from .weights import GroupedWeight, WeightParams, dequantize, expect, weight_params
+from .weights import GroupedWeight, WeightParams, dequantize, weight_params
 
 FEW_ROWS = 64
 ROWS = 16  # of x in a block
 COLUMNS = 64  # of the result in a block
 _WIDE_GROUP = 1 << 15  # from which a division by multiplication would not be exact
 _TILE = 1 << 24  # weights that are dequantized at a time
-# x's operands and sums of 4 steps, and the scales of up to 17 groups: kernels/linear.cu.
-LINEAR = {
-    bits: Variant(
-        "linear", "linear.cu", "linear", (("BITS", bits),), threads=256, min_blocks=2,
-        shared_bytes=4 * 2 * (16 // bits) * 512 + 4 * 2 * 256 + 17 * (64 + 4) * 8,
-    )
-    for bits in (4, 8)
-}  # fmt: skip
+_GROUP_BYTES = (64 + 4) * 8  # of the scales of one group: kernels/linear.cuh
+
+
+def _variant(entry: str, bits: int, shared_bytes: int) -> Variant:
+    """Shared memory: x's operands of 4 steps, and ``shared_bytes`` that depend on the kernel."""
+    operands = 4 * 2 * (16 // bits) * 512
+    return Variant(
+        "linear", f"{entry}.cu", entry, (("BITS", bits),), threads=256, min_blocks=2,
+        shared_bytes=operands + shared_bytes,
+    )  # fmt: skip
+
+
+# x's sums of 4 steps, and the scales of up to 17 groups.
+LINEAR = {bits: _variant("linear", bits, 4 * 2 * 256 + 17 * _GROUP_BYTES) for bits in (4, 8)}
+# The places of 4 steps' columns, a word a warp, and the scales of up to 40 groups.
+ANY_GROUPS = {
+    bits: _variant("linear_any_groups", bits, places + 8 * 4 + 40 * _GROUP_BYTES)
+    for bits, places in ((4, 16 * (32 * 4 + 16)), (8, 16 * 16 * 4))
+}
 SPLIT_SUM = Variant("linear", "split_sum.cu", "split_sum", (), threads=256, min_blocks=4, shared_bytes=0)
-VARIANTS = (*LINEAR.values(), SPLIT_SUM)
+VARIANTS = (*LINEAR.values(), *ANY_GROUPS.values(), SPLIT_SUM)
 
 
 class LinearParams(ctypes.Structure):
-    """``struct LinearParams`` of linear.cu."""
+    """``struct LinearParams`` of linear.cuh."""
 
     _fields_ = [
         ("w", WeightParams),
@@ -75,17 +87,21 @@ def linear(x: Tensor, w: GroupedWeight) -> Tensor:
         w = w._replace(bias=(w.bias.float() if w.bias.dtype == torch.bfloat16 else w.bias).contiguous())
     if w.x_perm is not None:
         x = permuted(x, w.x_perm)
-    if x.shape[0] <= FEW_ROWS and reads_whole_quads(w):
-        return _few_rows(x, w)
-    return _many_rows(x, w)
+    kernel = few_rows_kernel(w, x.shape[0])
+    return _many_rows(x, w) if kernel is None else _few_rows(x, w, kernel)
 
 
-def reads_whole_quads(w: GroupedWeight) -> bool:
-    """What the kernel of few rows takes: rows of aligned 16 bytes of codes whose columns share a group."""
+def few_rows_kernel(w: GroupedWeight, rows: int) -> Variant | None:
+    """What reads W once for so many rows of x: `LINEAR` where every 16 bytes of codes share a group, else
+    `ANY_GROUPS`; None for more rows than pay, or codes that are not aligned.
+    """
     columns = 128 // w.bits
-    whole = w.group_size % columns == 0 and w.group_offset % columns == 0 and w.shape[1] % columns == 0
+    if w.shape[1] % columns or not in_octets(w.codes):
+        return None
+    whole = w.g_idx is None and w.group_size % columns == 0 and w.group_offset % columns == 0
     divisible = w.group_size < _WIDE_GROUP or _has_one_group(w)
-    return whole and divisible and w.g_idx is None and in_octets(w.codes)
+    kernels, most = (LINEAR, FEW_ROWS) if whole and divisible else (ANY_GROUPS, ROWS)
+    return kernels[w.bits] if rows <= most else None
 
 
 def _has_one_group(w: GroupedWeight) -> bool:
@@ -97,7 +113,7 @@ def num_splits(blocks: int, columns: int, sms: int) -> int:
     return max(1, min(sms // max(blocks, 1), columns // 512))
 
 
-def _few_rows(x: Tensor, w: GroupedWeight) -> Tensor:
+def _few_rows(x: Tensor, w: GroupedWeight, variant: Variant) -> Tensor:
     out = x.new_empty((x.shape[0], w.shape[0]))
     p = LinearParams(weight_params(w))
     if not out.numel():
@@ -110,7 +126,7 @@ def _few_rows(x: Tensor, w: GroupedWeight) -> Tensor:
     p.out = out.data_ptr()
     blocks = -(-x.shape[0] // ROWS) * -(-w.shape[0] // COLUMNS)
     p.splits = num_splits(blocks, w.shape[1], processors(x.device))
-    kernel, reads = load(LINEAR[w.bits], x.device), (x, *w.tensors())
+    kernel, reads = load(variant, x.device), (x, *w.tensors())
     if p.splits == 1:
         kernel.launch((blocks, 1, 1), p, reads=reads, writes=(out,))
         return out

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .checks import expect_device, expect_half, in_octets
+from .checks import expect, expect_device, expect_half, in_octets
 from .runtime import load
 from .variant import Variant
 
@@ -34,10 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """
     expect_half("x", x)
     expect_device(x, weight=weight, residual=residual)
-    if weight.dtype not in (torch.float16, torch.float32):
-        raise ValueError(f"weight: {weight.dtype}, expected float16 or float32")
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight: {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}")
+    expect("weight", weight, tuple(x.shape[-1:]), torch.float16, torch.float32)
     out = x.new_empty(x.shape)
     rows, weight = _rows(x), weight.contiguous()
     total = x.new_empty(0)

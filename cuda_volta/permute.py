@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .checks import expect_device
+from .checks import expect, expect_device
 from .runtime import load
 from .variant import Variant
 
@@ -32,10 +32,7 @@ def permuted(x: Tensor, x_perm: Tensor) -> Tensor:
     ``x_perm`` int32 or int64 (in,), contiguous. Raises ValueError for another.
     """
     expect_device(x, x_perm=x_perm)
-    if x_perm.dtype not in (torch.int32, torch.int64) or tuple(x_perm.shape) != (x.shape[1],):
-        raise ValueError(
-            f"x_perm: {x_perm.dtype} {tuple(x_perm.shape)}, expected int32 or int64 ({x.shape[1]},)"
-        )
+    expect("x_perm", x_perm, (x.shape[1],), torch.int32, torch.int64)
     if not x_perm.is_contiguous():
         raise ValueError(f"x_perm: stride {x_perm.stride(0)}, expected 1")
     out = x.new_empty(x.shape)

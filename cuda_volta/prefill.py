@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from .attention_params import GRID_LIMIT, AttentionCall, aligned, attention_params, new_results
 from .runtime import load
+from .tilings import TILINGS, Tiling
 from .tune import best
 from .variant import Variant
 
@@ -15,39 +14,23 @@ BLOCK_Q = 128
 BLOCK_K = 32
 
 
-class Tiling(NamedTuple):
-    """How one head_dim's main loop is cut: the macros HELD, TRIP and ROLL of prefill_layout.cuh."""
-
-    held: int  # steps of Q K^T whose Q stays in registers
-    trip: int  # steps that are unrolled, of the others
-    roll: int  # O += P V at once, in trips of 16 keys, or of 8
-
-
-#: Chosen by both models of the machine code (bench/volta.py): no spills, and a main loop that the instruction
-#: cache holds.
-TILINGS = {
-    32: Tiling(4, 1, 0),
-    64: Tiling(4, 2, 1),
-    96: Tiling(4, 2, 2),
-    128: Tiling(0, 2, 2),
-    160: Tiling(4, 2, 1),
-    192: Tiling(4, 2, 1),
-    256: Tiling(0, 2, 1),
-}
-HEAD_DIMS = tuple(TILINGS)
-#: What variants know beside bounds and lengths. SOFTCAP and ALIBI know pages too; ANYTHING knows all of it,
-#: masks and any layout, and is slower.
+#: Smaller ones run in the next larger one's kernels, padded.
+HEAD_DIMS = tuple(sorted({head_dim for head_dim, _ in TILINGS}))
+#: What variants know beside bounds, lengths and pages. ANYTHING knows all of it, masks and any layout, and is
+#: slower.
 FEATURES = PLAIN, SOFTCAP, ALIBI, ANYTHING = tuple(range(4))
 #: Scores of the SOFTCAP variants are softcap times what has an error of 2^-22.
 _SOFTCAP_LIMIT = 1024.0
 _ROW_STRIDE_LIMIT = 1 << 31  # elements: the other variants count a row's bytes in 32 bits
 
 
-def _variant(head_dim: int, features: int) -> Variant:
+#: Of ANYTHING: its speed follows from its rules for scores, not from how its loop is cut.
+_ROLLED = Tiling(0, 1, 1)
+
+
+def variant(head_dim: int, features: int, tiling: Tiling) -> Variant:
+    """The kernel for a head_dim whose loop is cut as ``tiling`` says."""
     wide = head_dim > 128 or features == ANYTHING
-    tiling = Tiling(0, 1, 1) if features == ANYTHING else TILINGS[head_dim]
-    if head_dim == 64 and features in (SOFTCAP, ALIBI):
-        tiling = Tiling(8, 1, 0)  # there instructions are scarcer than the cache that holds them
     kv_bytes = BLOCK_K * -(-2 * head_dim // 128) * 128
     q_bytes = BLOCK_Q * 2 * (head_dim - tiling.held * (16 if wide else 8))
     macros = (("HELD", tiling.held), ("TRIP", tiling.trip), ("ROLL", tiling.roll))
@@ -65,7 +48,7 @@ def _variant(head_dim: int, features: int) -> Variant:
     )
 
 
-PREFILL = {(d, f): _variant(d, f) for d in HEAD_DIMS for f in FEATURES}
+PREFILL = {(d, f): variant(d, f, TILINGS.get((d, f), _ROLLED)) for d in HEAD_DIMS for f in FEATURES}
 VARIANTS = tuple(PREFILL.values())
 
 
@@ -119,4 +102,4 @@ def choose(call: AttentionCall, page_rows: int) -> Variant:
         return PREFILL[width, ANYTHING]
     if call.softcap:
         return PREFILL[width, SOFTCAP]
-    return PREFILL[width, PLAIN if call.alibi_slopes is None and call.block_table is None else ALIBI]
+    return PREFILL[width, PLAIN if call.alibi_slopes is None else ALIBI]

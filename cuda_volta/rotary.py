@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .checks import expect_device, expect_half
+from .checks import expect, expect_device, expect_half
 from .runtime import load
 from .variant import Variant
 
@@ -67,10 +67,7 @@ def rotary_table(
             )
     if x.shape[0] and not cos.shape[0]:
         raise ValueError(f"cos: {tuple(cos.shape)}, expected at least one position")
-    if positions.dtype != torch.int64 or tuple(positions.shape) != tuple(x.shape[:1]):
-        raise ValueError(
-            f"positions: {positions.dtype} {tuple(positions.shape)}, expected int64 ({x.shape[0]},)"
-        )
+    expect("positions", positions, tuple(x.shape[:1]), torch.int64)
     cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
     table = RotaryTable(cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), *cos.shape, interleaved)
     return table, (cos, sin, positions)

@@ -12,7 +12,6 @@ from .build import has_shipped, shipped
 from .nvrtc import NvrtcMissing, nvrtc, version_text
 from .variant import Kernel, Variant
 
-#: Turing, between, gives a block 64 KB of shared memory; the kernels ask for up to 96.
 _PTX_FROM = (8, 0)
 _ptx_on_newer = False
 
@@ -32,7 +31,9 @@ def against(device: torch.device) -> list[str]:
     capability = torch.cuda.get_device_capability(device)
     arch = _arch(capability)
     if arch is None:
-        text = f"compute capability {capability[0]}.{capability[1]}, the Volta kernels are for 7.0 and 7.2"
+        text = (
+            f"compute capability {capability[0]}.{capability[1]}, the Volta kernels are for 7.0, 7.2 and 7.5"
+        )
         return [f"{text} (newer GPUs can run their PTX, for testing)" if capability >= _PTX_FROM else text]
     from .driver import DriverError, driver
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import expect_device
+from .checks import expect, expect_device
 from .permute import perm_stride
 from .runtime import load
 from .variant import Variant
@@ -141,12 +141,3 @@ def dequantize(
     grid = (rows, -(-w.shape[1] // (8 * kernel.variant.threads)), 1)
     kernel.launch(grid, p, reads=reads, writes=(out,))
     return out
-
-
-def expect(name: str, t: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
-    """Raises ValueError naming what ``t`` is and should be; rows of a matrix have unit stride."""
-    if tuple(t.shape) != shape or t.dtype not in dtypes:
-        wanted = " or ".join(map(str, dtypes))
-        raise ValueError(f"{name}: {t.dtype} {tuple(t.shape)}, expected {wanted} {shape}")
-    if t.ndim > 1 and t.shape[-1] > 1 and t.stride(-1) != 1:
-        raise ValueError(f"{name}: last stride {t.stride(-1)}, expected 1")

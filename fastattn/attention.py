@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .ops import call_attention, refuse_grad
 from .spec import AttentionArgs
+from .strides import contiguous_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Window = Sequence[int | None] | None
@@ -146,9 +147,9 @@ def build_args(
     if kv_layout not in ("nhd", "npu_nz"):
         raise ValueError(f"kv_layout: {kv_layout!r}, expected 'nhd' or 'npu_nz'")
     return AttentionArgs(
-        q=_rows(q),
-        k=_rows(k),
-        v=_rows(v),
+        q=contiguous_rows(q),
+        k=contiguous_rows(k),
+        v=contiguous_rows(v),
         scale=head_dim**-0.5 if scale is None else float(scale),
         causal=bool(causal),
         window=(left, None if causal else right),
@@ -235,13 +236,6 @@ def _window(window: Window) -> tuple[int | None, int | None]:
             )
     left, right = (None if side is None or side == -1 else min(int(side), _WIDEST) for side in window)
     return left, right
-
-
-def _rows(t: Tensor) -> Tensor:
-    """``t`` with a contiguous last dimension, also when it is empty (which `contiguous` leaves alone)."""
-    if t.stride(-1) == 1 or t.shape[-1] == 1:
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _int32(name: str, t: Tensor | None, q: Tensor, *shape: int) -> Tensor | None:

@@ -26,28 +26,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors of the user or the machine are one line on stderr and end the process with status 1. Ctrl-C and a
     reader of our output that has gone end it as the shell would report their signals, with 130 and 141.
     """
-    parser = argparse.ArgumentParser(prog="fastattn", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_generate(commands.add_parser("generate", help="complete a text with a model"))
-    info.add_arguments(commands.add_parser("info", help="what runs here, and why the rest does not"))
-    cli_quantize.add_arguments(commands.add_parser("quantize", help="make a GPTQ checkpoint of a model"))
-    cli_plan.add_arguments(commands.add_parser("plan", help="measure the ranks and plan their sums"))
-    cli_tune.add_arguments(commands.add_parser("tune", help="measure tiles of GPU kernels and remember them"))
-    cli_report.add_arguments(commands.add_parser("report", help="check a device, op by op, and whole models"))
-    run = {
-        "generate": _generate, "plan": cli_plan.main, "quantize": cli_quantize.main, "tune": cli_tune.main,
-        "report": cli_report.main, "info": info.main,
-    }  # fmt: skip
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
-        status = run[args.command](args)
+        status = args.run(args)
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
     except (KeyboardInterrupt, BrokenPipeError) as end:
         # Without an orderly exit: that would wait for exchanges, and flush to whom nobody listens.
         os._exit(130 if isinstance(end, KeyboardInterrupt) else 141)
     return status
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; what it parses has ``run``, a function of it that returns the exit status."""
+    whole = argparse.ArgumentParser(prog="fastattn", description=__doc__)
+    whole.add_argument("--version", action="version", version=f"fastattn {__version__}")
+    commands = whole.add_subparsers(dest="command", required=True)
+    for name, text, add_arguments, run in (
+        ("generate", "complete a text with a model", _add_generate, _generate),
+        ("plan", "measure the ranks and plan their sums", cli_plan.add_arguments, cli_plan.main),
+        ("quantize", "make a GPTQ checkpoint of a model", cli_quantize.add_arguments, cli_quantize.main),
+        ("tune", "measure tiles of GPU kernels and remember them", cli_tune.add_arguments, cli_tune.main),
+        ("report", "check a device, op by op, and whole models", cli_report.add_arguments, cli_report.main),
+        ("info", "what runs here, and why the rest does not", info.add_arguments, info.main),
+    ):
+        command = commands.add_parser(name, help=text)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return whole
 
 
 def _add_generate(p: argparse.ArgumentParser) -> None:
@@ -73,7 +79,7 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--act", default="", help="int8: let quantized layers quantize their input, faster; default: never"
     )
-    p.add_argument("--device", default="cpu", help="that computes: cpu (default), cuda, cuda:1...")
+    p.add_argument("--device", default="cpu", help="that computes: cpu (default), cuda, cuda:1, npu...")
     p.add_argument("--backend", help="use this backend for every op, or refuse (see fastattn info)")
     add_rank_arguments(p)
     p.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -18,13 +19,41 @@ def device_named(device: str | torch.device) -> torch.device:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """`device_named`, and torch sees one: a tensor can be made there. Raises ValueError when not."""
+    """`device_named`, and torch can compute there. Raises ValueError when not."""
     found = device_named(device)
     try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this kind
         raise _refused(device, error) from None
+    if found.type == "cuda" and (lack := lacks_code(found)):
+        raise ValueError(f"device: {str(device)!r}: {lack}")
     return found
+
+
+def lacks_code(gpu: torch.device) -> str:
+    """Why torch's own operators cannot run on an NVIDIA GPU; "" when they can.
+
+    A build for CUDA 13 has none for Volta: it sees such a GPU all the same, and its first operator fails.
+    """
+    capability, built_for = torch.cuda.get_device_capability(gpu), torch.cuda.get_arch_list()
+    if not built_for or any(_runs(name, capability) for name in built_for):
+        return ""
+    return (
+        f"torch {torch.__version__} has no code for compute capability {capability[0]}.{capability[1]}, only "
+        f"{', '.join(built_for)}: install another build of torch"
+    )
+
+
+def _runs(built_for: str, capability: Sequence[int]) -> bool:
+    """Code for sm_XY runs on X.Y to X.9; PTX, compute_XY, on everything from X.Y on."""
+    kind, _, number = built_for.partition("_")
+    digits = "".join(c for c in number if c.isdigit())  # sm_90a
+    if kind not in ("sm", "compute") or not digits:
+        return False
+    major, minor = divmod(int(digits), 10)
+    if kind == "compute":
+        return (major, minor) <= tuple(capability)
+    return major == capability[0] and minor <= capability[1]
 
 
 def _register_npu() -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import importlib
+import importlib.util
 import platform
 import subprocess
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -18,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def capture(threads: int) -> dict[str, str | int]:
     """Date, versions, processor and threads per rank."""
+    device = accelerator()
     cpu = {} if unavailable("cpu") else dict(load_backend("cpu").describe())
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -29,13 +34,14 @@ def capture(threads: int) -> dict[str, str | int]:
         "cores": cores(),
         "threads": threads,
         **({"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)} if on_gpu() else {}),
+        **({"npu": device.get_device_name()} if device is not None and not on_gpu() else {}),
         **{f"cpu_{name}": value for name, value in cpu.items()},
     }
 
 
 def headline(env: dict[str, str | int]) -> str:
     """One line for the terminal."""
-    where = env.get("gpu", f"{env['processor']}, {env['cores']} cores")
+    where = env.get("gpu") or env.get("npu") or f"{env['processor']}, {env['cores']} cores"
     return (
         f"{where} | fastattn {env['fastattn']} ({env['commit']}), "
         f"torch {env['torch']}, Python {env['python']}"
@@ -57,11 +63,36 @@ def processor() -> str:
     return found[0] if found else platform.machine()
 
 
+DEVICES = ("cpu", "cuda", "npu")
+
+
 def use_device(name: str) -> None:
-    """Makes ``cuda``, or ``cpu``, the device of tensors made from now on. Raises SystemExit without one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no NVIDIA GPU")
-    torch.set_default_device(name)
+    """Makes a device that of tensors made from now on. Raises SystemExit where torch sees none."""
+    # Not for "cpu": a default device, even that one, makes every call of torch pass through Python.
+    if name != "cpu":
+        check_device(name)
+        torch.set_default_device(name)
+
+
+def device(name: str) -> AbstractContextManager[object]:
+    """`use_device` within a block."""
+    check_device(name)
+    return nullcontext() if name == "cpu" else torch.device(name)
+
+
+def check_device(name: str) -> None:
+    """Raises SystemExit where torch sees no such device."""
+    if name == "npu" and importlib.util.find_spec("torch_npu"):
+        importlib.import_module("torch_npu")  # which registers itself as torch.npu
+    module = getattr(torch, name, None)
+    if name != "cpu" and (module is None or not module.is_available()):
+        raise SystemExit(f"--device {name}: torch sees none")
+
+
+def accelerator() -> ModuleType | None:
+    """torch.cuda or torch.npu, whichever drives the device of new tensors; None on a CPU."""
+    kind = torch.get_default_device().type
+    return None if kind == "cpu" else getattr(torch, kind)
 
 
 def on_gpu() -> bool:
@@ -70,9 +101,12 @@ def on_gpu() -> bool:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache that the first processor sees; 32 MiB where the system does not say."""
-    if on_gpu():
-        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    """Bytes of the largest cache: the device's, or what the first processor sees.
+
+    Where the system does not say, 32 MiB of a CPU and 192 MiB, which an Ascend 910B has, of an accelerator.
+    """
+    if (device := accelerator()) is not None:
+        return int(getattr(device.get_device_properties(device.current_device()), "L2_cache_size", 192 << 20))
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import perf_counter
 from typing import NamedTuple
 
 import torch
 
-from .env import last_level_cache, on_gpu
+from .env import accelerator, last_level_cache
+from .timing import stopwatch
 
 
 class Work(NamedTuple):
@@ -22,9 +22,9 @@ def reading() -> Work:
     """Reads operands of 8 last-level caches on torch's current threads.
 
     torch.dot is the fastest reader among torch's reductions on the processors tried, and as fast as a loop
-    of vector loads. On a GPU the limit is a copy, whose bytes read and written count.
+    of vector loads. On an accelerator the limit is a copy, whose bytes read and written count.
     """
-    if on_gpu():
+    if accelerator():
         source = torch.ones(8 * last_level_cache(), dtype=torch.uint8)
         target = torch.empty_like(source)
         return Work(2 * source.nbytes, lambda: target.copy_(source))
@@ -35,7 +35,7 @@ def reading() -> Work:
 
 def gemm(dtype: torch.dtype, size: int = 1024) -> Work:
     """A square GEMM. float16 is done in float32 on a CPU: many have no fast float16 GEMM."""
-    if on_gpu():
+    if accelerator():
         size = 8192
     elif dtype == torch.float16:
         dtype = torch.float32
@@ -56,9 +56,5 @@ def gemm_rate(dtype: torch.dtype, rounds: int = 5) -> float:
 def _best(work: Work, rounds: int) -> float:
     """The best of ``rounds``: what the machine can do, not what it does on average."""
     work.call()
-    best = float("inf")
-    for _ in range(rounds):
-        begin = perf_counter()
-        work.call()
-        best = min(best, perf_counter() - begin)
-    return work.amount / best
+    run = stopwatch(work.call)
+    return work.amount / min(run() for _ in range(rounds))

@@ -8,6 +8,7 @@ import torch
 
 from fastattn.collectives.exchange import all_gather
 from fastattn.models.generate import Model
+from fastattn.models.llama import Decoder
 from fastattn.spec import PackedWeight
 
 from .limits import gemm_rate, read_bandwidth
@@ -28,14 +29,12 @@ class Floor:
     @classmethod
     def measure(cls, model: Model) -> Floor:
         """Collective: every rank measures at the same time, as every rank reads and computes."""
-        layers = [w for a, m in model.decoder.blocks for w in
-                  (*a.qkv.weights, a.o.weight, *m.gate_up.weights, m.down.weight)]  # fmt: skip
-        head = [model.decoder.head.weight]
+        layers, head = layer_matrices(model.decoder), [model.decoder.head.weight]
         mine = [
-            read_bandwidth(), gemm_rate(model.dtype), _bytes(layers), _bytes(head), _numbers(layers),
+            read_bandwidth(), gemm_rate(model.dtype), nbytes(layers), nbytes(head), _numbers(layers),
             _numbers(head),
         ]  # fmt: skip
-        gathered = all_gather(model.group, torch.tensor(mine, dtype=torch.float64), "limits")
+        gathered = all_gather(model.group, torch.tensor(mine, dtype=torch.float64, device="cpu"), "limits")
         c = model.config
         kv = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
         bandwidth, gemm, *weights = torch.stack(list(gathered)).sum(0).tolist()
@@ -51,7 +50,14 @@ class Floor:
         return 2e3 * batch * (length * self.layer_weights + self.head_weights) / self.gemm
 
 
-def _bytes(weights: list[PackedWeight]) -> float:
+def layer_matrices(decoder: Decoder) -> list[PackedWeight]:
+    """Of all blocks, in their order."""
+    pairs = decoder.blocks
+    return [w for a, m in pairs for w in (*a.qkv.weights, a.o.weight, *m.gate_up.weights, m.down.weight)]
+
+
+def nbytes(weights: list[PackedWeight]) -> float:
+    """What one pass over the matrices reads."""
     return float(sum(t.numel() * t.element_size() for w in weights for t in w.tensors.values()))
 
 

@@ -1,4 +1,4 @@
-"""Other systems that generate from the same weights: transformers in this process, llama.cpp beside it."""
+"""Who else generates from the same weights: transformers, llama.cpp in another process, our CPU backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-NAMES = ("transformers", "llama.cpp")
+import fastattn
+from fastattn.models.generate import Model
+from fastattn.models.sampling import SamplingParams
+
+NAMES = ("transformers", "llama.cpp", "cpu")
 SERVER = Path(__file__).with_name("llama_cpp_server.py")
 
 
@@ -77,6 +81,35 @@ class Transformers:
 
     def close(self) -> None:
         del self._model
+
+
+class Cpu:
+    """fastattn's CPU backend: what another backend, or its emulator, has to generate."""
+
+    name = "fastattn's cpu"
+
+    def __init__(self, path: Path, dtype: torch.dtype, threads: int) -> None:
+        self._ours, self._threads = torch.get_num_threads(), threads
+        self._model = fastattn.load(path, dtype=dtype)
+
+    def reason_against(self, batch: int) -> str:
+        return ""
+
+    def generate(self, prompts: Sequence[Sequence[int]], output: int) -> Sample:
+        torch.set_num_threads(self._threads)
+        with fastattn.use_backend("cpu"):
+            sample = completed(self._model, prompts, output)
+        torch.set_num_threads(self._ours)
+        return sample
+
+    def close(self) -> None:
+        del self._model
+
+
+def completed(model: Model, prompts: Sequence[Sequence[int]], output: int) -> Sample:
+    """One batch by a model of ours. Each token is timed when the host has it, so when a device has ended."""
+    done = model.generate(prompts, SamplingParams(max_tokens=output, ignore_eos=True))
+    return Sample(max(c.latency_s for c in done), max(c.ttft_s for c in done), [c.token_ids for c in done])
 
 
 class _Clock:

@@ -124,13 +124,26 @@ def same_tokens(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) 
     return total
 
 
+def served_by(served: Sequence[tuple[str, str, int]]) -> list[str]:
+    """Which backend ran which ops, how often: a line a backend."""
+    ops: dict[str, list[str]] = {}
+    for backend, op, count in served:
+        ops.setdefault(backend, []).append(f"{op} {count}")
+    return [f"ops served by {backend}: {', '.join(counts)}" for backend, counts in ops.items()]
+
+
 def notes(result: Mapping[str, Any], cores: int) -> list[str]:
     """Lines under a configuration's rows: memory, what the peers' tokens say, and what is not claimed."""
     rows = result["rows"]
     above = max(max(row["peak_mb"]) for row in rows) - result["torch_mb"]
     share = result["file_mb"] / rows[0]["world"]
     of_file = f"{above:.0f} MB, {above / share:.2f}x of a rank's share of the model file"
-    found = [f"peak memory above an interpreter with torch ({result['torch_mb']:.0f} MB): {of_file}"]
+    beyond = f"above an interpreter with torch ({result['torch_mb']:.0f} MB)"
+    if result["device"] != "cpu":
+        beyond = f"of tensors on {result['device']}"
+    found = [f"peak memory {beyond}: {of_file}", *served_by(result["served"])]
+    if result["emulated"]:
+        found.append(f"{', '.join(result['emulated'])} emulated: no time here is that of a device")
     for key, name in result["peers"].items():
         shared = [r for r in rows if key in r["peers"]]
         same = sum(r["peers"][key]["same_tokens"] for r in shared)

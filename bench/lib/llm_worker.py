@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 import fastattn
+from fastattn import dispatch
 from fastattn.collectives.exchange import all_gather
 from fastattn.models.checkpoint import open_checkpoint
 from fastattn.models.generate import Model
 from fastattn.models.sampling import SamplingParams
 from fastattn.parallel.group import init, set_threads, shutdown
+from fastattn.settings import settings
 from fastattn.spec import SyncPlan, TPGroup
 
 from . import env
 from .args import ACTS, DTYPES, link_name
 from .llm_limits import Floor
-from .llm_peers import LlamaCpp, Peer, Sample, Transformers
+from .llm_peers import Cpu, LlamaCpp, Peer, Sample, Transformers, completed
 from .llm_rows import Rival, Row, Times, lines, same_tokens
 from .llm_sync import follow, read_plans, wire_ms
 from .memory import peak_bytes, reset_peak, with_torch_bytes
@@ -32,23 +37,36 @@ from .timing import interleave, summarize
 PEER_TIMEOUT_S = 1800.0  # the other ranks wait while rank 0 runs a peer
 
 
+Served = Counter[tuple[str, str]]  # how often each (backend, op) ran
+
+
 def run(args: argparse.Namespace) -> None:
     """Measures every case with the group that the launcher's environment describes."""
+    with fastattn.use_backend(args.backend) if args.backend else nullcontext():
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     group = init(timeout_s=PEER_TIMEOUT_S)
     threads = set_threads(group, args.threads).num
     (dtype,), (act,) = args.inference_data_type, args.act
-    model = fastattn.load(args.model, dtype=DTYPES[dtype], act=ACTS[act], tp=group)
-    loading = peak_bytes()
+    with env.device(args.device):
+        device, facts = env.accelerator(), env.capture(threads)
+    reset_peak(device)
+    model = fastattn.load(args.model, dtype=DTYPES[dtype], device=args.device, act=ACTS[act], tp=group)
+    loading = peak_bytes(device)
     tokens = model.tokenizer.encode(TEXT)
     cases = list(product(args.batch_size, args.input_len, args.output_len))
     # Memory first: later the limits' operands and the peers' weights would count.
-    peaks = [_peaks_mb(model, prompts(tokens, b, i), o, loading) for b, i, o in cases]
-    floor = Floor.measure(model)
+    peaks = [_peaks_mb(model, prompts(tokens, b, i), o, loading, device) for b, i, o in cases]
+    with env.device(args.device):
+        floor = Floor.measure(model)
     peers = _peers(args, group, threads) if group.rank == 0 else {}
     plans = read_plans(args.model, model, args.sync)
     rows = []
+    served: Served = Counter()
     for (batch, length, output), peak in zip(cases, peaks, strict=True):
-        runs = _runs(model, plans, peers, prompts(tokens, batch, length), output)
+        runs = _runs(model, plans, peers, prompts(tokens, batch, length), output, served)
         samples = interleave(runs, args.iterations, args.warmup)
         if group.rank != 0:
             continue
@@ -89,9 +107,12 @@ def run(args: argparse.Namespace) -> None:
         result = {
             "rows": [asdict(row) for row in rows],
             "peers": {key: peer.name for key, peer in peers.items()},
-            "torch_mb": with_torch_bytes() / 1e6,
+            "torch_mb": with_torch_bytes() / 1e6 if device is None else 0.0,
             "file_mb": _file_bytes(Path(open_checkpoint(args.model).path)) / 1e6,
-            "env": env.capture(threads),
+            "env": facts,
+            "served": [[*key, count] for key, count in sorted(served.items())],
+            "emulated": sorted(settings.emulate & {backend for backend, _ in served}),
+            "device": args.device,
             "answer": answer,
         }
         Path(args.result).write_text(json.dumps(result))
@@ -101,15 +122,22 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _runs(
-    model: Model, plans: dict[str, SyncPlan], peers: dict[str, Peer], batch: list[list[int]], output: int
+    model: Model,
+    plans: dict[str, SyncPlan],
+    peers: dict[str, Peer],
+    batch: list[list[int]],
+    output: int,
+    served: Served,
 ) -> dict[str, Callable[[], Sample]]:
+    """Ours under each plan, which also count what served them, and the peers."""
+
     def ours(plan: SyncPlan) -> Callable[[], Sample]:
         def run() -> Sample:
             follow(model, plan)
-            done = model.generate(batch, SamplingParams(max_tokens=output, ignore_eos=True))
-            return Sample(
-                max(c.latency_s for c in done), max(c.ttft_s for c in done), [c.token_ids for c in done]
-            )
+            before = dispatch.calls.copy()
+            sample = completed(model, batch, output)
+            served.update(dispatch.calls - before)
+            return sample
 
         return run
 
@@ -127,15 +155,18 @@ def _peers(args: argparse.Namespace, group: TPGroup, threads: int) -> dict[str, 
     build: dict[str, Callable[[], Peer]] = {
         "transformers": lambda: Transformers(path, DTYPES[args.inference_data_type[0]], total),
         "llama.cpp": lambda: LlamaCpp(args.llama_python, path, total, context),
+        "cpu": lambda: Cpu(path, DTYPES[args.inference_data_type[0]], total),
     }
     return {key: build[key]() for key in args.peer}
 
 
-def _peaks_mb(model: Model, batch: list[list[int]], output: int, loading: int) -> list[float]:
-    """Peak resident memory of every rank while it loads and generates, in MB."""
-    reset_peak()
-    model.generate(batch, SamplingParams(max_tokens=output, ignore_eos=True))
-    mine = torch.tensor([max(loading, peak_bytes()) / 1e6], dtype=torch.float64)
+def _peaks_mb(
+    model: Model, batch: list[list[int]], output: int, loading: int, device: ModuleType | None
+) -> list[float]:
+    """Peak memory of every rank while it loads and generates, in MB."""
+    reset_peak(device)
+    completed(model, batch, output)
+    mine = torch.tensor([max(loading, peak_bytes(device)) / 1e6], dtype=torch.float64)
     return [float(x) for x in all_gather(model.group, mine, "peak memory")]
 
 

@@ -1,4 +1,4 @@
-"""Resident memory: this process's peak, and what torch alone takes."""
+"""Memory: this process's peak on the host or on an accelerator, and what torch alone takes."""
 
 from __future__ import annotations
 
@@ -6,21 +6,29 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 _WITH_TORCH = "import torch; from lib.memory import resident_bytes; print(resident_bytes())"
 
 
-def reset_peak() -> None:
+def reset_peak(device: ModuleType | None = None) -> None:
     """Makes `peak_bytes` count from now, where the kernel allows it; elsewhere from the process's start."""
+    if device is not None:
+        device.reset_peak_memory_stats()
+        return
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
 
 
-def peak_bytes() -> int:
-    """The most resident memory since `reset_peak`, in bytes: weights, KV cache, torch itself, everything."""
-    return _status("VmHWM")
+def peak_bytes(device: ModuleType | None = None) -> int:
+    """The most memory since `reset_peak`, in bytes.
+
+    What is resident: weights, KV cache, torch itself, everything; with ``device``, torch.cuda or torch.npu,
+    what torch allocated there.
+    """
+    return _status("VmHWM") if device is None else int(device.max_memory_allocated())
 
 
 def resident_bytes() -> int:

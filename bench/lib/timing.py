@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from .env import on_gpu
+from .env import accelerator, on_gpu
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def time_calls(
     calls: Mapping[str, Callable[[], object]], seconds: float, rounds: int = 5
 ) -> dict[str, Timing]:
     """Seconds of each call, interleaved, for at least ``rounds`` rounds and until ``seconds`` have passed."""
-    timed = {name: (_timed_on_gpu if on_gpu() else _timed)(call) for name, call in calls.items()}
+    timed = {name: stopwatch(call) for name, call in calls.items()}
     interleave(timed, 0, 1)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     begin, done = perf_counter(), 0
@@ -60,10 +60,20 @@ def time_calls(
     return {name: summarize(taken) for name, taken in samples.items()}
 
 
+def stopwatch(call: Callable[[], object]) -> Callable[[], float]:
+    """The call, returning the seconds that it took the device of new tensors."""
+    return (_timed_on_gpu if on_gpu() else _timed)(call)
+
+
 def _timed(call: Callable[[], object]) -> Callable[[], float]:
+    """By the host's clock; an accelerator is waited for."""
+
     def run() -> float:
+        device = accelerator()
         begin = perf_counter()
         call()
+        if device is not None:
+            device.synchronize()
         return perf_counter() - begin
 
     return run

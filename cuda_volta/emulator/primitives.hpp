@@ -68,7 +68,6 @@ VOLTA_DEVICE u32 shared_base() { return 1024; }
 VOLTA_DEVICE u32 lds32(u32 address, VOLTA_SITE) { return emulator::shared_value<u32>(address, site); }
 VOLTA_DEVICE Word2 lds64(u32 address, VOLTA_SITE) { return emulator::shared_value<Word2>(address, site); }
 VOLTA_DEVICE Word4 lds128(u32 address, VOLTA_SITE) { return emulator::shared_value<Word4>(address, site); }
-VOLTA_DEVICE void sts16(u32 address, u16 v, VOLTA_SITE) { emulator::shared_store(address, &v, 2, site); }
 VOLTA_DEVICE void sts32(u32 address, u32 v, VOLTA_SITE) { emulator::shared_store(address, &v, 4, site); }
 VOLTA_DEVICE void sts64(u32 address, Word2 v, VOLTA_SITE) { emulator::shared_store(address, &v, 8, site); }
 VOLTA_DEVICE void sts128(u32 address, Word4 v, VOLTA_SITE) { emulator::shared_store(address, &v, 16, site); }
@@ -89,8 +88,6 @@ VOLTA_DEVICE Word4 ldg128_stream(const void* p, VOLTA_SITE) {
     emulator::global_load(p, sizeof(Word4), site);
     return *static_cast<const Word4*>(p);
 }
-VOLTA_DEVICE u32 atomic_add(u32* p, u32 v, VOLTA_SITE) { return emulator::global_atomic_add(p, v, site); }
-VOLTA_DEVICE void memory_fence() { emulator::memory_fence(); }
 
 // ------------------------------------------------------------------------------------------- synchronisation
 VOLTA_DEVICE void barrier(VOLTA_SITE) { emulator::block_barrier(site); }
@@ -103,11 +100,13 @@ VOLTA_DEVICE u32 shuffle(u32 v, u32 lane, VOLTA_SITE) { return emulator::exchang
 VOLTA_DEVICE float shuffle(float v, u32 lane, VOLTA_SITE) {
     return emulator::bits<float>(emulator::exchange(emulator::bits<u32>(v), lane, site));
 }
+VOLTA_DEVICE u32 uniform(u32 v, VOLTA_SITE) { return shuffle(v, 0, site); }
 template <typename T>
 VOLTA_DEVICE T pin(T v) {
     return v;
 }
 VOLTA_DEVICE bool any_lane(bool v, VOLTA_SITE) { return emulator::vote_any(v, site); }
+VOLTA_DEVICE bool unlikely(bool v) { return v; }
 
 // ---------------------------------------------------------------------------------------------- tensor cores
 VOLTA_DEVICE void mma_rc(float (&d)[8], Word2 a, Word2 b, VOLTA_SITE) { emulator::mma(d, a, b, false, site); }
@@ -139,23 +138,6 @@ VOLTA_DEVICE u32 pack_half2(float low, float high) {
 }
 VOLTA_DEVICE float low_half(u32 v) { return from_half(static_cast<u16>(v & 0xffff)); }
 VOLTA_DEVICE float high_half(u32 v) { return from_half(static_cast<u16>(v >> 16)); }
-// A product of halves is exact in float; the sum with a third half is not, but it is in double.
-VOLTA_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
-    const auto fma = [](float x, float y, float z) {
-        return emulator::bits<u16>(static_cast<emulator::Half>(static_cast<double>(x) * y + z));
-    };
-    return fma(low_half(a), low_half(b), low_half(c)) |
-           static_cast<u32>(fma(high_half(a), high_half(b), high_half(c))) << 16;
-}
-VOLTA_DEVICE u32 half2_mul(u32 a, u32 b) {
-    return pack_half2(low_half(a) * low_half(b), high_half(a) * high_half(b));
-}
-VOLTA_DEVICE u32 half2_add(u32 a, u32 b) {
-    return pack_half2(low_half(a) + low_half(b), high_half(a) + high_half(b));
-}
-VOLTA_DEVICE u32 half2_sub(u32 a, u32 b) {
-    return pack_half2(low_half(a) - low_half(b), high_half(a) - high_half(b));
-}
 VOLTA_DEVICE u64 multiply_add_wide(u32 a, u32 b, u64 c) { return static_cast<u64>(a) * b + c; }
 VOLTA_DEVICE u32 shift_left(u32 v, u32 places) { return places < 32 ? v << places : 0; }
 VOLTA_DEVICE u32 shift_right(u32 v, u32 places) { return places < 32 ? v >> places : 0; }

@@ -15,6 +15,7 @@ struct Prefill {
     const float logit_scale;  // of q k^T, in base 2, positive
     const u32 k_tile, v_tile, key_base;
     const ScoreRules rules;
+    const Visibility visibility;
     const ValueOffsets values;
     const Mover mover;
     const Source k_source, v_source;
@@ -25,7 +26,7 @@ struct Prefill {
     Output out;
 
     VOLTA_DEVICE Prefill(const AttentionParams& params, const Sequence& s, const Lane& l, u32 b, u32 h,
-                         i32 row0, float scale, u32 shared)
+                         u32 kv_head, i32 row0, float scale, u32 shared)
         : p(params),
           sequence(s),
           lane(l),
@@ -37,14 +38,14 @@ struct Prefill {
           v_tile(shared + KV_BYTES),
           key_base(pin(shared + key_offset(l))),
           rules(params, logit_scale, b, h),
+          visibility(params, s, row0),
           values(l),
           mover(thread_index()),
-          k_source(p.k, p.k_batch, p.k_row, p.k_head, p.head_dim, s, cache_row(), kv_head(), mover),
-          v_source(p.v, p.v_batch, p.v_row, p.v_head, p.v_head_dim, s, cache_row(), kv_head(), mover) {
+          k_source(p.k, p.k_batch, p.k_row, p.k_head, p.head_dim, cache_row(), kv_head, mover),
+          v_source(p.v, p.v_batch, p.v_row, p.v_head, p.v_head_dim, cache_row(), kv_head, mover) {
         q.at = SHARED_STEPS == 0
                    ? 0
                    : pin(shared + 2 * KV_BYTES + warp_index() * Q_WARP_BYTES + query_offset(lane));
-        load_queries(q, p, sequence, lane, batch, head, query0, scale < 0.0f);
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) stage.chunk[i] = {0, 0, 0, 0};
 #pragma unroll
@@ -54,17 +55,20 @@ struct Prefill {
     }
 
     VOLTA_DEVICE i32 cache_row() const {
-        return (PAGED && p.block_table) || p.cu_seqlens_k ? 0 : sequence.k_batch;
+        return p.block_table || p.cu_seqlens_k ? 0 : sequence.k_batch;
     }
-    VOLTA_DEVICE u32 kv_head() const { return head / static_cast<u32>(p.heads / p.kv_heads); }
 
-    VOLTA_DEVICE void start(i32 key0, i32 next_key0) {
-        rows.locate(p, sequence, mover, batch, key0);
+    // Everything is requested before anything is waited for.
+    VOLTA_DEVICE void start(i32 key0, bool negate) {
+        rows.seek(p, sequence, mover, batch, key0);
+        rows.arrive(p);
         Stage first_values = stage;
         k_source.load(stage, rows, mover);
         v_source.load(first_values, rows, mover);
+        load_queries(q, p, sequence, lane, batch, head, query0, negate);
         mover.store(k_tile, stage);
-        rows.locate(p, sequence, mover, batch, next_key0);
+        rows.seek(p, sequence, mover, batch, key0 + BLOCK_K);
+        rows.arrive(p);
         k_source.load(stage, rows, mover);
         mover.store(v_tile, first_values);
         barrier();
@@ -72,21 +76,25 @@ struct Prefill {
 
     // One tile of keys, in shared memory already. The next one's keys arrive while S is computed and replace
     // this one's behind the first barrier; its values arrive while O is computed and follow behind the
-    // second.
-    template <bool EDGE>
-    VOLTA_DEVICE void tile(i32 key0, i32 key0_after_next) {
+    // second. A warp whose rows see nothing of the tile only moves data.
+    VOLTA_DEVICE void tile(i32 key0) {
+        const bool whole = !ANYTHING && visibility.whole(key0);
+        const bool nothing = !whole && visibility.nothing(key0);
         Scores s;
-        multiply_keys(s, q, key_base);
+        if (!nothing) multiply_keys(s, q, key_base);
         barrier();
         mover.store(k_tile, stage);
         v_source.load(stage, rows, mover);
-        rows.locate(p, sequence, mover, batch, key0_after_next);
-        if (FEATURES) rules.apply(s, p, sequence, lane, logit_scale, batch, head, query0, key0);
-        if (EDGE) apply_band(s, p, sequence, lane, query0, key0);
-        update(softmax, out, s, rules.scale);
-        multiply_values(out, s, v_tile, values, lane.odd);
+        rows.seek(p, sequence, mover, batch, key0 + 2 * BLOCK_K);
+        if (!nothing) {
+            if (FEATURES) rules.apply(s, p, sequence, lane, logit_scale, batch, head, query0, key0);
+            if (unlikely(!whole)) apply_band(s, p, sequence, lane, query0, key0);
+            update(softmax, out, s, rules.scale);
+            multiply_values(out, s, v_tile, values, lane.odd);
+        }
         barrier();
         mover.store(v_tile, stage);
+        rows.arrive(p);
         k_source.load(stage, rows, mover);
     }
 };
@@ -102,18 +110,15 @@ VOLTA_KERNEL(prefill, volta::THREADS, volta::MIN_BLOCKS)(volta::AttentionParams 
     if (block0 >= sequence.q_len) return;
     const TileRange range(p, sequence, block0);
     const Lane lane(lane_index());
-    const float k_scale = p.k_scale ? ldg(p.k_scale + head / static_cast<u32>(p.heads / p.kv_heads)) : 1.0f;
-    Prefill block(p, sequence, lane, batch, head, block0 + static_cast<i32>(warp_index()) * WARP_ROWS,
-                  p.scale * k_scale * LOG2_E, shared_base());
-    if (range.count > 0) {
-        block.start(range.key(0), range.key(1));
-        i32 i = 0;
+    const u32 kv_head = head / static_cast<u32>(p.heads / p.kv_heads);
+    const float k_scale = p.k_scale ? ldg(p.k_scale + kv_head) : 1.0f;
+    const float scale = p.scale * k_scale * LOG2_E;
+    const i32 query0 = block0 + static_cast<i32>(uniform(warp_index())) * WARP_ROWS;
+    Prefill block(p, sequence, lane, batch, head, kv_head, query0, scale, shared_base());
+    if (range.first < range.end) {
+        block.start(range.first, scale < 0.0f);
 #pragma unroll 1
-        for (; i < range.edges; ++i) block.tile<true>(range.key(i), range.key(i + 2));
-        i32 key0 = range.key(i);
-#pragma unroll 1
-        for (; !ANYTHING && i < range.count; ++i, key0 += BLOCK_K)
-            block.tile<false>(key0, key0 + 2 * BLOCK_K);
+        for (i32 key0 = range.first; key0 < range.end; key0 += BLOCK_K) block.tile(key0);
     }
-    finish(block.softmax, block.rules, block.out, p, lane, batch, head, block.query0);
+    finish(block.softmax, block.rules, block.out, p, lane, batch, head, query0);
 }

@@ -10,9 +10,8 @@ namespace volta {
 constexpr int BLOCK_Q = 128;
 constexpr int BLOCK_K = 32;
 
-// What a variant knows beside bounds and lengths: 1 softcap and pages, 2 ALiBi and pages, 3 those and masks,
-// odd head dims, rows that are not 16-byte aligned, pages of any stride.
-constexpr bool PAGED = FEATURES > 0;
+// What a variant knows beside bounds, lengths and pages: 1 softcap, 2 ALiBi, 3 those and masks, odd head
+// dims, rows that are not 16-byte aligned, pages of any stride.
 constexpr bool ANYTHING = FEATURES == 3;
 constexpr bool SOFTCAP_ALONE = FEATURES == 1;
 constexpr bool ALIBI = FEATURES == 2 || ANYTHING;

@@ -45,22 +45,26 @@ struct ScoreRules {
     float scale;  // base-2 logits are this times what `apply` leaves, plus `offset`
     float offset;
     float cap;           // in base 2
-    float cap_exponent;  // SOFTCAP_ALONE: 2^(cap_exponent s) = e^(2 scale s / softcap)
+    float cap_exponent;  // SOFTCAP_ALONE: 2^(cap_exponent s) = e^(-2 scale s / softcap)
     float slope;         // in units of what `apply` leaves
 
     VOLTA_DEVICE ScoreRules(const AttentionParams& p, float logit_scale, u32 batch, u32 head)
         : scale(logit_scale), offset(0.0f), cap(p.softcap * LOG2_E), cap_exponent(0.0f), slope(0.0f) {
-        if (SOFTCAP_ALONE) cap_exponent = 2.0f * LOG2_E * logit_scale / cap, scale = 2.0f * cap, offset = cap;
+        if (SOFTCAP_ALONE) {
+            cap_exponent = -2.0f * LOG2_E * logit_scale / cap;
+            scale = 2.0f * cap;
+            offset = -cap;
+        }
         if (ANYTHING) scale = 1.0f;
         if (ALIBI && p.alibi_slopes) {
             slope = ldg(p.alibi_slopes + static_cast<i64>(batch) * p.alibi_batch + head) * LOG2_E / scale;
         }
     }
 
-    // softcap tanh(x / softcap) = softcap - 2 softcap r, r = 1 / (e^(2 x / softcap) + 1). Where nothing else
-    // joins in, the scores become -r, and `scale` and `offset` do the rest.
+    // softcap tanh(x / softcap) = 2 softcap r - softcap, r = 1 / (e^(-2 x / softcap) + 1). Where nothing else
+    // joins in, the scores become r, and `scale` and `offset` do the rest.
     VOLTA_DEVICE float capped(float s, float logit_scale) const {
-        if (SOFTCAP_ALONE) return -rcp_approx(exp2_approx(s * cap_exponent) + 1.0f);
+        if (SOFTCAP_ALONE) return rcp_approx(exp2_approx(s * cap_exponent) + 1.0f);
         return soft_cap(s * logit_scale, cap, rcp_approx(cap));
     }
 

@@ -1,4 +1,4 @@
-// Which tiles of keys a block of queries visits.
+// Which tiles of keys a block of queries visits, and what of each a warp's rows see.
 #pragma once
 
 #include "attention.cuh"
@@ -6,30 +6,34 @@
 
 namespace volta {
 
-// Softmax does not mind the order of keys: tiles that a bound crosses come first, in a loop with a mask, and
-// the loop over the others needs none. The variant for anything has only the first.
+// The keys that a block passes: whole tiles, from the first that some row sees to the last.
 struct TileRange {
-    i32 first, inner_first, inner_last;  // tiles
-    i32 edges, count;
+    i32 first, end;  // keys
 
     VOLTA_DEVICE TileRange(const AttentionParams& p, const Sequence& s, i32 query0) {
         const Band top = visible_band(p, s, query0);
         const Band bottom = visible_band(p, s, clamp(query0 + BLOCK_Q - 1, 0, s.q_len - 1));
-        first = top.first / BLOCK_K;
-        const i32 end = bottom.last < top.first ? first : bottom.last / BLOCK_K + 1;
-        inner_first = clamp((bottom.first + BLOCK_K - 1) / BLOCK_K, first, end);
-        inner_last = clamp((top.last + 1) / BLOCK_K, inner_first, end);
-        count = end - first;
-        if (ANYTHING) inner_last = inner_first;
-        edges = count - (inner_last - inner_first);
+        first = top.first / BLOCK_K * BLOCK_K;
+        end = bottom.last < top.first ? first : bottom.last + 1;
+    }
+};
+
+// How the rows of one warp see a tile. Tiles whose first key lies in [low, high] are seen whole by all rows,
+// those more than MARGIN outside by none: bounds move by one key a row, and tiles are BLOCK_K wide.
+struct Visibility {
+    static constexpr i32 MARGIN = WARP_ROWS + BLOCK_K - 2;
+    i32 low, high;
+
+    VOLTA_DEVICE Visibility(const AttentionParams& p, const Sequence& s, i32 query0) {
+        const i32 position = query0 + s.shift, whole_end = s.k_len - BLOCK_K;
+        const i32 from = p.left == NO_BOUND ? 0 : position + WARP_ROWS - 1 - p.left;
+        const i32 to = p.right == NO_BOUND ? whole_end : position + p.right - (BLOCK_K - 1);
+        low = static_cast<i32>(uniform(static_cast<u32>(from)));
+        high = static_cast<i32>(uniform(static_cast<u32>(to < whole_end ? to : whole_end)));
     }
 
-    // First key of the i-th tile visited.
-    VOLTA_DEVICE i32 key(i32 i) const {
-        const i32 left = inner_first - first;
-        const i32 tile = i < left ? first + i : i < edges ? inner_last + i - left : inner_first + i - edges;
-        return tile * BLOCK_K;
-    }
+    VOLTA_DEVICE bool whole(i32 key0) const { return key0 >= low && key0 <= high; }
+    VOLTA_DEVICE bool nothing(i32 key0) const { return key0 < low - MARGIN || key0 > high + MARGIN; }
 };
 
 }  // namespace volta

@@ -85,7 +85,7 @@ VOLTA_DEVICE void update(Softmax& softmax, Output& out, Scores& s, float scale) 
     bool above = false;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) above |= maximum[r] * scale - softmax.reference[r] > LAG - IN_REFERENCE;
-    if (any_lane(above)) rescale(softmax, out, maximum, scale);
+    if (unlikely(any_lane(above))) rescale(softmax, out, maximum, scale);
 #pragma unroll
     for (int m = 0; m < SCORE_ROWS; ++m) {
 #pragma unroll

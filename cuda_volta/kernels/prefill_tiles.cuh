@@ -58,30 +58,32 @@ struct Mover {
 // of their own.
 struct KeyRows {
     u32 row[SLOTS];
-    u32 page[ANYTHING ? SLOTS : 1];
+    u32 page[SLOTS];
 
-    VOLTA_DEVICE void locate(const AttentionParams& p, const Sequence& s, const Mover& mover, u32 b,
-                             i32 key0) {
+    // Asks for the pages; `row` is within them until `arrive`.
+    VOLTA_DEVICE void seek(const AttentionParams& p, const Sequence& s, const Mover& mover, u32 b, i32 key0) {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            const i32 last = s.k_len - 1;
-            i32 key = key0 + mover.slot_row(slot);
-            key = key < last ? key : last;
-            row[slot] = static_cast<u32>(PAGED ? key + s.k_begin : key);
-            if (ANYTHING) page[slot] = 0;
+            const i32 last = s.k_begin + s.k_len - 1, stored = s.k_begin + key0 + mover.slot_row(slot);
+            row[slot] = static_cast<u32>(stored < last ? stored : last);
+            page[slot] = 0;
         }
-        if (!PAGED || !p.block_table) return;
+        if (!p.max_pages) return;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             const u32 index =
                 static_cast<u32>(static_cast<u64>(2 * row[slot]) * p.page_magic >> 32) >> p.page_shift;
-            u32 found = static_cast<u32>(ldg(p.block_table + b * static_cast<u32>(p.max_pages) + index));
-            found = found < static_cast<u32>(p.k_batches) ? found : 0;
+            page[slot] = static_cast<u32>(ldg(p.block_table + b * static_cast<u32>(p.max_pages) + index));
             row[slot] -= index * static_cast<u32>(p.k_rows);
-            if (ANYTHING)
-                page[slot] = found;
-            else
-                row[slot] += found * static_cast<u32>(p.page_rows);
+        }
+    }
+
+    VOLTA_DEVICE void arrive(const AttentionParams& p) {
+        if (!p.max_pages) return;
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            page[slot] = page[slot] < static_cast<u32>(p.k_batches) ? page[slot] : 0;
+            if (!ANYTHING) row[slot] += page[slot] * static_cast<u32>(p.page_rows);
         }
     }
 };
@@ -113,14 +115,14 @@ struct Source {
     i32 width;
     bool aligned;
 
-    VOLTA_DEVICE Source(const u16* data, i64 batch, i64 row, i64 head, i32 columns, const Sequence& s,
-                        i32 cache_row, u32 kv_head, const Mover& mover)
+    VOLTA_DEVICE Source(const u16* data, i64 batch, i64 row, i64 head, i32 columns, i32 cache_row,
+                        u32 kv_head, const Mover& mover)
         : row_bytes(static_cast<u32>(2 * row)),
           row_stride(row),
           page_stride(batch),
           width(columns),
           aligned(is_aligned(data, batch, row, head, columns)) {
-        const u16* first = data + cache_row * batch + kv_head * head + (PAGED ? 0 : s.k_begin * row);
+        const u16* first = data + cache_row * batch + kv_head * head;
         base = ANYTHING ? first : pin(first + 8 * mover.chunk);
         tail = ANYTHING || !TAIL ? first : pin(first + 8 * mover.tail_chunk);
     }

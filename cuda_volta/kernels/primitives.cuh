@@ -60,9 +60,6 @@ VOLTA_DEVICE Word4 lds128(u32 address) {
                  : "memory");
     return v;
 }
-VOLTA_DEVICE void sts16(u32 address, u16 v) {
-    asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
-}
 VOLTA_DEVICE void sts32(u32 address, u32 v) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
@@ -87,8 +84,6 @@ VOLTA_DEVICE Word4 ldg128_stream(const void* p) {
                  : "l"(p));
     return v;
 }
-VOLTA_DEVICE u32 atomic_add(u32* p, u32 v) { return atomicAdd(p, v); }
-VOLTA_DEVICE void memory_fence() { __threadfence(); }
 
 // ------------------------------------------------------------------------------------------- synchronisation
 VOLTA_DEVICE void barrier() { __syncthreads(); }
@@ -99,6 +94,8 @@ VOLTA_DEVICE u32 shuffle(u32 v, u32 lane) { return __shfl_sync(0xffffffffu, v, l
 VOLTA_DEVICE float shuffle(float v, u32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
 // The same value, but one that the assembler cannot compute again: it stays in a register.
 VOLTA_DEVICE u32 pin(u32 v) { return __shfl_sync(0xffffffffu, v, threadIdx.x & 31); }
+// A value that all lanes of the warp have alike, so that the compiler knows it: branches on it are uniform.
+VOLTA_DEVICE u32 uniform(u32 v) { return __shfl_sync(0xffffffffu, v, 0); }
 template <typename T>
 VOLTA_DEVICE const T* pin(const T* p) {
     u64 v = reinterpret_cast<u64>(p);
@@ -106,6 +103,8 @@ VOLTA_DEVICE const T* pin(const T* p) {
     return reinterpret_cast<const T*>(high << 32 | pin(static_cast<u32>(v)));
 }
 VOLTA_DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
+// For a condition whose code belongs out of the way of the rest.
+VOLTA_DEVICE bool unlikely(bool v) { return __builtin_expect(v, false); }
 
 // ---------------------------------------------------------------------------------------------- tensor cores
 // Four independent 8x8x4 products, one a quadpair (lanes 4q..4q+3 and 16+4q..19+4q); d += a b.
@@ -166,27 +165,6 @@ VOLTA_DEVICE u32 pack_half2(float low, float high) {
 }
 VOLTA_DEVICE float low_half(u32 v) { return from_half(static_cast<u16>(v & 0xffff)); }
 VOLTA_DEVICE float high_half(u32 v) { return from_half(static_cast<u16>(v >> 16)); }
-// Both halves at once, each rounded once.
-VOLTA_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-VOLTA_DEVICE u32 half2_mul(u32 a, u32 b) {
-    u32 d;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-VOLTA_DEVICE u32 half2_add(u32 a, u32 b) {
-    u32 d;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-VOLTA_DEVICE u32 half2_sub(u32 a, u32 b) {
-    u32 d;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
 VOLTA_DEVICE u64 multiply_add_wide(u32 a, u32 b, u64 c) {
     u64 d;
     asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));

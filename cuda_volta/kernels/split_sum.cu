@@ -1,4 +1,4 @@
-// Adds the partial products of linear.cu's splits in their order, and the bias.
+// Adds the partial products of a linear layer's splits in their order, and the bias.
 #include "bias.cuh"
 
 namespace volta {

@@ -1,4 +1,4 @@
-"""CUDA kernels for Volta (sm_70, sm_72), adapted from `cuda_volta`. The small ops are in `volta_ops`."""
+"""CUDA kernels for Volta and Turing (sm_70, sm_72, sm_75), from `cuda_volta`; small ops: `volta_ops`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..devices import lacks_code
 from ..indices import check_indices
 from ..settings import settings
 from ..spec import AttentionArgs, AttentionSignature, Backend, Op
 
 _EMULATED = "volta" in settings.emulate
 _WIDEST = 256
+_WIDEST_ON_TURING = 160  # a block of more asks for 72 to 96 KB of shared memory, Turing has 64
 _MASKS = (None, torch.bool, torch.float16, torch.float32)
 
 
 def device_reasons(device: torch.device) -> list[str]:
-    """Why the kernels do not run on this one of several devices."""
+    """Why the kernels, or torch's own beside them, do not run on this one of several devices."""
     from cuda_volta import runtime
 
-    return runtime.against(device) if isinstance(device, torch.device) else []
+    if not isinstance(device, torch.device):
+        return []
+    reasons = runtime.against(device)
+    if not reasons and device.type == "cuda" and (lack := lacks_code(device)):
+        reasons = [lack]
+    return reasons
 
 
 def dtype_reasons(dtype: torch.dtype, what: str = "dtype") -> list[str]:
@@ -47,11 +54,13 @@ def _attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 def _attention_reasons(s: AttentionSignature) -> list[str]:
     reasons = device_reasons(s.device) + dtype_reasons(s.dtype)
+    turing = s.device.type == "cuda" and torch.cuda.get_device_capability(s.device) == (7, 5)
+    widest = _WIDEST_ON_TURING if turing else _WIDEST
     if s.kv_dtype != s.dtype:
         reasons += dtype_reasons(s.kv_dtype, "k and v are")
     for name, size in (("head_dim", s.head_dim), ("head_dim of v", s.v_head_dim)):
-        if size > _WIDEST:
-            reasons.append(f"{name} {size}, it takes at most {_WIDEST}")
+        if size > widest:
+            reasons.append(f"{name} {size}, it takes at most {widest}")
     if s.mask_dtype not in _MASKS:
         reasons.append(f"attn_mask is {s.mask_dtype}, it takes bool, float16 and float32")
     return reasons
@@ -65,7 +74,7 @@ def _available() -> list[str]:
         return runtime.against(torch.device("cpu"))
     if not torch.cuda.is_available():
         return ["torch sees no NVIDIA GPU (FASTATTN_EMULATE=volta runs the kernels on the CPU)"]
-    reasons = {i: runtime.against(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
+    reasons = {i: device_reasons(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
     return [] if not all(reasons.values()) else [f"cuda:{i}: {'; '.join(why)}" for i, why in reasons.items()]
 
 

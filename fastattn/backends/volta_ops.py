@@ -18,16 +18,12 @@ from ..spec import (
     RotaryArgs,
     SwigluArgs,
 )
+from ..strides import contiguous_rows
 from . import torch_ops
 from .volta import device_reasons, dtype_reasons
 
 if TYPE_CHECKING:
     from cuda_volta.weights import GroupedWeight
-
-
-def _rows(t: Tensor) -> Tensor:
-    """With unit stride in the last dimension, as the kernels ask for."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 # --------------------------------------------------------------------------------- rotary and KV append
@@ -36,7 +32,7 @@ def rotary(a: RotaryArgs) -> Tensor:
     from cuda_volta.rotary import rotary as run
 
     torch_ops.check_indices(a.positions, "positions", a.cos.shape[0])
-    return run(_rows(a.x), a.cos, a.sin, a.positions, a.interleaved)
+    return run(contiguous_rows(a.x), a.cos, a.sin, a.positions, a.interleaved)
 
 
 def _rotary_reasons(s: OpSignature) -> list[str]:
@@ -56,7 +52,7 @@ def append_kv(a: AppendKvArgs) -> None:
     if a.cos is not None and a.positions is not None:
         torch_ops.check_indices(a.positions, "positions", a.cos.shape[0])
     run(
-        a.k_cache, a.v_cache, _rows(a.k), _rows(a.v), a.slots,
+        a.k_cache, a.v_cache, contiguous_rows(a.k), contiguous_rows(a.v), a.slots,
         cos=a.cos, sin=a.sin, positions=a.positions, interleaved=a.interleaved,
         k_scale=a.k_scale, v_scale=a.v_scale,
     )  # fmt: skip
@@ -72,7 +68,8 @@ def rms_norm(a: RmsNormArgs) -> tuple[Tensor, Tensor]:
     """(normalised, x + residual), both in x's dtype; the sum is empty without a residual."""
     from cuda_volta.norm import rms_norm as run
 
-    return run(_rows(a.x), a.weight, a.eps, None if a.residual is None else _rows(a.residual))
+    residual = None if a.residual is None else contiguous_rows(a.residual)
+    return run(contiguous_rows(a.x), a.weight, a.eps, residual)
 
 
 def _rms_norm_reasons(s: OpSignature) -> list[str]:
@@ -87,7 +84,7 @@ def swiglu(a: SwigluArgs) -> Tensor:
     """``silu(gate) * up`` of x (..., 2 F)."""
     from cuda_volta.gate import swiglu as run
 
-    return run(_rows(a.x))
+    return run(contiguous_rows(a.x))
 
 
 def _float16_reasons(s: OpSignature) -> list[str]:
@@ -99,7 +96,9 @@ def linear(a: LinearArgs) -> Tensor:
     """``x @ W^T + bias``. ``act`` allows x to be quantized, which Volta gains nothing by."""
     from cuda_volta.linear import linear as run
 
-    return torch_ops.linear(a) if a.weight.format == "dense" else run(_rows(a.x), _grouped(a.weight))
+    if a.weight.format == "dense":
+        return torch_ops.linear(a)
+    return run(contiguous_rows(a.x), _grouped(a.weight))
 
 
 def embedding(a: EmbeddingArgs) -> Tensor:

@@ -2,6 +2,9 @@
 
 Each rank adds the residual and normalises its share of the rows only, which divides that work by the ranks;
 the residual stays where it is, scattered, from one fused norm to the next.
+
+On GPUs that address each other's memory all of it is one kernel between two barriers (`symmetric`);
+elsewhere, and for values that travel in fewer bits, the ranks exchange messages.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Epilogue, Link, Point, Produce, Rates, Stream, TPGroup
+from . import symmetric
 from .cost import two_step_bytes, two_step_seconds
 from .direct import Direct
 from .exchange import Lane
@@ -51,6 +55,9 @@ class FusedNorm:
         if g.world == 1:
             return finish(x.compute(), s.residual, e)
         residual = own_residual(s, x.rows, g)
+        memory = self._memory(x, s, e, g)
+        if memory is not None and isinstance(e.norm, symmetric.RmsNorm):
+            return symmetric.sum_and_normalise(memory, x.compute(), residual, e.norm, g)
 
         def normalise(total: Tensor) -> Tensor:
             nonlocal residual
@@ -60,6 +67,13 @@ class FusedNorm:
 
         hidden = yield from two_step(Lane(g, where), x, self.of.wire, normalise)
         return Stream(residual, hidden if e.norm else None, rows=row_spans(x.rows, g.world)[g.rank])
+
+    def _memory(self, x: Partial, s: Stream, e: Epilogue, g: TPGroup) -> symmetric.Memory | None:
+        """Where the kernel finds the ranks' partial results; None: they travel."""
+        call = symmetric.Call(x.rows, x.hidden, x.dtype, s.residual.device)
+        if not isinstance(self.of, Direct) or symmetric.reasons_against(call, e):
+            return None
+        return symmetric.memory(call, g)
 
     def seconds(self, rows: int, hidden: int, link: Link, rate: Rates) -> float:
         """Each rank leaves the other ranks' rows to them."""

@@ -7,8 +7,8 @@ sequence has ended; the others learn it from the tokens it broadcasts, where a n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,27 +18,13 @@ from ..collectives.prompts import broadcast_prompts, broadcast_tokens, refuse_pr
 from ..dispatch import pages
 from ..memory.paged import PagedKvCache
 from ..spec import TPGroup
+from .completion import ENDED, Completion, OnToken, Writer
 from .config import ModelConfig
 from .llama import Decoder
-from .sampling import Sampler, SamplingParams, StopText
+from .sampling import SamplingParams
 from .tokenizer import Tokenizer
 
 PREFILL_TOKENS = 1024  # a forward: enough rows to saturate the GEMMs, few enough to show progress
-_ENDED = -1
-
-OnToken = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What was generated for one prompt."""
-
-    prompt_ids: list[int]
-    token_ids: list[int]
-    text: str
-    finish_reason: str  # "stop" (end token or stop text) | "length"
-    ttft_s: float  # from generate()'s start to this sequence's first token
-    latency_s: float  # to its last
 
 
 @dataclass
@@ -79,13 +65,13 @@ class Model:
         if not ids:
             return []
         cache = self.kv_cache([len(p) + n for p, n in zip(ids, budgets, strict=True)])
-        writer = _Writer(self, ids, params, start, on_token)
+        writer = Writer(self.tokenizer, self.config.eos_ids, ids, params, start, on_token)
         hidden = self._prefill(ids, cache, progress and self.group.rank == 0)
         active = list(range(len(ids)))
         while True:
             tokens = self._next_tokens(hidden, active, writer, budgets)
             for seq, token in zip(active, tokens, strict=True):
-                if token == _ENDED or len(writer.texts[seq].tokens) == budgets[seq]:
+                if token == ENDED or len(writer.tokens(seq)) == budgets[seq]:
                     cache.free(seq)
             tokens = [t for s, t in zip(active, tokens, strict=True) if cache.length(s)]
             active = [s for s in active if cache.length(s)]
@@ -175,7 +161,7 @@ class Model:
         return torch.stack(last)
 
     def _next_tokens(
-        self, hidden: Tensor, active: list[int], writer: _Writer, budgets: list[int]
+        self, hidden: Tensor, active: list[int], writer: Writer, budgets: list[int]
     ) -> list[int]:
         logits = self.decoder.head(hidden)
         tokens = None if logits is None else torch.tensor(writer.choose(logits, active, budgets))
@@ -186,86 +172,6 @@ class Model:
         if self.group.rank != 0:
             writer.record(active, chosen)
         return chosen
-
-
-@dataclass
-class _Text:
-    """One completion as it grows."""
-
-    stream: Callable[[int], str]
-    flush: Callable[[], str]
-    stop: StopText
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = "length"
-    ttft_s: float = 0.0
-    latency_s: float = 0.0
-
-
-class _Writer:
-    """Samples, detokenizes, stops and times the sequences of a batch."""
-
-    def __init__(
-        self,
-        model: Model,
-        ids: list[list[int]],
-        params: SamplingParams,
-        start: float,
-        on_token: OnToken | None,
-    ) -> None:
-        self._ids, self._params, self._start, self._on_token = ids, params, start, on_token
-        self._eos = frozenset() if params.ignore_eos else frozenset(model.config.eos_ids)
-        self._sample = Sampler(params, len(ids))
-        self.texts = []
-        for _ in ids:
-            stream = model.tokenizer.stream()
-            self.texts.append(_Text(stream.push, stream.flush, StopText(params.stop)))
-
-    def choose(self, logits: Tensor, active: list[int], budgets: list[int]) -> list[int]:
-        """Samples the next token of each active sequence; _ENDED where it ended before its budget."""
-        chosen = self._sample(logits, active)
-        return [self._take(seq, t, budgets[seq]) for seq, t in zip(active, chosen, strict=True)]
-
-    def record(self, active: list[int], tokens: list[int]) -> None:
-        """What a rank that does not sample keeps: the tokens."""
-        for seq, token in zip(active, tokens, strict=True):
-            self._clock(self.texts[seq])
-            if token == _ENDED:
-                self.texts[seq].finish_reason = "stop"
-            else:
-                self.texts[seq].tokens.append(token)
-
-    def _take(self, seq: int, token: int, budget: int) -> int:
-        entry = self.texts[seq]
-        self._clock(entry)
-        if token in self._eos:
-            entry.finish_reason = "stop"
-            self._show(entry, seq, token, entry.flush(), last=True)
-            return _ENDED
-        entry.tokens.append(token)
-        last = len(entry.tokens) == budget
-        text = entry.stream(token) + (entry.flush() if last else "")
-        self._show(entry, seq, token, text, last)
-        if entry.stop.stopped:
-            entry.finish_reason = "stop"
-            return _ENDED
-        return token
-
-    def _show(self, entry: _Text, seq: int, token: int, text: str, last: bool) -> None:
-        text = entry.stop.push(text, last)
-        entry.text += text
-        if self._on_token is not None:
-            self._on_token(seq, token, text)
-
-    def _clock(self, entry: _Text) -> None:
-        entry.latency_s = time.perf_counter() - self._start
-        entry.ttft_s = entry.ttft_s or entry.latency_s
-
-    def completions(self) -> list[Completion]:
-        return [
-            Completion(ids, t.tokens, t.text, t.finish_reason, t.ttft_s, t.latency_s)
-            for ids, t in zip(self._ids, self.texts, strict=True)
-        ]
 
 
 def chunks(lengths: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]]:

@@ -22,6 +22,11 @@ class Chip(NamedTuple):
         return self.capability >= 90
 
     @property
+    def tensor_cores(self) -> bool:
+        """Whether Triton compiles products for its tensor cores: since 3.3 not for Turing's."""
+        return self.capability >= 80
+
+    @property
     def warpgroups(self) -> bool:
         """Whether it has warpgroup MMA (wgmma), sm_90 alone."""
         return self.capability == 90

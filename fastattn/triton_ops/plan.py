@@ -36,7 +36,7 @@ def plan(a: AttentionArgs, c: Chip) -> Plan:
     pack = group > 1 and a.max_seqlen_q * group <= DECODE_ROWS
     rows = a.max_seqlen_q * (group if pack else 1)
     wanted = need(a, rows)
-    t = tuned.load(c).get(wanted) or tile(c, wanted)
+    t = tuned.load(c).attention.get(wanted) or tile(c, wanted)
     p = _with_tile(a, c, t, rows, pack)
     # A tile for specialized warps is none for a call that cannot have them: four warps would hold it all.
     return _with_tile(a, c, tile(c, wanted), rows, pack) if t.specialize and not p.specialize else p

@@ -7,7 +7,7 @@ import argparse
 import pytest
 import torch
 
-from fastattn import dispatch, info
+from fastattn import dispatch, info, why
 from fastattn.attention import build_args
 from fastattn.settings import Settings
 
@@ -70,31 +70,31 @@ CALLS = {
 
 @pytest.mark.parametrize("spec", CALLS)
 def test_signature_is_the_one_of_the_call(spec: str) -> None:
-    assert info.signature_of(spec) == CALLS[spec]().signature()
+    assert why.signature_of(spec) == CALLS[spec]().signature()
 
 
 def test_why_gives_each_backends_reasons() -> None:
     spec = "q=1x1x4x8,k=1x9x2x8,sinks,return_lse"
-    lines = info.why(spec).splitlines()
+    lines = why.why(spec).splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(dispatch.BACKENDS)
     for line, name in zip(lines[1:], dispatch.BACKENDS, strict=True):
-        for reason in dispatch.reasons_against(name, "attention", info.signature_of(spec)):
+        for reason in dispatch.reasons_against(name, "attention", why.signature_of(spec)):
             assert reason in line
     chosen = [line.split()[0] for line in lines if "would be chosen" in line]
     able = [
-        n for n in dispatch.AUTOMATIC if not dispatch.reasons_against(n, "attention", info.signature_of(spec))
+        n for n in dispatch.AUTOMATIC if not dispatch.reasons_against(n, "attention", why.signature_of(spec))
     ]
     assert chosen == able[:1]
 
 
 def test_why_allocates_nothing() -> None:
     """Terabytes of keys."""
-    text = info.why("q=1x1x64x128,k=1000000x1000000x8x128,cache_batch_idx,dtype=bfloat16")
+    text = why.why("q=1x1x64x128,k=1000000x1000000x8x128,cache_batch_idx,dtype=bfloat16")
     assert "sdpa       can run it" in text
 
 
 def test_why_of_a_device_that_is_absent() -> None:
-    text = info.why("q=1x1x4x8,k=1x9x2x8,device=npu")
+    text = why.why("q=1x1x4x8,k=1x9x2x8,device=npu")
     assert "tensors are on 'npu', it runs on cpu" in text
     assert "torch_npu is not installed" in text
 

@@ -50,6 +50,7 @@ def test_whole_models_are_right(capsys, monkeypatch):
     assert status == 0, printed
     for line in ("float16: right", "4 bits with act-order: right", "append_kv on ascend", "linear on ascend"):
         assert line in printed
+    assert "not on ascend" not in printed
 
 
 @pytest.mark.parametrize(

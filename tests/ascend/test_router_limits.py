@@ -85,26 +85,37 @@ PAGES = {"npu_fused": fused_infer, "npu_fusion": fusion, "_npu": atb}
 
 
 @st.composite
-def calls(draw: st.DrawFn, layout: str) -> AttentionCall:
-    """Calls at and around the limits, some of them well inside."""
+def calls(draw: st.DrawFn, layout: str, pages: str) -> AttentionCall:
+    """Usual calls, with a few sizes at and around the limits, and pages mostly in the layout ``pages``."""
+    edges = draw(
+        st.sets(st.sampled_from(("dtype", "d", "heads", "batch", "queries", "keys", "page")), max_size=2)
+    )
 
     def one(*values: Any) -> Any:
         return draw(st.sampled_from(values))
 
+    def size(name: str, usual: tuple[Any, ...], edge: tuple[Any, ...]) -> Any:
+        return one(*(edge if name in edges else usual))
+
     def meta(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    dtype = one(torch.float16, torch.float16, torch.bfloat16, torch.float32)
-    d = one(16, 64, 128, 128, 128, 192, 40, 256, 512, 528, 768, 776)
-    dv = one(d, d, d, 64, 128)
-    heads, kv_heads = one((2, 2), (8, 2), (64, 1), (65, 1), (256, 256), (257, 257), (512, 512), (256, 2))
-    batch = one(1, 1, 2, 3, 1024, 1025, 2000, 2001, 4096, 4097, 65536, 65537)
-    sq = one(1, 1, 2, 17, 4096, 16400, 1 << 20, (1 << 20) + 1)
-    sk = one(1, 17, 512, 513, 16400, 262144, 262145, 1 << 20, (1 << 20) + 1, 20971520, 20971521)
-    sk = one(sk, sk, sq)
-    o: dict[str, Any] = {"right": one(None, 0, 0, 0, 2), "left": one(None, None, None, 3, 600)}
-    o["return_lse"] = one(False, False, True)
-    if one(False, False, False, True):
+    dtype = size("dtype", (torch.float16,), (torch.bfloat16, torch.float32))
+    d = size("d", (64, 128, 128), (16, 192, 40, 256, 512, 528, 768, 776))
+    dv = one(d, d, d, 64, 128) if "d" in edges else d
+    heads, kv_heads = size(
+        "heads", ((2, 2), (8, 2)), ((64, 1), (65, 1), (256, 256), (257, 257), (512, 512), (256, 2))
+    )
+    batch = size("batch", (1, 2, 3), (1024, 1025, 2000, 2001, 4096, 4097, 65536, 65537))
+    sq = size("queries", (1, 1, 2, 17), (4096, 16400, 1 << 20, (1 << 20) + 1))
+    sk = size(
+        "keys",
+        (17, 512, sq),
+        (1, 513, 16400, 262144, 262145, 1 << 20, (1 << 20) + 1, 20971520, 20971521),
+    )
+    o: dict[str, Any] = {"right": one(0, 0, 0, None, 2), "left": one(None, None, None, 3, 600)}
+    o["return_lse"] = one(False, False, False, True)
+    if one(*[False] * 5, True):
         o["sinks"] = torch.full((heads,), one(1.0, 0.1))
     q = meta(batch, sq, heads, d)
     k, v = (meta(batch, sk, kv_heads, n) for n in (d, dv))
@@ -119,12 +130,13 @@ def calls(draw: st.DrawFn, layout: str) -> AttentionCall:
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         o["cu_seqlens_k"] = torch.arange(batch + 1) * sk
     if "pages" in layout:
-        page = one(16, 64, 128, 128, 384, 512, 24, 640)
+        page = size("page", (128,), (16, 64, 384, 512, 24, 640))
         each = -(-sk // page)
-        o["kv_layout"] = one("nhd", "npu_nz")
+        o["kv_layout"] = one(pages, pages, pages, "nhd", "npu_nz")
         o["seqused_k"] = torch.full((batch,), sk, dtype=torch.int32)
         o["block_table"] = torch.empty(batch, each, dtype=torch.int32, device="meta")
-        k, v = (meta(max(1, batch * each - one(0, 0, 1)), page, kv_heads, n) for n in (d, dv))
+        count = max(1, batch * each - one(0, 0, 1))
+        k, v = (meta(count, page, kv_heads, n) for n in (d, dv))
     return AttentionCall(q, k, v, d**-0.5, **o)
 
 
@@ -134,8 +146,8 @@ def calls(draw: st.DrawFn, layout: str) -> AttentionCall:
 def test_within_the_limits_or_refused(chip: str, layout: str) -> None:
     reached = set()
 
-    @given(call=calls(layout))
-    @settings(max_examples=50)
+    @given(call=calls(layout, CHIPS[chip].kv_layout))
+    @settings(max_examples=30)
     def check(call: AttentionCall) -> None:
         found = route(call, CHIPS[chip])
         if found.unsupported():

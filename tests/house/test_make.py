@@ -12,9 +12,11 @@ import pytest
 from .markdown import ROOT
 
 
-def prerequisites(python: str = sys.executable, gigabytes: int = 0, **env: str) -> tuple[int, str]:
+def prerequisites(
+    python: str = sys.executable, gigabytes: int = 0, torch: str = "torch", **env: str
+) -> tuple[int, str]:
     done = subprocess.run(
-        [str(ROOT / ".ci/prerequisites"), python, str(gigabytes), "torch"],
+        [str(ROOT / ".ci/prerequisites"), python, str(gigabytes), torch],
         cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done.returncode, done.stderr
@@ -54,6 +56,25 @@ def test_other_python_versions_are_refused(tmp_path, version: str) -> None:  # t
     status, said = prerequisites(str(python))
     assert status == 1
     assert f"is Python {version}; 3.10 to 3.13 is needed" in said
+
+
+@pytest.mark.parametrize(
+    ("gpu", "torch", "noted"),
+    [
+        ("7.0", "torch==2.13.0", True),
+        ("7.2", "torch==2.13.0", True),
+        ("7.0", "torch==2.10.0", False),
+        ("7.0", "torch", False),  # the machine's own
+        ("7.5", "torch==2.13.0", False),
+    ],
+)
+def test_owners_of_a_volta_learn_which_torch_serves_it(tmp_path, gpu: str, torch: str, noted: bool) -> None:  # type: ignore[no-untyped-def]
+    nvidia_smi = tmp_path / "nvidia-smi"
+    nvidia_smi.write_text(f"#!/bin/sh\necho {gpu}\n")
+    nvidia_smi.chmod(0o755)
+    status, said = prerequisites(torch=torch, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert status == 0
+    assert ("make setup TORCH='torch==2.10.0'" in said) == noted
 
 
 def test_help_lists_every_target() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+from fastattn.cli import parser
 from fastattn.dispatch import BACKENDS
 from fastattn.settings import Settings
 
@@ -45,6 +47,17 @@ def test_command_runs(command: str) -> None:
     done = subprocess.run(shell, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip()) > 10, "the command printed nothing to speak of"
+
+
+def test_commands_that_cannot_run_here_parse() -> None:
+    """Lines of `text` blocks that name a model to come, or hardware to be had."""
+    texts = [line for block in blocks("text") for line in block.text.splitlines()]
+    lines = [line.split("#")[0] for line in texts if re.search(r"(^|-m )fastattn ", line)]
+    assert len(lines) >= 4
+    for line in lines:
+        words = shlex.split(line)
+        args = parser().parse_args(words[words.index("fastattn") + 1 :])
+        assert callable(args.run)
 
 
 def test_make_targets_exist() -> None:

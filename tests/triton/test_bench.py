@@ -17,6 +17,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 PROGRAMS = {
     "attention.py": ["--suite", "gpu", "--only", "keys=8192", "--shorten", "16"],
     "quant.py": ["--rows", "1,16", "--data_type", "fp16", "--format", "int4-128", "--shape", "1024x1024"],
+    "small_ops.py": ["--rows", "64", "--hidden", "1024"],
 }
 
 

@@ -135,6 +135,35 @@ def test_a_step_takes_one_scale_for_a_row(call: str, chip: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("fmt", "group"), [("int4", 128), ("int4", 32), ("int8", 128)])
+@pytest.mark.parametrize("chip", ["A100", "L40", "H100"])
+def test_many_rows_multiply_what_registers_hold(
+    chip: str, fmt: str, group: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W goes from codes to the tensor cores without touching shared memory, and nothing is spilled."""
+    from fastattn.triton_ops import launch, linear_many
+    from fastattn.triton_ops.linear_tiles import MANY, LinearNeed, fit, linear_tile
+    from fastattn.triton_ops.offline import compile_for
+
+    launches: list[launch.Launch] = []
+    monkeypatch.setattr(launch, "run", lambda made, _: launches.extend(made))
+    tile = linear_tile(CHIPS[chip], LinearNeed(MANY, 4))
+    assert tile is not None
+    x, w = empty(1024, 4096, dtype=dtype), weight(fmt, 4096, 4096, group=group)
+    linear_many.run_many(x, w, fit(tile, w))
+    report = compile_for(launches[0], CHIPS[chip])
+    assert report.spills == 0
+    assert report.shared_bytes <= CHIPS[chip].shared_bytes
+    if chip == "H100":
+        products = re.findall(r"wgmma\.mma_async\S+ \{[^}]*\}, (\S)", report.ptx)
+        assert products
+        assert set(products) == {"{"}, "an operand in registers, not a descriptor"
+        assert ("mul.bf16x2" in report.ptx or "fma.rn.f32" in report.ptx) == (dtype == torch.bfloat16)
+    else:
+        assert "mma.sync.aligned.m16n8k16" in report.ptx
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hidden", [576, 8192])
 def test_sums_over_symmetric_memory(dtype: torch.dtype, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The switch's instructions are in the code: multicast needs several GPUs and is only compiled."""

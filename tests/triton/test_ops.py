@@ -9,13 +9,14 @@ import torch
 
 from fastattn.spec import Op
 from tests.ops import test_linear as test_linear_module
-from tests.ops.runners import random
+from tests.ops.runners import FLOATS, random
 from tests.ops.test_embedding import (  # noqa: F401
     test_embedding,
     test_ids_outside_are_refused,
     test_strided_ids_and_a_cut_weight,
 )
 from tests.ops.test_linear import (  # noqa: F401
+    FORMATS,
     test_linear,
     test_pieces_of_a_matrix_sum_to_the_whole,
     test_shapes_of_the_weight,
@@ -46,3 +47,35 @@ def test_widths_that_are_no_whole_step(ops: Mapping[str, Op], inn: int, kind: st
     w = test_linear_module.weight(kind, 70, inn)
     for rows in (1, 20, 130):
         test_linear_module.check(ops, w, random(rows, w.shape[1], seed=rows, dtype=torch.float16))
+
+
+#: Formats that the kernel for many rows does not take: steps with columns of several groups.
+BY_SLABS = {"int4 g16", "int4 cut at 16", "int4 cut at 5", "int4 g_idx"}
+BY_SLABS |= {"int8 g16 float32", "int8 cut at 7 bias", "int8 g_idx x_perm"}
+
+
+@pytest.mark.parametrize("kind", [name for name in FORMATS if name.startswith("int")])
+def test_many_rows(ops: Mapping[str, Op], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every format goes the way that suits it, also where tiles are cut at every end."""
+    from fastattn.triton_ops import linear
+
+    ran: list[str] = []
+    for name in ("run_many", "_through_slabs"):
+        way = getattr(linear, name)
+        monkeypatch.setattr(linear, name, lambda *args, name=name, way=way: (ran.append(name), way(*args))[1])
+    for dtype, (rows, out, inn) in zip(FLOATS, ((129, 1, 96), (130, 70, 257), (257, 130, 160)), strict=True):
+        w = test_linear_module.weight(kind, out, inn)
+        test_linear_module.check(ops, w, random(rows, w.shape[1], seed=rows, dtype=dtype))
+        by_slabs = kind in BY_SLABS or dtype == torch.float32
+        assert ran.pop() == ("_through_slabs" if by_slabs else "run_many")
+
+
+def test_slabs_fill_the_gpu_or_stay_in_its_cache() -> None:
+    from fastattn.triton_ops.device import CHIPS
+    from fastattn.triton_ops.linear import slab_rows
+
+    h100 = CHIPS["H100"]
+    assert slab_rows(1024, 28672, h100) == 17 * 128  # 8 blocks high: 136 for 132 processors
+    assert slab_rows(1024, 4096, h100) == 17 * 128
+    assert slab_rows(8192, 1024, h100) == 8192  # 8M values
+    assert slab_rows(17, 11008, CHIPS["T4"]) == 40 * 128

@@ -36,18 +36,46 @@ def test_search_measures_and_calls_use_it() -> None:
     (found,) = tune.search(torch.device(DEVICE), [need], sizes, rounds=1)
     assert found.need == need
     assert found.tried > 8
-    assert 0 < found.seconds <= found.shipped_seconds
+    assert 0 < found.seconds <= found.served_seconds
 
     q, k = (torch.empty(1, n, h, 64, dtype=torch.float16, device=DEVICE) for n, h in ((1, 4), (99, 2)))
     a = build_args(q, k, k)
     shipped = tile(here, need)
     assert plan(a, here).tile[1:] == shipped[1:]
     other = shipped._replace(block_n=16, num_warps=8)
-    path = tuned.save(here, {need: other})
+    path = tuned.save(here, tuned.Tuned({need: other}))
     assert plan(a, here).tile[1:] == other[1:]
-    tuned.save(here, {Need(False, 64, 2): shipped})
-    assert tuned.load(here) == {need: other, Need(False, 64, 2): shipped}
+    tuned.save(here, tuned.Tuned({Need(False, 64, 2): shipped}))
+    assert tuned.load(here).attention == {need: other, Need(False, 64, 2): shipped}
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("need", [(16, 4), (256, 4), (64, 8)], ids=str)
+def test_search_of_linear_tiles(need: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastattn.triton_ops import linear_few, linear_many, tune_linear, tuned
+    from fastattn.triton_ops.device import chip
+    from fastattn.triton_ops.linear_tiles import LinearNeed, linear_tile
+
+    here, wanted = chip(torch.device(DEVICE)), LinearNeed(*need)
+    if DEVICE == "cpu":  # some, of more than a hundred
+        every = tune_linear.candidates
+        monkeypatch.setattr(tune_linear, "candidates", lambda *a: list(every(*a))[::40])
+    sizes = tune_linear.Sizes(out=96, inn=256, many=70, distinct_bytes=30_000)
+    (found,) = tune_linear.search(torch.device(DEVICE), [wanted], sizes, rounds=1)
+    assert found.tried > 2
+    assert 0 < found.seconds <= found.served_seconds
+
+    other = linear_tile(here, wanted)._replace(block_n=32)
+    tuned.save(here, tuned.Tuned(linear={wanted: other}))
+    assert tuned.load(here) == tuned.Tuned(linear={wanted: other})
+    x, (w, *_) = tune_linear.operands(wanted, sizes, torch.device(DEVICE))
+    if need[0] == tune_linear.MANY:
+        assert linear_many.many_rows_tile(x, w).block_n == 32
+    else:
+        ran = []
+        monkeypatch.setattr(linear_few, "run_few", lambda x, w, t: ran.append(t))
+        linear_few.few_rows(x, w)
+        assert ran == [other]
 
 
 @pytest.mark.parametrize("decode", [True, False])
@@ -59,13 +87,13 @@ def test_a_second_search_keeps_what_the_first_found(decode: bool, monkeypatch: p
 
     here, need = chip(torch.device(DEVICE)), Need(decode, 64, 2)
     first = tile(here, need)._replace(block_m=32, block_n=16, num_warps=8)
-    tuned.save(here, {need: first})
-    monkeypatch.setattr(tune, "_candidates", lambda _, shipped, *rest: [shipped])
-    monkeypatch.setattr(tune, "_times", lambda _, plans, rounds: [1.0, 2.0])
+    tuned.save(here, tuned.Tuned({need: first}))
+    monkeypatch.setattr(tune, "_candidates", lambda _, before, *rest: [before])
+    monkeypatch.setattr(tune, "times", lambda *_: [1.0, 2.0])
     sizes = tune.Sizes(heads=2, kv_heads=1, prefill=80, batch=1, keys=20)
     (found,) = tune.search(torch.device(DEVICE), [need], sizes)
     assert found.tile == first
-    monkeypatch.setattr(tune, "_times", lambda _, plans, rounds: [2.0, 1.0])
+    monkeypatch.setattr(tune, "times", lambda *_: [2.0, 1.0])
     (found,) = tune.search(torch.device(DEVICE), [need], sizes)
     assert found.tile == first._replace(block_m=found.tile.block_m)
     assert found.tile.block_m == 32 or not decode
@@ -102,7 +130,7 @@ def test_a_tile_of_specialized_warps_serves_calls_that_specialize(features: str)
     from fastattn.triton_ops.tiles import Need, Tile, tile
 
     here, need, special = CHIPS["H100"], Need(False, 128, 2), Tile(128, 128, 4, 2, True)
-    tuned.save(here, {need: special})
+    tuned.save(here, tuned.Tuned({need: special}))
     meta = torch.device("meta")
     q, k = (torch.empty(1, 4096, h, 128, dtype=torch.float16, device=meta) for h in (8, 2))
     options: dict[str, torch.Tensor] = {}
@@ -123,8 +151,10 @@ def test_a_tile_of_specialized_warps_serves_calls_that_specialize(features: str)
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", '{"entries": 3}', '{"entries": [{"need": [true, 64, 2], "tile": [17, 64, 4, 3, false]}]}',
-     '{"entries": [{"need": [true, 64, 2], "tile": [16, 64, 4]}]}'],
+    ["", "{", "[]", '{"attention": 3, "linear": []}', '{"attention": []}',
+     '{"attention": [[[true, 64, 2], [17, 64, 4, 3, false]]], "linear": []}',
+     '{"attention": [[[true, 64, 2], [16, 64, 4]]], "linear": []}',
+     '{"attention": [], "linear": [[[16, 4], [16, 64, 16, 4, 3]]]}'],
 )  # fmt: skip
 def test_a_damaged_file_counts_as_absent(text: str) -> None:
     from fastattn.triton_ops import tuned
@@ -133,7 +163,7 @@ def test_a_damaged_file_counts_as_absent(text: str) -> None:
     path = tuned.file(CHIPS["A100"])
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    assert tuned.load(CHIPS["A100"]) == {}
+    assert tuned.load(CHIPS["A100"]) == tuned.Tuned()
 
 
 def test_other_versions_have_files_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,4 +196,4 @@ def test_emulation_is_not_tuned(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune", "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("the table's") == 6
+    assert capsys.readouterr().out.count("the table's") == 6 + 8

@@ -99,12 +99,18 @@ def test_nothing_to_append():
     ("message", "change"),
     [
         ("k_cache: torch.float32, expected torch.float16", {"k_cache": torch.zeros(5, 4, 2, 8)}),
-        ("k: (2, 2, 8), expected (2, (3, 8))", {"k_cache": torch.zeros(5, 4, 3, 8, dtype=HALF)}),
-        ("v_cache: (5, 2, 2, 8), k_cache is (5, 4, 2, 8)", {"v_cache": torch.zeros(5, 2, 2, 8, dtype=HALF)}),
-        ("slots: torch.int32, expected int64", {"slots": torch.tensor([0, 1], dtype=torch.int32)}),
+        (
+            "k: torch.float16 (2, 2, 8), expected torch.float16 (2, 3, 8)",
+            {"k_cache": torch.zeros(5, 4, 3, 8, dtype=HALF)},
+        ),
+        (
+            "v_cache: torch.float16 (5, 2, 2, 8), expected torch.float16 (5, 4, 2, -1)",
+            {"v_cache": torch.zeros(5, 2, 2, 8, dtype=HALF)},
+        ),
+        ("slots: torch.int32 (2,), expected torch.int64", {"slots": torch.tensor([0, 1], dtype=torch.int32)}),
         ("v: torch.bfloat16, expected torch.float16; Volta", {"v": torch.ones(2, 2, 8).bfloat16()}),
-        ("k_scale: (1,), expected (2,)", {"k_scale": torch.ones(1)}),
-        ("v_scale: (2, 1), expected (2,)", {"v_scale": torch.ones(2, 1)}),
+        ("k_scale: torch.float32 (1,), expected", {"k_scale": torch.ones(1)}),
+        ("v_scale: torch.float32 (2, 1), expected", {"v_scale": torch.ones(2, 1)}),
     ],
 )
 def test_bad_arguments_are_named(message, change):

@@ -13,7 +13,7 @@ import torch
 
 import fastattn
 from cuda_volta import driver, nvrtc, runtime
-from fastattn import UnsupportedError, dispatch, ops
+from fastattn import UnsupportedError, devices, dispatch, ops
 from fastattn.attention import build_args
 from fastattn.backends import volta
 from fastattn.spec import (
@@ -58,25 +58,64 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(found))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found[device.index])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_50", "sm_70", "sm_80", "sm_90"])
     monkeypatch.setattr(driver, "driver", lambda: SimpleNamespace(version_text="12.2"))
     monkeypatch.setattr(runtime, "nvrtc", lambda: SimpleNamespace(version=(12, 9), path="libnvrtc.so.12"))
     return found
 
 
 def test_the_gpus_that_it_runs_on(gpus: list[tuple[int, int]]) -> None:
-    for capability in ((7, 0), (7, 2)):
+    for capability in ((7, 0), (7, 2), (7, 5)):
         gpus[:] = [capability]
         assert volta.BACKEND.available() == []
     gpus[:] = [(6, 1)]
-    old = "compute capability 6.1, the Volta kernels are for 7.0 and 7.2"
+    old = "compute capability 6.1, the Volta kernels are for 7.0, 7.2 and 7.5"
     assert volta.BACKEND.available() == [f"cuda:0: {old}"]
     gpus[:] = [(6, 1), (9, 0)]
-    newer = "compute capability 9.0, the Volta kernels are for 7.0 and 7.2 (newer GPUs can run their PTX, for"
-    assert volta.BACKEND.available() == [f"cuda:0: {old}", f"cuda:1: {newer} testing)"]
+    newer = "compute capability 9.0, the Volta kernels are for 7.0, 7.2 and 7.5"
+    hint = "(newer GPUs can run their PTX, for testing)"
+    assert volta.BACKEND.available() == [f"cuda:0: {old}", f"cuda:1: {newer} {hint}"]
     gpus.append((7, 0))
     assert volta.BACKEND.available() == []
     assert volta.device_reasons(torch.device("cuda", 0)) == [old]
     assert volta.device_reasons(torch.device("cuda", 2)) == []
+
+
+def test_a_torch_without_code_for_volta_is_named(
+    gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus[:] = [(7, 0)]
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "compute_90"])
+    (why,) = volta.BACKEND.available()
+    assert why.startswith(f"cuda:0: torch {torch.__version__} has no code for compute capability 7.0, only ")
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    with pytest.raises(ValueError, match=r"device: 'cuda:0': torch .* has no code for .* 7\.0"):
+        devices.usable_device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "runs"),
+    [
+        (["sm_70"], (7, 0), True),
+        (["sm_70"], (7, 2), True),
+        (["sm_75"], (7, 2), False),
+        (["sm_70"], (8, 0), False),
+        (["compute_60"], (7, 0), True),
+        (["sm_90a", "gfx90a"], (9, 0), True),
+        (["sm_100", "compute_120"], (9, 0), False),
+        ([], (7, 0), True),  # a build that does not say
+    ],
+)
+def test_what_a_build_of_torch_runs_on(
+    built_for: list[str],
+    capability: tuple[int, int],
+    runs: bool,
+    gpus: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpus[:] = [capability]
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    assert (devices.lacks_code(torch.device("cuda", 0)) == "") == runs
 
 
 def test_a_setting_allows_newer_gpus(gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,11 +123,27 @@ def test_a_setting_allows_newer_gpus(gpus: list[tuple[int, int]], monkeypatch: p
     gpus[:] = [(9, 0), (6, 1), (7, 5), (8, 0)]
     assert volta.BACKEND.available() == []
     assert volta.device_reasons(torch.device("cuda", 1)) != []
-    turing = "compute capability 7.5, the Volta kernels are for 7.0 and 7.2"
-    assert volta.device_reasons(torch.device("cuda", 2)) == [turing]
+    assert volta.device_reasons(torch.device("cuda", 2)) == []
     assert volta.device_reasons(torch.device("cuda", 3)) == []
+    gpus.remove((7, 5))
     monkeypatch.setattr(volta, "settings", SimpleNamespace(volta_ptx=False))
-    assert len(volta.BACKEND.available()) == 4
+    assert len(volta.BACKEND.available()) == 3
+
+
+def test_turing_takes_the_heads_that_its_shared_memory_holds(gpus: list[tuple[int, int]]) -> None:
+    from cuda_volta.prefill import VARIANTS
+
+    gpus[:] = [(7, 5), (7, 0)]
+    for index, widest in enumerate((160, 256)):
+        for size in (64, 160, 161, 256):
+            signature = build_args(*(torch.zeros(1, 2, 2, size, dtype=torch.float16),) * 3).signature()
+            against = volta.BACKEND.ops()["attention"].reasons(
+                signature._replace(device=torch.device("cuda", index))
+            )
+            assert against == [] or f"head_dim {size}, it takes at most {widest}" in against
+            assert bool(against) == (size > widest)
+    fit = [v.shared_bytes <= 64 << 10 for v in VARIANTS if v.head_dim <= 160]
+    assert all(fit)
 
 
 def test_neither_kernels_nor_compiler(gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:

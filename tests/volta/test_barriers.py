@@ -31,6 +31,9 @@ def attend(function: Callable[[AttentionCall], object], rows: int, head_dim: int
 CALLS: dict[str, Callable[[], object]] = {
     "prefill": lambda: [attend(prefill.prefill, 200, d) for d in (64, 128)],
     "decode": lambda: [attend(decode.decode, 2, d, keys=900) for d in (64, 128)],
+    "linear_any_groups": lambda: linear.linear(
+        torch.randn(3, 1024).half(), grouped(make("int4", 64, 1024, g_idx=True))
+    ),
     "linear": lambda: linear.linear(torch.randn(3, 1024).half(), grouped(make("int4", 64, 1024))),
     "norm": lambda: norm.rms_norm(torch.randn(4, 512).half(), torch.ones(512).half(), 1e-6),
 }

@@ -55,7 +55,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # ----------------------------------------------------------------------------------------------- compiler
 @needs_nvrtc
-@pytest.mark.parametrize("arch", ["sm_70", "sm_72"])
+@pytest.mark.parametrize("arch", ["sm_70", "sm_72", "sm_75"])
 def test_one_compilation_gives_machine_code_ptx_and_resources(tmp_path: Path, arch: str) -> None:
     built = compile_binary(axpy(tmp_path), arch, nvrtc.nvrtc())
     assert built.cubin.startswith(b"\x7fELF")
@@ -102,7 +102,7 @@ def test_a_refused_source_says_where(tmp_path: Path) -> None:
 
 @needs_nvrtc
 def test_only_volta_is_built_for(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="arch: 'sm_80', expected one of sm_70, sm_72"):
+    with pytest.raises(ValueError, match="arch: 'sm_80', expected one of sm_70, sm_72, sm_75"):
         compile_binary(axpy(tmp_path), "sm_80", nvrtc.nvrtc())
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fastattn
+from cuda_volta import catalog, emulator
 from fastattn import dispatch, ops, reference, reference_ops
 from fastattn.backends import torch_ops, volta
 from fastattn.quant import packed
@@ -168,20 +169,27 @@ def test_a_cuda_graph_captures_every_op() -> None:
         pytest.skip("torch sees no NVIDIA GPU")
     device = torch.device("cuda", torch.cuda.current_device())
     step = _step(device)
-    x = values(4, 64, seed=1, dtype=F16).to(device)
-    step(x)  # kernels may be loaded during a capture, cuBLAS's workspace may not
+    ids = torch.tensor([3, 0, 71, 3], device=device)
+    step(ids)  # kernels may be loaded during a capture, cuBLAS's workspace may not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(x)
-    for seed in (2, 3):
-        x.copy_(values(4, 64, seed=seed, dtype=F16))
+        captured = step(ids)
+    for first in (5, 40):
+        ids.copy_(torch.arange(first, first + 4))
         graph.replay()
-        assert torch.equal(captured, step(x))
+        assert all(map(torch.equal, captured, step(ids)))
 
 
-def _step(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Something like a layer's decoding step: every op of the backend, each row its own sequence."""
-    weight = {n: moved(make("int4", out, 64, seed=out), device) for n, out in (("qkv", 128), ("mlp", 128))}
+def _step(device: torch.device) -> Callable[[Tensor], list[Tensor]]:
+    """Something like a layer's decoding step: every op of the backend, each row its own sequence; then the
+    attention of a prompt, and a product and an attention that are cut into splits.
+    """
+    shapes = {"tokens": (72, 64), "qkv": (128, 64), "mlp": (128, 64), "wide": (64, 1024)}
+    weight = {
+        name: moved(make("int4", *shape, g_idx=name == "mlp", x_perm=name == "wide"), device)
+        for name, shape in shapes.items()
+    }
+    long_k, long_v = (values(1, 4096, 1, 16, seed=s, dtype=F16).to(device) for s in (6, 7))
     norm = torch.ones(64, dtype=F16, device=device)
     k_cache, v_cache = (values(8, 16, 2, 16, seed=s, dtype=F16).to(device) for s in (4, 5))
     table = torch.arange(8, dtype=torch.int32, device=device).view(4, 2)
@@ -190,7 +198,8 @@ def _step(device: torch.device) -> Callable[[Tensor], Tensor]:
     positions = lengths.long() - 1
     slots = table.long()[torch.arange(4, device=device), positions // 16] * 16 + positions % 16
 
-    def run(x: Tensor) -> Tensor:
+    def run(ids: Tensor) -> list[Tensor]:
+        x = ops.embedding(ids, weight["tokens"], F16, backend="volta")
         normed, _ = ops.rms_norm(x, norm, 1e-5, backend="volta")
         q, k, v = ops.linear(normed, weight["qkv"], backend="volta").view(4, 8, 16).split((4, 2, 2), dim=1)
         q = ops.rotary(q, cos, sin, positions, backend="volta")
@@ -201,7 +210,14 @@ def _step(device: torch.device) -> Callable[[Tensor], Tensor]:
         )  # fmt: skip
         assert isinstance(out, Tensor)
         normed, _ = ops.rms_norm(out.reshape(4, 64), norm, 1e-5, x, backend="volta")
-        return ops.swiglu(ops.linear(normed, weight["mlp"], backend="volta"), backend="volta")
+        gated = ops.swiglu(ops.linear(normed, weight["mlp"], backend="volta"), backend="volta")
+        prompt = gated.view(1, 16, 4, 4).repeat_interleave(4, dim=-1)  # (1, 16, 4, 16): prefill's kernel
+        mixed = fastattn.attention(prompt, prompt[:, :, :2], prompt[:, :, 2:], causal=True, backend="volta")
+        assert isinstance(mixed, Tensor)
+        one = ops.linear(mixed.view(1, 1024) / 256, weight["wide"], backend="volta").view(1, 1, 4, 16)
+        far = fastattn.attention(one / 64, long_k, long_v, backend="volta")
+        assert isinstance(far, Tensor)
+        return [gated, mixed, one, far]
 
     return run
 
@@ -210,12 +226,15 @@ def _step(device: torch.device) -> Callable[[Tensor], Tensor]:
 @pytest.mark.usefixtures("emulated")
 def test_the_captured_step_is_right() -> None:
     """The step that the graph captures, in the emulator against the CPU's backend, op by op the same."""
-    x = values(4, 64, seed=1, dtype=F16)
-    ours = _step(torch.device("cpu"))(x)
+    ids = torch.tensor([3, 0, 71, 3])
+    with emulator.record() as reports:
+        ours = _step(torch.device("cpu"))(ids)
+    assert {r.variant.entry for r in reports} == {v.entry for v in catalog.variants()}
     with pytest.MonkeyPatch.context() as patch:
         table = {name: dispatch.op_table("cpu")[name] for name in dispatch.op_table("volta")}
         patch.setattr(dispatch, "op_table", lambda name: table)
         patch.setattr(dispatch, "_resolved", {})
-        theirs = _step(torch.device("cpu"))(x)
+        theirs = _step(torch.device("cpu"))(ids)
     # Each op rounds to float16; of a product of two such results the largest value sets the scale.
-    assert (ours - theirs).abs().max() <= 4e-3 * theirs.abs().max()
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= 4e-3 * b.abs().max()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cuda_volta import emulator
 from cuda_volta.embedding import embedding
-from cuda_volta.linear import FEW_ROWS, dense, linear, num_splits, reads_whole_quads
+from cuda_volta.linear import ANY_GROUPS, FEW_ROWS, LINEAR, ROWS, dense, few_rows_kernel, linear, num_splits
 from cuda_volta.variant import KERNELS
 from cuda_volta.weights import dequantize
 from fastattn import reference_ops
@@ -28,9 +28,7 @@ from .weights import grouped
 pytestmark = pytest.mark.toolchain
 HALF = torch.float16
 FORMATS = QUANTIZED | {"int8 x_perm bfloat16 bias": {"x_perm": True, "bias": torch.bfloat16}}
-WHOLE = [
-    kind for kind in FORMATS if not any(odd in kind for odd in ("int4 g16", "at 16", "at 5", "at 7", "g_idx"))
-]
+ODD = [kind for kind in FORMATS if any(odd in kind for odd in ("int4 g16", "at 16", "at 5", "at 7", "g_idx"))]
 
 
 @cache
@@ -47,14 +45,17 @@ def check(w: PackedWeight, x: torch.Tensor) -> list[emulator.Report]:
     bias = None if w.bias is None else w.bias.float()
     plain = F.linear(x.float(), packed.dequantize(w).half().float(), bias).half()  # torch's weights are half
     assert_accurate(ours, plain, reference_ops.linear(args))
-    assert sum(report.bank_conflicts for report in reports) == 0
+    # Of columns in no order, four quadpairs may want four groups whose scales share banks.
+    free = [r for r in reports if r.variant.entry != "linear_any_groups"]
+    assert sum(report.bank_conflicts for report in free) == 0
     return reports
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_linear(kind):
     w = weight(kind, 37, 208)
-    assert reads_whole_quads(grouped(w)) == (kind in WHOLE)
+    kernels = ANY_GROUPS if kind in ODD else LINEAR
+    assert few_rows_kernel(grouped(w), 1) == kernels[8 if "int8" in kind else 4]
     for rows in (1, 2, 7, 8, 9, 16, 17, 65):
         check(w, random(rows, w.shape[1], seed=rows, dtype=HALF))
     assert linear(random(0, w.shape[1], seed=0, dtype=HALF), grouped(w)).shape == (0, 37)
@@ -76,11 +77,13 @@ def test_widths_that_are_no_whole_chunk(inn):
 @pytest.mark.parametrize("kind", ["int4 x_perm bias", "int8 no mins", "int4 g_idx"])
 def test_many_rows_are_cublas_work(kind):
     w = weight(kind, 37, 208)
-    for rows in (FEW_ROWS, FEW_ROWS + 1):
+    most = ROWS if kind in ODD else FEW_ROWS
+    for rows in (most, most + 1):
         names = {r.variant.entry for r in check(w, random(rows, w.shape[1], seed=rows, dtype=HALF))} - {
             "permute"
         }
-        assert names == ({"linear"} if rows == FEW_ROWS and kind in WHOLE else {"dequantize"})
+        few = "linear_any_groups" if kind in ODD else "linear"
+        assert names == ({few} if rows == most else {"dequantize"})
 
 
 def test_an_act_order_weight_of_float32_scales():
@@ -93,9 +96,34 @@ def test_an_act_order_weight_of_float32_scales():
 def test_groups_of_any_size():
     for group, offset, inn in ((96, 32, 1600), (4096, 4064, 1024), (1 << 15, 0, 640), (1 << 20, 64, 640)):
         w = make("int4", 20, inn, group=group, offset=offset)
-        assert reads_whole_quads(grouped(w))
+        assert few_rows_kernel(grouped(w), 1) == LINEAR[4]
         check(w, random(3, inn, seed=1, dtype=HALF))
-    assert not reads_whole_quads(grouped(make("int4", 1, 640, group=1 << 15, offset=(1 << 15) - 32)))
+    w = make("int4", 9, 640, group=1 << 15, offset=(1 << 15) - 32)  # no exact division by multiplication
+    assert few_rows_kernel(grouped(w), 1) == ANY_GROUPS[4]
+    check(w, random(3, 640, seed=1, dtype=HALF))
+
+
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+def test_more_groups_than_shared_memory_holds(fmt):
+    """Sorted columns, of which a panel has few groups; others, whose scales are read where they lie."""
+    rng = torch.Generator().manual_seed(0)
+    w = make(fmt, 70, 1536, group=16, g_idx=True)
+    assert w.tensors["scales"].shape[1] == 96
+    runs = torch.randint(0, 30, (96,), generator=rng).cumsum(0)
+    even = torch.arange(1536) // 16
+    uneven = torch.bucketize(torch.arange(1536) * int(runs[-1]) // 1536, runs, right=True)
+    backwards = even.flip(0)
+    for g_idx in (even, uneven, backwards, w.g_idx):
+        piece = w._replace(g_idx=g_idx.int())
+        for rows in (1, 11):
+            check(piece, random(rows, 1536, seed=rows, dtype=HALF))
+
+
+def test_a_piece_of_an_act_order_matrix_is_read_without_conflicts():
+    w = make("int4", 64, 1024, group=64, g_idx=True)
+    piece = w._replace(g_idx=(torch.arange(1024) // 57).clamp(max=15).int())  # no run of whole chunks
+    reports = check(piece, random(16, 1024, seed=1, dtype=HALF))
+    assert [(r.variant.entry, r.bank_conflicts) for r in reports[:1]] == [("linear_any_groups", 0)]
 
 
 def test_splits_are_added_in_order_and_the_bias_once():
@@ -188,10 +216,9 @@ def test_embedding_rows(kind):
         assert torch.equal(stored, dequantize(grouped(w))[:, w.x_perm])
 
 
-def test_dense_products_and_rows_of_a_plain_matrix():
+def test_dense_products():
     x, matrix = random(3, 40, seed=1, dtype=HALF), random(7, 40, seed=2, dtype=HALF)
     assert torch.equal(dense(x, matrix), (x.float() @ matrix.float().T).half())
-    assert torch.equal(embedding(torch.tensor([6, 99, -1]), matrix), matrix[[6, 6, 0]])
 
 
 def test_hostile_groups_and_permutations_stay_inside():

@@ -155,8 +155,8 @@ def test_mma_of_infinities_and_nans(layout: str, device: torch.device) -> None:
 
 
 OPERATIONS = (
-    "exp2", "log2", "rcp", "rsqrt", "to_half", "low_half", "pack_half2", "half2_fma", "half2_mul",
-    "half2_sub", "byte_permute", "lop3", "multiply_add_up",
+    "exp2", "log2", "rcp", "rsqrt", "to_half", "low_half", "pack_half2", "byte_permute",
+    "lop3", "multiply_add_up",
 )  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def test_arithmetic_of_any_bits(
     a, b, c = (np.array(x, np.uint32) for x in (first, second, third))
     got = run_arithmetic(device, a, b, c)
     x, y = a.view(np.float32), b.view(np.float32)
-    a2, b2, c2 = (np.ascontiguousarray(w).view(np.float16).reshape(-1, 2) for w in (a, b, c))
+    a2 = np.ascontiguousarray(a).view(np.float16).reshape(-1, 2)
 
     def same_halves(name: str, expected: np.ndarray) -> None:
         mine = np.ascontiguousarray(got[name]).view(np.float16).reshape(-1, 2)
@@ -202,9 +202,6 @@ def test_arithmetic_of_any_bits(
 
     with np.errstate(all="ignore"):
         same_halves("pack_half2", np.stack([x, y], axis=1))
-        same_halves("half2_mul", a2 * b2)
-        same_halves("half2_sub", a2 - b2)
-        same_halves("half2_fma", a2.astype(np.longdouble) * b2 + c2)
         np.testing.assert_array_equal(got["to_half"].astype(np.uint16).view(np.float16), x.astype(np.float16))
         np.testing.assert_array_equal(got["low_half"].view(np.float32), a2[:, 0].astype(np.float32))
         wide = np.where(np.abs(x) < 2.0**-126, np.copysign(0, x), x).astype(np.float64)

@@ -72,6 +72,27 @@ def test_a_branch_on_unknown_data_falls_through_and_is_reported() -> None:
     assert path.guessed == {2 * 16}
 
 
+def test_what_a_guessed_branch_jumps_over_may_count_once() -> None:
+    """Forwards only: a loop whose end is not known must still end."""
+    function = assemble(
+        "LDG.E.SYS R0, [R2]",
+        "ISETP.EQ.AND P0, PT, R0, RZ, PT",
+        "MOV R1, RZ",
+        "@P0 BRA 5",
+        "NOP",
+        "IADD3 R1, R1, 0x1, RZ",
+        "ISETP.NE.AND P1, PT, R1, 0x3, PT",
+        "@P1 BRA 3",
+        "@P0 BRA 8",
+        "EXIT",
+    )
+    program = Program(function)
+    launch = Launch(b"", (1, 1, 1), (32, 1, 1))
+    always, once = (list(follow(program, launch, (0, 0, 0), 0, once=o).indices) for o in (False, True))
+    assert (always.count(3), always.count(4), always.count(8)) == (3, 3, 1)
+    assert (once.count(3), once.count(4), once.count(8)) == (3, 1, 1)
+
+
 def test_memory_that_the_launch_names_is_known() -> None:
     function = assemble(
         "MOV R2, c[0x0][0x160]",
@@ -266,7 +287,7 @@ extern "C" __global__ void kernel(Params p) {
     v = shuffle(v, p.lane) + shuffle_xor(v, 4u) % 3;
     bool any = any_lane(lane_index() == p.offset);
     for (u32 i = 0; i < v; ++i) barrier();
-    if (any) memory_fence();
+    if (any) __threadfence();
 }
 """
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cuda_volta import append, decode, gate, linear, norm, permute, prefill, rotary, weights
-from cuda_volta.emulator import EmulatedKernel, build
+from cuda_volta.emulator import EmulatedKernel, build, record
 from cuda_volta.variant import Variant
 from tests.api.cases import LAYOUTS, random_case
 from tests.ops.weights import make
@@ -78,6 +78,9 @@ def test_the_other_ops(capfd: pytest.CaptureFixture[str]) -> None:
         for options in ({}, {"g_idx": True, "x_perm": True}, {"group": 64, "offset": 32, "bias": half}):
             for rows in (1, 40):
                 linear.linear(torch.randn(rows, 96).half(), grouped(make(fmt, 33, 96, **options)))
+    with record() as reports:
+        linear.linear(torch.randn(2, 1024).half(), grouped(make("int4", 33, 1024, bias=torch.float32)))
+    assert [r.variant.entry for r in reports] == ["linear", "split_sum"]
     norm.rms_norm(torch.randn(3, 100).half(), torch.ones(100).half(), 1e-6)
     gate.swiglu(torch.randn(3, 70).half())
     cos, sin = torch.randn(9, 8), torch.randn(9, 8)

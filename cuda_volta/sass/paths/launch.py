@@ -36,7 +36,7 @@ class Path(NamedTuple):
     costs: npt.NDArray[np.int16]  # SKIPPED, or shared wavefronts or global sectors of a memory access, else 0
     sectors: npt.NDArray[np.int64]  # distinct sectors of global memory it touches: addresses / 32
     touches: npt.NDArray[np.int64]  # how often each of them
-    guessed: frozenset[int]  # addresses of branches that depend on unknown data: taken as falling through
+    guessed: frozenset[int]  # addresses of branches that depend on unknown data
 
 
 class _Split(NamedTuple):
@@ -87,13 +87,21 @@ def _guard(item: Instruction) -> ops.Fetch:
     return ops.predicate(item.guard or "PT")
 
 
-def follow(program: Program, launch: Launch, block: tuple[int, int, int], warp: int) -> Path:
-    """The path of one warp of one block. Raises ValueError where it never ends."""
-    return _Follower(program, launch, block, warp).run()
+def follow(
+    program: Program, launch: Launch, block: tuple[int, int, int], warp: int, once: bool = False
+) -> Path:
+    """The path of one warp of one block. Raises ValueError where it never ends.
+
+    A branch on unknown data falls through. ``once``: where it jumps forward, it does so from the second time
+    on, which makes what it jumps over something that happens once.
+    """
+    return _Follower(program, launch, block, warp, once).run()
 
 
 class _Follower:
-    def __init__(self, program: Program, launch: Launch, block: tuple[int, int, int], warp: int) -> None:
+    def __init__(
+        self, program: Program, launch: Launch, block: tuple[int, int, int], warp: int, once: bool
+    ) -> None:
         x, y, z = launch.threads
         thread = np.arange(WARP, dtype=np.int64) + WARP * warp
         special = {
@@ -101,7 +109,7 @@ class _Follower:
             "SR_LANEID": np.arange(WARP, dtype=np.int64),
         }  # fmt: skip
         special |= {f"SR_CTAID.{axis}": uniform(block[n]) for n, axis in enumerate("XYZ")}
-        self.program = program
+        self.program, self.once = program, once
         dimensions = b"".join(n.to_bytes(4, "little") for n in (*launch.threads, *launch.grid))
         self.warp = Warp(launch.parameters, program.literals, special, launch.memory, dimensions)
         self.alive = thread < x * y * z
@@ -183,8 +191,10 @@ class _Follower:
             for fetch in self.program.condition(item):
                 taken = taken & fetch(self.warp)
             if taken is UNKNOWN:
+                forward = item.base == "BRA" and self._target(item) > last
+                again = item.address in self.guessed
                 self.guessed.add(item.address)
-                taken = ~TRUE
+                taken = mask if self.once and forward and again else ~TRUE
             rest = [_Split(following, mask & ~taken)]
             if item.base == "EXIT":
                 self.alive = self.alive & ~taken

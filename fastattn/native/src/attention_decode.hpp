@@ -16,7 +16,7 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 constexpr int64_t STEP_BYTES = 512 << 10;  // of a step's keys and values, unless fewer than W keys
-constexpr int VALUE_KEYS = 16;             // values that are added to all heads' rows before the next ones
+constexpr int VALUE_KEYS = 32;             // values that are added to all heads' rows before the next ones
 constexpr int ACCUMULATORS = REGISTERS == 32 ? 16 : 8;  // vectors of the products below
 constexpr int MAX_BLOCK = ACCUMULATORS / 4;             // rows that go over a key or value together
 
@@ -138,8 +138,8 @@ private:
     // Rows [r, r + R) against the next ACCUMULATORS / R keys, of which `left` exist; the last one stands in
     // for those past the end. Only the first rows that read a key fetch ahead: as many bytes as are read.
     template <int R>
-    void dot_block(RowBlock<R>, int64_t r, int64_t offset, int64_t j, int64_t left, bool first,
-                   Ahead<T>& shared) {
+    FA_INLINE_MEMBER void dot_block(RowBlock<R>, int64_t r, int64_t offset, int64_t j, int64_t left,
+                                    bool first, Ahead<T>& shared) {
         constexpr int K = ACCUMULATORS / R;
         const T* key[K];
         for (int i = 0; i < K; i++) key[i] = k_rows[j + imin(i, left - 1)] + offset;
