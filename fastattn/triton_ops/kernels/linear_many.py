@@ -45,12 +45,19 @@ def linear_many_kernel(
     low = half // 16 * 32 + half % 16 if INT4 else half
     high = low + 16 if INT4 else half + BLOCK_K // 2
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in range(tl.cdiv(COLUMNS, BLOCK_K)):
+    steps: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
+    # Scales are too narrow for asynchronous copies: each step loads those of the next.
+    next_scale = tl.load(scales + row_of_w * scales_stride + GROUP_OFFSET // GROUP_SIZE)
+    if mins is not None:
+        next_least = tl.load(mins + row_of_w * mins_stride + GROUP_OFFSET // GROUP_SIZE)
+    for step in range(steps):
         begin = step * BLOCK_K
-        group = (begin + GROUP_OFFSET) // GROUP_SIZE
-        scale = tl.load(scales + row_of_w * scales_stride + group).to(form)[:, None]
+        scale = next_scale.to(form)[:, None]
+        group = (tl.minimum(step + 1, steps - 1) * BLOCK_K + GROUP_OFFSET) // GROUP_SIZE
+        next_scale = tl.load(scales + row_of_w * scales_stride + group)
         if mins is not None:
-            least = tl.load(mins + row_of_w * mins_stride + group).to(form)[:, None]
+            least = next_least.to(form)[:, None]
+            next_least = tl.load(mins + row_of_w * mins_stride + group)
         if INT4:
             byte = begin // 2 + half[None, :]
             if COLUMNS % BLOCK_K == 0:
