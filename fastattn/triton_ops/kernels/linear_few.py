@@ -53,25 +53,17 @@ def linear_kernel(
     high = low + 16 if INT4 else half + BLOCK_K // 2
     row_mask = n < out_features
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    first, last = steps * split // SPLITS, steps * (split + 1) // SPLITS - 1
-    inside = rows_of_w < out_features
-    if UNIFORM:  # scales are too narrow for asynchronous copies: each step loads those of the next
-        group = (first * BLOCK_K + GROUP_OFFSET) // GROUP_SIZE
-        next_scale = tl.load(scales + rows_of_w * scales_stride + group, inside, 0.0)
-        if mins is not None:
-            next_least = tl.load(mins + rows_of_w * mins_stride + group, inside, 0.0)
-    for step in range(first, last + 1):
+    for step in range(steps * split // SPLITS, steps * (split + 1) // SPLITS):
         begin = step * BLOCK_K
         if INT4:
             byte = begin // 2 + half[:, None]
             packed = tl.load(codes + n * codes_stride + byte, row_mask & (byte < COLUMNS // 2), 0)
         if UNIFORM:
-            scale = next_scale.to(tl.float32)[None, :]
-            group = (tl.minimum(step + 1, last) * BLOCK_K + GROUP_OFFSET) // GROUP_SIZE
-            next_scale = tl.load(scales + rows_of_w * scales_stride + group, inside, 0.0)
+            group = (begin + GROUP_OFFSET) // GROUP_SIZE
+            inside = rows_of_w < out_features
+            scale = tl.load(scales + rows_of_w * scales_stride + group, inside, 0.0).to(tl.float32)[None, :]
             if mins is not None:
-                least = next_least.to(tl.float32)[None, :]
-                next_least = tl.load(mins + rows_of_w * mins_stride + group, inside, 0.0)
+                least = tl.load(mins + rows_of_w * mins_stride + group, inside, 0.0).to(tl.float32)[None, :]
         for part in tl.static_range(2):
             column = begin + (low if part == 0 else high)
             k = column[:, None]

@@ -15,8 +15,10 @@ import triton.language as tl
 def _integer(byte, BIAS: tl.constexpr, DTYPE: tl.constexpr):
     """``byte - BIAS`` by its bits: 0x6400 | q is 1024 + q, in float32 0x4B000000 | q is 2^23 + q."""
     if tl.float16 == DTYPE:
-        return (byte.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + BIAS)
-    return (byte.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + BIAS)
+        number = (byte.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + BIAS)
+    else:
+        number = (byte.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + BIAS)
+    return number
 
 
 @triton.jit
@@ -45,19 +47,14 @@ def linear_many_kernel(
     low = half // 16 * 32 + half % 16 if INT4 else half
     high = low + 16 if INT4 else half + BLOCK_K // 2
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    steps: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
-    # Scales are too narrow for asynchronous copies: each step loads those of the next.
-    next_scale = tl.load(scales + row_of_w * scales_stride + GROUP_OFFSET // GROUP_SIZE)
-    if mins is not None:
-        next_least = tl.load(mins + row_of_w * mins_stride + GROUP_OFFSET // GROUP_SIZE)
-    for step in range(steps):
+    for step in range(tl.cdiv(COLUMNS, BLOCK_K)):
         begin = step * BLOCK_K
-        scale = next_scale.to(form)[:, None]
-        group = (tl.minimum(step + 1, steps - 1) * BLOCK_K + GROUP_OFFSET) // GROUP_SIZE
-        next_scale = tl.load(scales + row_of_w * scales_stride + group)
+        # Not loaded a step ahead: carried scales change their layout through shared memory, which costs four
+        # barriers a step, and all but one load in 16 groups come from L1 anyway.
+        group = (begin + GROUP_OFFSET) // GROUP_SIZE
+        scale = tl.load(scales + row_of_w * scales_stride + group).to(form)[:, None]
         if mins is not None:
-            least = next_least.to(form)[:, None]
-            next_least = tl.load(mins + row_of_w * mins_stride + group)
+            least = tl.load(mins + row_of_w * mins_stride + group).to(form)[:, None]
         if INT4:
             byte = begin // 2 + half[None, :]
             if COLUMNS % BLOCK_K == 0:
