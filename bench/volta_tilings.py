@@ -30,7 +30,7 @@ TABLE = Table(
         Column("TFLOP/s", 11),
     ]
 )  # fmt: skip
-HELD, TRIPS, ROLLS = (0, 4, 8), (1, 2, 4), (0, 1, 2)
+HELD, TRIPS, ROLLS = (0, 2, 4, 8), (1, 2, 4), (0, 1, 2)
 
 
 def candidates(head_dim: int) -> Iterator[Tiling]:
