@@ -6,8 +6,11 @@ dequantized beforehand to x's data type. The ratio is that to the faster of them
 
 The limit is the roofline of the row: the bytes of the packed weight at the read bandwidth, or the FLOP at
 the GEMM rate of x's data type, whichever takes longer; with int8 activations only the former, since integers
-may be multiplied faster. Calls cycle through copies of the weight of 8 times the last-level cache, so that
-every weight comes from memory. Calls of all rivals and of both limits alternate; medians are shown.
+may be multiplied faster. A sample is 8 calls of one rival, back to back, as a model calls its layers one
+after another; its time is divided by 8. Calls of every rival cycle through copies of the weight of 8 times
+the last-level cache, so that every weight comes from memory. Samples of all rivals and of both limits
+alternate; medians are shown. What a single call costs whose code and data other work has put out of the
+caches is another matter: docs/cpu.md has it.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ import torch
 from lib import env
 from lib.args import ACTS, DTYPES, names, positive, sweep
 from lib.limits import Work, gemm, reading
-from lib.quant_cases import FORMATS, Layer, Operands, nbytes, torch_has_int4
+from lib.quant_cases import FORMATS, Layer, Operands, Rival, nbytes, torch_has_int4
 from lib.records import Record, ratio, write
 from lib.table import Column, Table
 from lib.timing import Timing, time_calls
+
+CALLS = 8  # of a sample
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,8 +75,15 @@ def measure(
         apart = float((result - expected).abs().max() / expected.abs().max())
         if not apart < 0.03:
             raise SystemExit(f"{layer.name(rows, act)}: {name} is {apart:.3g} of the largest value off")
-    calls: dict[str, Callable[[], object]] = {name: partial(rival, x) for name, rival in named.items()}
-    return time_calls(calls | {name: work.call for name, work in limits.items()}, seconds)
+    calls: dict[str, Callable[[], object]] = {name: partial(back_to_back, f, x) for name, f in named.items()}
+    timings = time_calls(calls | {name: work.call for name, work in limits.items()}, seconds)
+    return timings | {name: Timing(timings[name].median / CALLS, timings[name].spread) for name in named}
+
+
+def back_to_back(rival: Rival, x: torch.Tensor) -> None:
+    """One sample."""
+    for _ in range(CALLS):
+        rival(x)
 
 
 def bound(operands: Operands, rows: int, act: str, seconds: dict[str, float]) -> tuple[str, float]:
