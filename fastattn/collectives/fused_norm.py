@@ -10,7 +10,7 @@ elsewhere, and for values that travel in fewer bits, the ranks exchange messages
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -55,9 +55,9 @@ class FusedNorm:
         if g.world == 1:
             return finish(x.compute(), s.residual, e)
         memory = self._memory(x, s, e, g)
-        if memory is not None and isinstance(e.norm, symmetric.RmsNorm):
-            residual = own_residual(s, x.rows, g)
-            return symmetric.sum_and_normalise(memory, x.compute(), residual, e.norm, g)
+        if memory is not None:
+            norm = cast(symmetric.RmsNorm, e.norm)  # `symmetric.reasons_against` saw to it
+            return symmetric.sum_and_normalise(memory, x.compute(), own_residual(s, x.rows, g), norm, g)
         lo, hi = row_spans(x.rows, g.world)[g.rank]
         residual, done = own_residual(s, x.rows, g), list[Tensor]()
 
