@@ -24,7 +24,7 @@ GPU_STAMP := $(VENV)/.stamp-gpu
 NATIVE := $(shell find fastattn/native -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test test-all bench-peers lint wheel clean cross-tools ascend-tools
+.PHONY: help setup bench test test-all gpu bench-peers lint wheel clean cross-tools ascend-tools
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -102,6 +102,14 @@ cross-tools:
 	fi; \
 	echo "WARNING: missing:$$missing. The tests that need them will be SKIPPED."; \
 	echo "WARNING: Debian or Ubuntu: sudo apt-get install -y $$packages"
+
+gpu: setup ## on an NVIDIA GPU: the tests that need one, and its tables, into build/
+	@mkdir -p build
+	$(PYTEST) -m gpu tests/triton tests/models/test_device.py $(PYTEST_FLAGS)
+	$(PY) bench/attention.py --device cuda --suite gpu --data_type bf16 --json build/attention-gpu.json
+	$(PY) bench/quant.py --device cuda --shape 11008x4096,28672x8192 --rows 1,4,16,1024 \
+	    --data_type fp16 --format int4-128 --json build/linear-gpu.json
+	$(PY) bench/small_ops.py --device cuda --json build/small-gpu.json
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -52,6 +53,9 @@ def cases(rows: int, hidden: int, dtype: torch.dtype) -> Iterator[Case]:
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
 
+    def packed_values(element: str) -> tuple[Tensor, ...]:
+        return ops.mx_pack(torch.randn(rows, hidden).to(dtype), element)
+
     yield Case(
         "rms_norm + residual", 4 * size, tensors(2, hidden),
         lambda x, r: ops.rms_norm(x, weight, 1e-5, r), torch_norm,
@@ -65,7 +69,7 @@ def cases(rows: int, hidden: int, dtype: torch.dtype) -> Iterator[Case]:
         )  # fmt: skip
         yield Case(
             f"mx_unpack {element}", size + packed,
-            lambda element=element: ops.mx_pack(torch.randn(rows, hidden).to(dtype), element),
+            partial(packed_values, element),
             lambda codes, scales, element=element: ops.mx_unpack(codes, scales, element, hidden, dtype=dtype),
             None,
         )  # fmt: skip

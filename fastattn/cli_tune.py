@@ -42,6 +42,7 @@ def main(args: argparse.Namespace) -> int:
         return 1
     from .triton_ops import tune, tune_linear, tuned
     from .triton_ops.device import chip
+    from .triton_ops.linear_tiles import MANY
 
     device = torch.device("cuda", args.device)
     here = chip(device)
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
                 attention[f.need] = f.tile
         if args.only != "attention":
             for g in tune_linear.search(device, tune_linear.all_needs(here), tune_linear.Sizes()):
-                rows = "many" if g.need.rows == tune_linear.MANY else f"{g.need.rows:4}"
+                rows = "many" if g.need.rows == MANY else f"{g.need.rows:4}"
                 _print(f"linear   rows {rows}, {g.need.bits} bits", g)
                 linear[g.need] = g.tile
     if not args.dry_run:

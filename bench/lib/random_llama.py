@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,21 +114,28 @@ def _tensors(made: RandomLlama, name: str, shape: tuple[int, ...], rng: torch.Ge
         return {name: (1 + 0.1 * torch.randn(shape, generator=rng)).half()}
     if made.form == "fp16" or "layers" not in name:
         return {name: (torch.randn(shape, generator=rng) / shape[1] ** 0.5).half()}
-    out, inn = shape
-    quantized = _gptq(out, inn, made.group_size, rng)
+    quantized = _gptq(shape[0], _order(name, shape[1], made.group_size), rng)
     return {name.removesuffix("weight") + part: t for part, t in quantized.items()}
 
 
-def _gptq(out: int, inn: int, group_size: int, rng: torch.Generator) -> dict[str, Tensor]:
-    """4 bits with act-order (`fastattn.quant.gptq`). Any word is a valid one."""
-    groups = -(-inn // group_size)
+def _order(name: str, inn: int, group_size: int) -> Tensor:
+    """The group of each column, scattered: alike for matrices that read one input, as GPTQ makes them."""
+    layer, part, _ = name.rsplit(".", 2)
+    first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(part, part)
+    rng = torch.Generator().manual_seed(zlib.crc32(f"{layer}.{first}".encode()))
+    return trivial_g_idx(inn, group_size)[torch.randperm(inn, generator=rng)]
+
+
+def _gptq(out: int, g_idx: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+    """4 bits (`fastattn.quant.gptq`). Any word is a valid one."""
+    inn, groups = g_idx.numel(), int(g_idx.max()) + 1
     lowest, end = -(1 << 31), 1 << 31
     spread = (torch.rand(groups, out, generator=rng) + 0.25) / (8 * inn**0.5)
     return {
         "qweight": torch.randint(lowest, end, (inn // 8, out), generator=rng).int(),
         "qzeros": torch.randint(lowest, end, (groups, out // 8), generator=rng).int(),
         "scales": spread.half(),
-        "g_idx": trivial_g_idx(inn, group_size)[torch.randperm(inn, generator=rng)],
+        "g_idx": g_idx,
     }
 
 

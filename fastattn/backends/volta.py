@@ -22,11 +22,9 @@ def device_reasons(device: torch.device) -> list[str]:
     """Why the kernels, or torch's own beside them, do not run on this one of several devices."""
     from cuda_volta import runtime
 
-    if not isinstance(device, torch.device):
-        return []
-    reasons = runtime.against(device)
+    reasons = runtime.against(device) if isinstance(device, torch.device) else []
     if not reasons and device.type == "cuda" and (lack := lacks_code(device)):
-        reasons = [lack]
+        return [lack]
     return reasons
 
 

@@ -10,7 +10,7 @@ elsewhere, and for values that travel in fewer bits, the ranks exchange messages
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -56,8 +56,9 @@ class FusedNorm:
             return finish(x.compute(), s.residual, e)
         residual = own_residual(s, x.rows, g)
         memory = self._memory(x, s, e, g)
-        if memory is not None and isinstance(e.norm, symmetric.RmsNorm):
-            return symmetric.sum_and_normalise(memory, x.compute(), residual, e.norm, g)
+        if memory is not None:
+            norm = cast(symmetric.RmsNorm, e.norm)  # `symmetric.reasons_against` saw to it
+            return symmetric.sum_and_normalise(memory, x.compute(), residual, norm, g)
 
         def normalise(total: Tensor) -> Tensor:
             nonlocal residual

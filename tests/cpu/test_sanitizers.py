@@ -36,5 +36,5 @@ def test_random_calls(isa: str, tmp_path: Path) -> None:
     program, source = tmp_path / "fuzz", Path(__file__).with_name("attention_fuzz.cpp")
     command = [*compiler.split(), "-std=c++17", "-O1", "-g", "-fopenmp", *sanitizers, *warnings, *target]
     subprocess.run([*command, f"-I{SOURCES}", str(source), "-o", str(program)], check=True)
-    done = subprocess.run([program, "400"], capture_output=True, text=True, check=False)
+    done = subprocess.run([program, "200"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -41,6 +41,7 @@ def test_a_random_model_loads_and_generates(form: str, tmp_path: Path) -> None:
     folder = random_llama.write(RandomLlama(2, 64, form), tmp_path)
     model = fastattn.load(folder)
     (qkv,) = model.decoder.blocks[1][0].qkv.weights
+    # One matrix: q, k and v have one act-order, as the same input gives them.
     assert (qkv.format, qkv.x_perm is None) == (("dense", True) if form == "fp16" else ("int4", False))
     prompts = [model.tokenizer.encode("canal"), [7]]
     tokens = [c.token_ids for c in model.generate(prompts, SamplingParams(max_tokens=4, ignore_eos=True))]
@@ -141,10 +142,10 @@ def test_a_decode_step_reads_weights_of_its_own_in_every_layer(form: str) -> Non
     assert nbytes(layer_matrices(deep.decoder)) == 3 * nbytes(layer_matrices(shallow.decoder))
 
 
-@pytest.mark.parametrize("form", random_llama.FORMS)
-def test_a_decode_step_never_waits_for_the_device(form: str) -> None:
+@pytest.mark.slow
+def test_a_decode_step_never_waits_for_the_device() -> None:
     """Tensors without data refuse to be read: nothing between the ops would break a graph's capture."""
-    model = bench_decode_step.deepened(RandomLlama(2, 64, form), "meta")
+    model = bench_decode_step.deepened(RandomLlama(2, 64), "meta")
     with torch.inference_mode():
         assert bench_decode_step.decode_step(model, 40)().device.type == "meta"
 

@@ -54,7 +54,7 @@ def test_search_measures_and_calls_use_it() -> None:
 def test_search_of_linear_tiles(need: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     from fastattn.triton_ops import linear_few, linear_many, tune_linear, tuned
     from fastattn.triton_ops.device import chip
-    from fastattn.triton_ops.linear_tiles import LinearNeed, linear_tile
+    from fastattn.triton_ops.linear_tiles import MANY, LinearNeed, linear_tile
 
     here, wanted = chip(torch.device(DEVICE)), LinearNeed(*need)
     if DEVICE == "cpu":  # some, of more than a hundred
@@ -69,7 +69,7 @@ def test_search_of_linear_tiles(need: tuple[int, int], monkeypatch: pytest.Monke
     tuned.save(here, tuned.Tuned(linear={wanted: other}))
     assert tuned.load(here) == tuned.Tuned(linear={wanted: other})
     x, (w, *_) = tune_linear.operands(wanted, sizes, torch.device(DEVICE))
-    if need[0] == tune_linear.MANY:
+    if need[0] == MANY:
         assert linear_many.many_rows_tile(x, w).block_n == 32
     else:
         ran = []

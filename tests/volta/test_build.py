@@ -266,7 +266,7 @@ def test_bad_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
 # ------------------------------------------------------------------------------------------ the real kernels
 def test_the_catalog_is_complete_and_small() -> None:
     variants = catalog.variants()
-    assert 0 < len(variants) <= 48
+    assert 0 < len(variants) <= 50  # building all of them stays within minutes
     sources = {v.source for v in variants}
     assert sources == {f.name for f in KERNELS.glob("*.cu")}
     for v in variants:
