@@ -22,17 +22,18 @@ from torch import Tensor
 import fastattn
 from fastattn import dispatch
 from fastattn.dispatch import BACKENDS
+from fastattn.models import random_llama
 from fastattn.models.generate import Model
 from fastattn.models.llama import Attention, Decoder, Mlp
+from fastattn.models.random_llama import RandomLlama
 from fastattn.parallel.linear import ColumnLinear, RowLinear
 from fastattn.settings import settings
 from fastattn.spec import PackedWeight, Point, SyncPolicy
-from lib import env, random_llama
+from lib import env
 from lib.args import names, positive
 from lib.limits import reading
 from lib.llm_limits import layer_matrices, nbytes
 from lib.llm_rows import served_by
-from lib.random_llama import RandomLlama
 from lib.records import Record, write
 from lib.table import Column, Table
 from lib.timing import time_calls

@@ -40,9 +40,10 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.dispatch import BACKENDS
+from fastattn.models import random_llama
 from fastattn.spec import Link
-from lib import env, random_llama
-from lib.args import ACTS, DTYPES, link, names, positive, sweep, sync
+from lib import env
+from lib.args import ACTS, DTYPES, link, model, names, positive, sweep, sync
 from lib.llm_peers import NAMES
 from lib.llm_rows import TABLE, notes
 from lib.llm_worker import run
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
-        "--model", type=random_llama.name, default="smollm2",
+        "--model", type=model, default="smollm2",
         help="a directory, a GGUF file, smollm2 (default), or random weights: random:LAYERSxHIDDEN[:int4]",
     )  # fmt: skip
     p.add_argument("--device", choices=env.DEVICES, default="cpu", help="that computes; default: cpu")

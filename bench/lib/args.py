@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from fastattn.models import random_llama
 from fastattn.parallel.policies import parse
 from fastattn.spec import Link
 
@@ -24,6 +25,15 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}, expected at least 1")
     return value
+
+
+def model(text: str) -> str:
+    """Any model's name or path; of those with random weights only ones that there can be."""
+    try:
+        random_llama.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def sweep(text: str) -> tuple[int, ...]:

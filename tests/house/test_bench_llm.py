@@ -18,11 +18,12 @@ from torch import Tensor
 import decode_step as bench_decode_step
 import fastattn
 import llm as bench_llm
+from fastattn.models import random_llama
 from fastattn.models.generate import Model
+from fastattn.models.random_llama import RandomLlama
 from fastattn.models.sampling import SamplingParams
-from lib import random_llama
+from lib.args import model
 from lib.llm_limits import layer_matrices, nbytes
-from lib.random_llama import RandomLlama
 
 from .markdown import ROOT
 
@@ -63,8 +64,8 @@ def test_a_random_model_in_several_files_is_the_same(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("text", ["random:2", "random:0x64", "random:2x65", "random:2x64:int8"])
 def test_other_random_models_are_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected random:LAYERSxHIDDEN"):
-        random_llama.name(text)
-    assert random_llama.name("smollm2") == "smollm2"
+        model(text)
+    assert model("smollm2") == "smollm2"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import zlib
@@ -14,9 +13,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from fastattn.models.config import tensor_shapes
-from fastattn.models.hf_config import parse_config
-from fastattn.quant.grouped import trivial_g_idx
+from ..quant.grouped import trivial_g_idx
+from .config import tensor_shapes
+from .hf_config import parse_config
 
 FORMS = ("fp16", "int4")
 _SPECIALS = ("<s>", "</s>")
@@ -29,6 +28,7 @@ class RandomLlama(NamedTuple):
     layers: int
     hidden: int
     form: str = "fp16"  # of the weights; "int4": GPTQ with act-order, embedding and head in fp16
+    queries_per_kv: int = 1  # query heads that share a KV head
 
     @property
     def group_size(self) -> int:
@@ -43,7 +43,8 @@ class RandomLlama(NamedTuple):
         config: dict[str, Any] = {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16",
             "hidden_size": self.hidden, "intermediate_size": -(-8 * self.hidden // 3 // multiple) * multiple,
-            "num_hidden_layers": self.layers, "num_attention_heads": heads, "num_key_value_heads": heads,
+            "num_hidden_layers": self.layers, "num_attention_heads": heads,
+            "num_key_value_heads": heads // self.queries_per_kv,
             "head_dim": head_dim, "vocab_size": min(32000, 8 * self.hidden), "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": False,
             "bos_token_id": 0, "eos_token_id": 1,
@@ -57,22 +58,14 @@ class RandomLlama(NamedTuple):
 
 
 def parse(text: str) -> RandomLlama | None:
-    """The model that ``text`` names, None where it names none of these. Raises ArgumentTypeError."""
+    """The model that ``text`` names, None where it names none of these. Raises ValueError."""
     if not text.startswith("random:"):
         return None
     found = re.fullmatch(r"random:([1-9]\d*)x([1-9]\d*)(?::(\w+))?", text)
     made = RandomLlama(int(found[1]), int(found[2]), found[3] or "fp16") if found else None
     if made is None or made.hidden % 64 or made.form not in FORMS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}, expected random:LAYERSxHIDDEN[:int4], HIDDEN a multiple of 64"
-        )
+        raise ValueError(f"{text!r}, expected random:LAYERSxHIDDEN[:int4], HIDDEN a multiple of 64")
     return made
-
-
-def name(text: str) -> str:
-    """Any model's name or path; of those with random weights only ones that `parse` takes."""
-    parse(text)
-    return text
 
 
 def write(made: RandomLlama, folder: Path, seed: int = 0) -> Path:
