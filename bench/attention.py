@@ -28,7 +28,7 @@ from lib import env
 from lib.args import DTYPES, names, positive
 from lib.attention_cases import Case, Qkv, has_kernel, operands, rivals, suite
 from lib.limits import Work, gemm, reading
-from lib.records import Record, ratio, write
+from lib.records import Record, claim, ratio, write
 from lib.table import Column, Table
 from lib.timing import Timing, time_calls
 
@@ -89,7 +89,7 @@ def run(case: Case, reader: Work, seconds: float, table: Table, facts: dict[str,
         "bench": "attention",
         "case": case.name,
         "spread": mine.spread,
-        "claim": "measured",
+        "claim": claim(),
         "env": facts,
     }
     records = []

@@ -2,8 +2,9 @@
 
 Batch 1, by default in the shape of Llama 7B. On a GPU the step (embedding, every layer, head, argmax) is
 captured as a CUDA graph and replayed, so that no time is Python's; elsewhere its ops are launched one by one.
-The limit is the bytes of the weights that a step reads, over the bandwidth of a copy, measured between the
-steps. Layers have weights of their own, but equal ones: speed does not depend on values.
+The yardstick is the bytes of the weights that a step reads, over the bandwidth of a copy, measured between
+the steps; reading alone can be a little faster. Layers have weights of their own, but equal ones: speed does
+not depend on values.
 """
 
 from __future__ import annotations

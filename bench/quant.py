@@ -27,7 +27,7 @@ from lib import env
 from lib.args import ACTS, DTYPES, names, positive, sweep
 from lib.limits import Work, gemm, reading
 from lib.quant_cases import FORMATS, Layer, Operands, Rival, nbytes, torch_has_int4
-from lib.records import Record, ratio, write
+from lib.records import Record, claim, ratio, write
 from lib.table import Column, Table
 from lib.timing import Timing, time_calls
 
@@ -105,7 +105,7 @@ def row(
     limit, least = bound(operands, rows, act, costs)
     mine, case = timings.pop("fastattn"), operands.layer.name(rows, act)
     shared: dict[str, Any] = {
-        "bench": "quant", "case": case, "spread": mine.spread, "claim": "measured", "env": facts,
+        "bench": "quant", "case": case, "spread": mine.spread, "claim": claim(), "env": facts,
     }  # fmt: skip
     records = [
         Record.of(

@@ -22,7 +22,7 @@ from fastattn.quant import mx
 from lib import env
 from lib.args import DTYPES, names, positive
 from lib.limits import Work, reading
-from lib.records import Record, ratio, write
+from lib.records import Record, claim, ratio, write
 from lib.table import Column, Table
 from lib.timing import Timing, time_calls
 
@@ -104,7 +104,7 @@ def row(case: Case, dtype: str, limit: Work, args: argparse.Namespace, table: Ta
     rate, bandwidth = case.nbytes / mine.median / 1e9, limit.amount / timings["limit"].median / 1e9
     name = f"{case.name} {dtype} {args.rows}x{args.hidden}"
     shared: dict[str, Any] = {
-        "bench": "small_ops", "case": name, "spread": mine.spread, "claim": "measured", "env": facts,
+        "bench": "small_ops", "case": name, "spread": mine.spread, "claim": claim(), "env": facts,
     }  # fmt: skip
     peer = None if theirs is None else case.nbytes / theirs.median / 1e9
     gain = ratio(rate, peer, higher_is_better=True)

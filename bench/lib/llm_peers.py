@@ -88,9 +88,9 @@ class Cpu:
 
     name = "fastattn's cpu"
 
-    def __init__(self, path: Path, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype, act: str, threads: int) -> None:
         self._ours, self._threads = torch.get_num_threads(), threads
-        self._model = fastattn.load(path, dtype=dtype)
+        self._model = fastattn.load(path, dtype=dtype, act=act)
 
     def reason_against(self, batch: int) -> str:
         return ""

@@ -155,7 +155,7 @@ def _peers(args: argparse.Namespace, group: TPGroup, threads: int) -> dict[str, 
     build: dict[str, Callable[[], Peer]] = {
         "transformers": lambda: Transformers(path, DTYPES[args.inference_data_type[0]], total),
         "llama.cpp": lambda: LlamaCpp(args.llama_python, path, total, context),
-        "cpu": lambda: Cpu(path, DTYPES[args.inference_data_type[0]], total),
+        "cpu": lambda: Cpu(path, DTYPES[args.inference_data_type[0]], ACTS[args.act[0]], total),
     }
     return {key: build[key]() for key in args.peer}
 

@@ -8,7 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastattn import dispatch
+from fastattn.settings import settings
+
 CLAIMS = ("measured", "compiled", "emulated", "modelled")
+
+
+def claim() -> str:
+    """Of a time in this process: "emulated" once a backend has run that FASTATTN_EMULATE names."""
+    return "emulated" if settings.emulate & {backend for backend, _ in dispatch.calls} else "measured"
 
 
 @dataclass(frozen=True)

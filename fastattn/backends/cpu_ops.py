@@ -93,8 +93,8 @@ def unpacked_linear(
     group_offset: int, g_idx: Tensor | None, x_perm: Tensor | None, bias: Tensor | None, act: str,
 ) -> Tensor:  # fmt: skip
     """`linear` on the arguments of the torch op."""
-    if x_perm is not None and x_perm.dtype != torch.int64:
-        x_perm = x_perm.long()
+    if x_perm is not None:
+        x_perm = x_perm.long().contiguous()
     result: Tensor = kernels.linear_op(
         x, tensors, names, fmt, out, group_size, group_offset, g_idx, x_perm, bias, act,
         torch.get_num_threads(),

@@ -242,6 +242,8 @@ BAD = {
     "group_offset: 32": BASE._replace(group_offset=32),
     "bias: shape": BASE._replace(bias=torch.zeros(7)),
     "format: 'int3'": BASE._replace(format="int3"),
+    "scales: missing": BASE._replace(tensors={n: t for n, t in BASE.tensors.items() if n != "scales"}),
+    "names: 'zeros'": BASE._replace(tensors=BASE.tensors | {"zeros": BASE.tensors["scales"]}),
 }
 
 
@@ -250,3 +252,11 @@ BAD = {
 def test_the_kernel_names_the_bad_field(native_ops, match, rows):
     with pytest.raises(ValueError, match=f"^{match}"):
         run(native_ops, "linear", LinearArgs(torch.ones(rows, 64), BAD[match]))
+
+
+def test_an_order_of_columns_may_be_strided(native_ops):
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    strided = torch.stack((order, order), 1)[:, 0]
+    x = torch.randn(3, 64)
+    expected = run(native_ops, "linear", LinearArgs(x, BASE._replace(x_perm=order)))
+    assert torch.equal(run(native_ops, "linear", LinearArgs(x, BASE._replace(x_perm=strided))), expected)

@@ -43,6 +43,7 @@ WeightArgs weight_of(const char* format, py::object codes_, py::object scales_, 
     } else {
         throw bad("format", "'" + kind + "'", "dense, int4 or int8");
     }
+    if (scales_.is_none()) throw bad("scales", "missing", "a tensor for " + kind);
     const Tensor scales = tensor(scales_, "scales");
     expect_dims(scales, "scales", 2);
     expect_dtype(scales, "scales", {DType::f32, DType::f16});
@@ -171,14 +172,23 @@ struct Named {
     py::object codes = py::none(), scales = py::none(), mins = py::none();
 
     Named(const py::list& tensors, const string& names) {
-        size_t at = 0, i = 0;
-        for (; at <= names.size() && i < tensors.size(); i++) {
+        size_t at = 0;
+        for (const py::handle t : tensors) {
             const size_t end = std::min(names.find(',', at), names.size());
-            const string name = names.substr(at, end - at);
-            py::object& of = name == "scales" ? scales : name == "mins" ? mins : codes;
-            of = tensors[i].cast<py::object>();
+            const string name = at > names.size() ? "" : names.substr(at, end - at);
+            of(name) = py::reinterpret_borrow<py::object>(t);
             at = end + 1;
         }
+        if (codes.is_none() || at <= names.size())
+            throw bad("names", "'" + names + "'", "one for each tensor");
+    }
+
+private:
+    py::object& of(const string& name) {
+        if (name == "codes" || name == "weight") return codes;
+        if (name == "scales") return scales;
+        if (name == "mins") return mins;
+        throw bad("names", "'" + name + "'", "codes, scales, mins or weight, for each tensor one");
     }
 };
 
@@ -208,8 +218,10 @@ py::object linear_op(py::object x_, const py::list& tensors, const string& names
     }
     const LinearCall call(a, order, kernels(), threads);
     void* scratch = workspace(call.workspace());
-    Running running(call.threads());
-    call.run(scratch);
+    {
+        Running running(call.threads());  // without Python's lock, which `out` needs again
+        call.run(scratch);
+    }
     return out;
 }
 
