@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..quant.codec import Codec
 from ..spec import Point, TPGroup
+from .exchange import against_messages
 from .pairwise import Pairwise
 from .policy import unsupported
 from .sums import Wire
@@ -35,7 +36,7 @@ class Compressed(Pairwise):
 
     def reasons(self, p: Point, rows: int, hidden: int, dtype: torch.dtype, g: TPGroup) -> list[str]:
         """[] if the policy can run at point ``p``."""
-        return unsupported(dtype, (torch.float32, torch.bfloat16, torch.float16), g)
+        return unsupported(dtype, (torch.float32, torch.bfloat16, torch.float16), g) + against_messages(g)
 
 
 class CodecWire(NamedTuple):

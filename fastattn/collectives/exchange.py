@@ -95,8 +95,8 @@ class Pending:
     def cancel(self) -> None:
         """Waits for what is under way and ignores how it ended: gloo cannot withdraw an exchange."""
         while self._works:
-            with suppress(SyncError):
-                self.wait()
+            with suppress(RuntimeError):
+                self._works.pop()[1].wait()
 
 
 # gloo's threads release an exchange's tensors a little after `wait` returned, and need the interpreter for
@@ -124,6 +124,13 @@ def device_of(g: TPGroup) -> torch.device:
     """Where this group's backend expects small tensors."""
     backend = dist.get_backend(g.pg) if g.pg is not None else "gloo"
     return torch.device({"nccl": "cuda", "hccl": "npu"}.get(backend, "cpu"))
+
+
+def against_messages(g: TPGroup) -> list[str]:
+    """Why a `Lane` does not work in this group: NCCL and HCCL know no tags and post no receive early."""
+    if g.world == 1 or device_of(g).type == "cpu":
+        return []
+    return [f"messages between pairs of ranks travel over gloo, not {dist.get_backend(g.pg)}"]
 
 
 def all_reduce(g: TPGroup, x: Tensor, where: str) -> Pending:
@@ -165,6 +172,8 @@ class Lane:
         """
         if not 0 <= step < _STEPS:
             raise ValueError(f"step: {step}, expected 0 to {_STEPS - 1}")
+        if reasons := against_messages(self.group):
+            raise SyncError(self.group.rank, self.where, reasons[0])
         g, tag = self.group, self._number * _STEPS + step
         works: list[tuple[int | None, Any]] = []
         with _errors(g, self.where):

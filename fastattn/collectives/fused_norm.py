@@ -3,8 +3,9 @@
 Each rank adds the residual and normalises its share of the rows only, which divides that work by the ranks;
 the residual stays where it is, scattered, from one fused norm to the next.
 
-On GPUs that address each other's memory all of it is one kernel between two barriers (`symmetric`);
-elsewhere, and for values that travel in fewer bits, the ranks exchange messages.
+On GPUs that address each other's memory all of it is one kernel between two barriers (`symmetric`), in the
+stream that computes: a token weave hides nothing of it. Elsewhere, and for values that travel in fewer bits,
+the ranks exchange messages, and that is what `seconds` and `wire_bytes` describe.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..spec import Epilogue, Link, Point, Produce, Rates, Stream, TPGroup
 from . import symmetric
 from .cost import two_step_bytes, two_step_seconds
 from .direct import Direct
-from .exchange import Lane
+from .exchange import Lane, against_messages, device_of
 from .pairwise import Pairwise
 from .policy import finish, own_residual, partial
 from .steps import Exchange, Steps
@@ -45,7 +46,9 @@ class FusedNorm:
         return self.of.exact
 
     def reasons(self, p: Point, rows: int, hidden: int, dtype: torch.dtype, g: TPGroup) -> list[str]:
-        return self.of.reasons(p, rows, hidden, dtype, g)
+        reasons = self.of.reasons(p, rows, hidden, dtype, g)
+        by_kernel = isinstance(self.of, Direct) and device_of(g).type == "cuda"
+        return [r for r in reasons if not by_kernel or r not in against_messages(g)]
 
     def start(self, p: Point, make: Produce, s: Stream, e: Epilogue, g: TPGroup) -> Exchange[Stream]:
         """Computes this rank's partial result of all rows and starts to sum it."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ..spec import Link, Rates
+from ..spec import Link, Point, Rates, TPGroup
 from .cost import one_step_bytes, one_step_seconds, two_step_bytes, two_step_seconds
-from .exchange import Lane
+from .exchange import Lane, against_messages
 from .policy import Sum
 from .steps import Steps
 from .sums import Partial, Wire, one_step, two_step
@@ -37,6 +38,10 @@ class Pairwise(Sum):
     @abstractmethod
     def wire(self) -> Wire:
         """How values travel."""
+
+    def reasons(self, p: Point, rows: int, hidden: int, dtype: torch.dtype, g: TPGroup) -> list[str]:
+        """[] if the policy can run at point ``p``."""
+        return super().reasons(p, rows, hidden, dtype, g) + against_messages(g)
 
     def takes_two_steps(self, rows: int, hidden: int, world: int) -> bool:
         """Whether partial results of this size are summed in two steps."""

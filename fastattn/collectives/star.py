@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..spec import Link, Point, Rates, TPGroup
 from .cost import star_bytes, star_seconds
-from .exchange import Lane
+from .exchange import Lane, against_messages
 from .policy import Sum
 from .steps import Steps
 from .sums import Partial, Plain, star
@@ -33,7 +33,7 @@ class Star(Sum):
             raise ValueError(f"hub: {self.hub}, expected a rank")
 
     def reasons(self, p: Point, rows: int, hidden: int, dtype: torch.dtype, g: TPGroup) -> list[str]:
-        reasons = super().reasons(p, rows, hidden, dtype, g)
+        reasons = super().reasons(p, rows, hidden, dtype, g) + against_messages(g)
         if self.hub >= g.world:
             reasons.append(f"hub is rank {self.hub}, there are {g.world} ranks")
         return reasons

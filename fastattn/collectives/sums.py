@@ -75,9 +75,10 @@ class Plain(NamedTuple):
             for x in others:
                 total += x
             return total
-        total = torch.empty((rows, hidden), dtype=dtype)
+        device = messages[0].device
+        total = torch.empty((rows, hidden), dtype=dtype, device=device)
         few = max(1, _CACHED_VALUES // hidden)
-        scratch = torch.empty((few, hidden), dtype=wide)
+        scratch = torch.empty((few, hidden), dtype=wide, device=device)
         for lo in range(0, rows, few):
             part = scratch[: min(few, rows - lo)]
             part.copy_(messages[0][lo : lo + few])
@@ -189,7 +190,7 @@ PIECE_BYTES = 1 << 14  # at least
 
 def pieces(rows: int, wire: Wire, hidden: int) -> list[Span]:
     """How a star's messages are cut."""
-    return row_spans(rows, min(rows, PIECES, max(1, wire.message_bytes(rows, hidden) // PIECE_BYTES)))
+    return row_spans(rows, max(1, min(rows, PIECES, wire.message_bytes(rows, hidden) // PIECE_BYTES)))
 
 
 def star(lane: Lane, x: Partial, wire: Wire, hub: int) -> Steps[Tensor]:

@@ -8,12 +8,12 @@ _symmetric_memory` provides the memory and the barriers; it is private to torch,
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..dispatch import unavailable
+from ..dispatch import named, unavailable
 from ..spec import Epilogue, Stream, TPGroup
 from .exchange import all_gather, device_of
 from .sums import row_spans
@@ -22,10 +22,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FIRST_BYTES = 1 << 20
 
 
-@runtime_checkable
 class RmsNorm(Protocol):
-    """An `Epilogue.norm` that is an RMSNorm shows what a kernel needs to do it."""
+    """An `Epilogue.norm` that says that it is an RMSNorm, with what a kernel needs to do it."""
 
+    is_rms_norm: ClassVar[bool]
     weight: Tensor
     eps: float
 
@@ -43,16 +43,16 @@ class Memory(Protocol):
 
 
 class DeviceMemory:
-    """Of GPUs, by torch. Making one is a collective of the group."""
+    """Of GPUs, by torch, around each rank's `room`. Making one is a collective of the group."""
 
-    def __init__(self, g: TPGroup, size: int, device: torch.device) -> None:
+    def __init__(self, g: TPGroup, mine: Tensor) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         assert g.pg is not None
-        self.mine = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-        self._handle: Any = symmetric_memory.rendezvous(self.mine, g.pg.group_name)
+        self.mine = mine
+        self._handle: Any = symmetric_memory.rendezvous(mine, g.pg.group_name)
         self._timeout_ms = int(1e3 * g.timeout_s)
-        self.addresses = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
+        self.addresses = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=mine.device)
         self.multicast = int(self._handle.multicast_ptr)
 
     def barrier(self, channel: int) -> None:
@@ -73,19 +73,35 @@ _memories: weakref.WeakKeyDictionary[Any, DeviceMemory | None] = weakref.WeakKey
 
 
 def reasons_against(c: Call, e: Epilogue) -> list[str]:
-    """Why the ranks exchange messages instead; reads no values, so every rank finds the same."""
+    """Why the ranks exchange messages instead; looks only at what all ranks have in common."""
     if c.device.type != "cuda":
         return [f"tensors are on {c.device.type!r}, symmetric memory is of GPUs"]
-    if unavailable("triton"):
-        return list(unavailable("triton"))
     reasons = []
+    if named() not in ("", "triton"):
+        reasons.append(f"the backend {named()!r} was asked for, the kernel is Triton's")
     if c.dtype not in _DTYPES:
         reasons.append(f"dtype {c.dtype}, the kernel takes {', '.join(map(str, _DTYPES))}")
     if c.hidden * c.dtype.itemsize % 16:
         reasons.append(f"hidden {c.hidden}: rows are no multiple of 16 bytes")
-    if e.bias is not None or not isinstance(e.norm, RmsNorm):
+    if e.bias is not None or not getattr(e.norm, "is_rms_norm", False):
         reasons.append("the kernel adds no bias, and RMSNorm is the only norm that it has")
     return reasons
+
+
+def room(c: Call, size: int) -> Tensor | None:
+    """Memory of this rank that the others can map; None where this process has none, or no kernel for it."""
+    if unavailable("triton"):
+        return None
+    from ..backends.triton import device_reasons
+
+    if device_reasons(c.device, c.dtype):
+        return None
+    try:  # what torch has of it depends on its version
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        return symmetric_memory.empty(size, dtype=torch.uint8, device=c.device)
+    except (ImportError, AttributeError, RuntimeError):
+        return None
 
 
 def memory(c: Call, g: TPGroup) -> DeviceMemory | None:
@@ -94,14 +110,23 @@ def memory(c: Call, g: TPGroup) -> DeviceMemory | None:
     found = _memories.get(g.pg)
     if g.pg in _memories and (found is None or found.mine.numel() >= size):
         return found
-    try:
-        made: DeviceMemory | None = DeviceMemory(g, max(_FIRST_BYTES, 1 << (size - 1).bit_length()), c.device)
-    except RuntimeError:  # no peer access, several ranks on one GPU, several machines
-        made = None
-    flag = torch.tensor([made is not None], dtype=torch.uint8, device=device_of(g))
-    everywhere = all(int(f) for f in all_gather(g, flag, "symmetric memory"))
-    _memories[g.pg] = made if everywhere else None
-    return _memories[g.pg]
+    made: DeviceMemory | None = None
+    mine = room(c, max(_FIRST_BYTES, 1 << (size - 1).bit_length()))
+    # Agreed before as well as after: a rank without memory would leave the others waiting in the rendezvous.
+    if _everywhere(g, mine is not None) and mine is not None:
+        try:
+            made = DeviceMemory(g, mine)
+        except RuntimeError:  # no peer access, several ranks on one GPU, several machines
+            made = None
+        if not _everywhere(g, made is not None):
+            made = None
+    _memories[g.pg] = made
+    return made
+
+
+def _everywhere(g: TPGroup, here: bool) -> bool:
+    flag = torch.tensor([here], dtype=torch.uint8, device=device_of(g))
+    return all(int(f) for f in all_gather(g, flag, "symmetric memory"))
 
 
 def sum_and_normalise(m: Memory, x: Tensor, residual: Tensor, norm: RmsNorm, g: TPGroup) -> Stream:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class RmsNorm:
 
     weight: Tensor
     eps: float
+
+    is_rms_norm: ClassVar[bool] = True  # for policies that normalise themselves
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(normalised, x + residual)."""

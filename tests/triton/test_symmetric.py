@@ -7,14 +7,15 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastattn import reference_ops
+from fastattn import reference_ops, use_backend
 from fastattn.collectives import symmetric
 from fastattn.collectives.sums import row_spans
 from fastattn.spec import Epilogue, RmsNormArgs, Stream, TPGroup
@@ -23,9 +24,12 @@ from tests.ops.runners import FLOATS, assert_accurate, random
 ROOT = Path(__file__).parents[2]
 
 
-class Norm(NamedTuple):
+@dataclass
+class Norm:
     weight: Tensor
     eps: float
+
+    is_rms_norm: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         raise AssertionError("the kernel normalises")
@@ -95,8 +99,7 @@ def test_ranks_over_shared_memory(
     assert all(map(torch.equal, before, (start, *points[0], *points[1])))  # nothing given is overwritten
 
 
-def test_what_the_kernel_cannot_do_travels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(symmetric, "unavailable", lambda _: ())
+def test_what_the_kernel_cannot_do_travels() -> None:
     cuda, norm = torch.device("cuda"), Norm(torch.ones(64), 1e-5)
 
     def against(hidden: int, dtype: torch.dtype, e: Epilogue, device: torch.device = cuda) -> str:
@@ -111,10 +114,21 @@ def test_what_the_kernel_cannot_do_travels(monkeypatch: pytest.MonkeyPatch) -> N
         Epilogue(torch.zeros(64), norm),
         Epilogue(None, None),
         Epilogue(None, lambda x, residual: (x, x)),
+        Epilogue(None, torch.nn.LayerNorm(64)),  # type: ignore[arg-type]
     ):
         assert "adds no bias, and RMSNorm" in against(64, torch.float16, other)
-    monkeypatch.setattr(symmetric, "unavailable", lambda _: ("Triton is not installed",))
-    assert against(64, torch.float16, plain) == "Triton is not installed"
+    with use_backend("sdpa"):
+        assert "'sdpa' was asked for" in against(64, torch.float16, plain)
+
+
+def test_memory_is_agreed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rank enters the rendezvous, where it would wait, unless all have memory."""
+    call, g = symmetric.Call(4, 64, torch.float16, torch.device("cpu")), TPGroup(None, 0, 2, 60.0, (1.0, 1.0))
+    monkeypatch.setattr(symmetric, "_memories", {})
+    monkeypatch.setattr(symmetric, "room", lambda *_: torch.zeros(1 << 20, dtype=torch.uint8))
+    monkeypatch.setattr(symmetric, "all_gather", lambda g, flag, where: [flag, torch.zeros_like(flag)])
+    monkeypatch.setattr(symmetric, "DeviceMemory", None)
+    assert symmetric.memory(call, g) is None
 
 
 @pytest.mark.gpu
