@@ -318,7 +318,7 @@ def chip_of(device: torch.device) -> Chip:
     """
     if device.type == "cpu":
         return CHIPS["Ascend910B3"]
-    name = torch.get_device_module(device).get_device_name(device)
+    name = getattr(torch, device.type).get_device_name(device)
     chip = CHIPS.get(name)
     if chip is None:
         raise ValueError(f"device: the kernels support {', '.join(CHIPS)}, got {name!r}")

@@ -13,7 +13,7 @@ T = TypeVar("T", bound=Callable[..., torch.Tensor])
 
 def capturing(device: torch.device) -> bool:
     """Whether work for ``device`` is being captured into a graph."""
-    return device.type == "npu" and torch.get_device_module(device).is_current_stream_capturing()
+    return device.type == "npu" and getattr(torch, device.type).is_current_stream_capturing()
 
 
 def made_once(most: int) -> Callable[[T], T]:

@@ -54,7 +54,7 @@ class _On:
         launch = self.function[grid]
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with torch.get_device_module(self.device).device(self.device):
+            with getattr(torch, self.device.type).device(self.device):
                 return launch(*args, **kwargs)
 
         return run

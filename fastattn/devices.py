@@ -31,10 +31,12 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def lacks_code(gpu: torch.device) -> str:
-    """Why torch's own operators cannot run on an NVIDIA GPU; "" when they can.
+    """Why torch's own operators cannot run on an NVIDIA GPU; "" when they can, and for AMD's.
 
     A build for CUDA 13 has none for Volta: it sees such a GPU all the same, and its first operator fails.
     """
+    if torch.version.hip is not None:  # names its architectures otherwise: gfx90a
+        return ""
     capability, built_for = torch.cuda.get_device_capability(gpu), torch.cuda.get_arch_list()
     if not built_for or any(_runs(name, capability) for name in built_for):
         return ""

@@ -120,12 +120,12 @@ def reasons_against(name: str, op: str, signature: Any) -> list[str]:
     return reasons + kernel.reasons(signature)
 
 
-def pages(device_type: str, head_dim: int) -> Pages:
-    """How the first backend that runs on such a device wants the pages of a KV cache."""
+def pages(device_type: str, head_dim: int, dtype: torch.dtype) -> Pages:
+    """How the first backend that runs on such a device wants the pages of a KV cache of ``dtype``."""
     for name in (named(),) if named() else AUTOMATIC:
         if device_type in load_backend(name).device_types and not unavailable(name):
-            return load_backend(name).pages(head_dim)
-    return small_pages(head_dim)
+            return load_backend(name).pages(head_dim, dtype)
+    return small_pages(head_dim, dtype)
 
 
 def explain(op: str, args: OpArgs) -> dict[str, list[str]]:

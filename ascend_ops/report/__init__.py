@@ -2,7 +2,7 @@
 
 Each case runs on torch_npu's operator, if the router finds one, and on our kernel, if there is a compiler for
 the chip; both are compared with float64 on the CPU. What raises is a line too. Whole models are above this
-library: `fastattn.device_report`.
+library: `fastattn report`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from .. import router
 from ..router import Chip, chip_of
 from . import attention, collective, small
-from .measure import Setting
+from .measure import Row, Setting, failed
 
 PARTS = {"attention": attention.rows, "other ops": small.rows, "sum over the ranks": collective.rows}
 
@@ -66,10 +66,18 @@ def run(*, full: bool = False, emulate: bool = False) -> int:
     for part, rows in PARTS.items():
         if first:
             print(f"\n## {part}\n\n| case | torch_npu | error, time | our kernel |\n|---|---|---|---|")
-        for row in rows(setting):
+        for row in _rest_failed(part, rows(setting)):
             everything &= row.right
             if first:
                 print(f"| {row.name} | {row.operator} | {row.vendor} | {row.ours} |", flush=True)
     if first:
         print("\nAll right." if everything else "\nSOMETHING IS WRONG: see WRONG and FAILED above.")
     return 0 if everything else 1
+
+
+def _rest_failed(part: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows of a part; what raises between them is the last one."""
+    try:
+        yield from rows
+    except Exception as failure:  # noqa: BLE001 (whatever it is, it belongs into the report)
+        yield Row(f"{part}: the rest", "", failed(failure), "", right=False)

@@ -53,7 +53,10 @@ def row(
     """
     operator, theirs, mine, right = "", "not called", "", True
     if setting.operators:
-        choice = vendor()
+        try:
+            choice = vendor()
+        except Exception as failure:  # noqa: BLE001 (whatever it is, it belongs into the report)
+            choice, right = failed(failure), False
         theirs = choice if isinstance(choice, str) else ""
         if isinstance(choice, Invocation):
             operator = choice.name
@@ -77,14 +80,18 @@ def measure(run: Callable[[], Tensor], expected: Tensor, setting: Setting) -> tu
             start = time.perf_counter()
             run()
             if setting.device.type == "npu":
-                torch.get_device_module(setting.device).synchronize()
+                getattr(torch, setting.device.type).synchronize()
             times.append(time.perf_counter() - start)
     except Exception as failure:  # noqa: BLE001 (whatever it is, it belongs into the report)
-        text = str(failure).strip().split("\n")[0][:120]
-        return f"FAILED {type(failure).__name__}: {text}", False
+        return failed(failure), False
     right = error <= limit
     timed = f", {statistics.median(times) * 1e6:.0f} us" if times else ""
     return f"{'' if right else 'WRONG '}{error:.1e}{timed}", right
+
+
+def failed(failure: Exception) -> str:
+    """What a row says of an exception."""
+    return f"FAILED {type(failure).__name__}: {str(failure).strip().partition(chr(10))[0][:120]}"
 
 
 def same(found: Tensor) -> Tensor:

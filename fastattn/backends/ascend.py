@@ -152,11 +152,22 @@ def _ops() -> Mapping[str, Op]:
     return {"attention": Op(_run_attention, features, attention_reasons), **ascend_small.OPS}
 
 
-def _pages(head_dim: int) -> Pages:
-    """128 tokens: FIA takes no less, and no block of our kernels that fits is cut short. ATB's own in NZ."""
-    if _EMULATED or router.current().kv_layout == "nhd":
+def _pages(head_dim: int, dtype: torch.dtype) -> Pages:
+    """128 tokens: FIA takes no less, and no block of our kernels that fits is cut short.
+
+    In NZ, which no other backend reads, where ATB can fill the pages and attend to them.
+    """
+    if _EMULATED or router.current().kv_layout == "nhd" or settings.ascend == "kernels":
         return Pages(128)
-    return Pages(min(128, 128 * 128 // head_dim // 16 * 16), "npu_nz")
+    size = max(16, min(128, 128 * 128 // head_dim // 16 * 16))
+    page = torch.empty((1, size, 1, head_dim), dtype=dtype, device="meta")
+    table = torch.empty((1, 1), dtype=torch.int32, device="meta")
+    call = router.AttentionCall(
+        page, page, page, 1.0, right=0, block_table=table, seqused_k=torch.tensor([size]), kv_layout="npu_nz"
+    )
+    chip = router.current()
+    against = [*router.route(call, chip).unsupported(), *chip.lacks("_npu_reshape_and_cache")]
+    return Pages(128) if against else Pages(size, "npu_nz")
 
 
 def _describe() -> Mapping[str, str]:

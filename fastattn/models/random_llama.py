@@ -38,7 +38,7 @@ class RandomLlama(NamedTuple):
     def config(self) -> dict[str, Any]:
         """config.json. ``32x4096`` are Llama 7B's: 32 heads of 128, intermediate 11008, 32000 tokens."""
         head_dim = next((d for d in (128, 64) if self.hidden >= 4 * d and self.hidden % d == 0), 32)
-        multiple = max(self.group_size, self.hidden // 16)
+        multiple = -(-max(self.group_size, self.hidden // 16) // self.group_size) * self.group_size
         heads = self.hidden // head_dim
         config: dict[str, Any] = {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16",

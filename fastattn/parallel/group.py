@@ -218,7 +218,7 @@ def _backend(device: torch.device) -> str:
         raise UnsupportedError(f"device: {device}, tensor parallelism runs on {', '.join(_BACKENDS)}")
     if device.type != "cpu":
         index = _integer("LOCAL_RANK", 0, lowest=0) if device.index is None else device.index
-        torch.get_device_module(device).set_device(index)
+        getattr(torch, device.type).set_device(index)
     return _BACKENDS[device.type]
 
 

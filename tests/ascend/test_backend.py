@@ -72,6 +72,25 @@ def test_910a_takes_pages_in_nz(on_chip):
     assert norm.reasons(fastattn.spec.RmsNormArgs(torch.zeros(2, 8), torch.zeros(8), 1e-5).signature()) == []
 
 
+@pytest.mark.parametrize("family", ["310p", "910a"])
+def test_pages_are_in_nz_where_atb_reads_them(on_chip, family):
+    """sdpa takes the rest, and reads no NZ."""
+    on_chip(family)
+    for d, size in ((64, 128), (80, 128), (128, 128), (192, 80), (256, 64)):
+        assert ascend.BACKEND.pages(d, torch.float16) == (size, "npu_nz")
+    for d, dtype in ((128, torch.bfloat16), (128, torch.float32), (72, torch.float16), (512, torch.float16)):
+        assert ascend.BACKEND.pages(d, dtype) == (128, "nhd")
+
+
+def test_pages_are_not_in_nz_without_the_operators(on_chip, monkeypatch):
+    on_chip("310p")
+    chip = chip_of("310p")
+    for absent in ("_npu_reshape_and_cache", "_npu_paged_attention"):
+        old = chip._replace(operators=chip.operators - {absent})
+        monkeypatch.setattr(ascend.router, "current", lambda old=old: old)
+        assert ascend.BACKEND.pages(128, torch.float16).layout == "nhd"
+
+
 def test_small_ops_without_a_compiler_refuse_what_only_kernels_do(on_chip):
     on_chip("310p")
     x = torch.zeros(2, 8, dtype=torch.float16)

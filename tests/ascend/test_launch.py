@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ def test_the_device_is_that_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> N
             return lambda *args, **kwargs: seen.append((grid, args, kwargs, current[-1]))
 
     monkeypatch.setattr(launch, "jit", lambda name: Function())
-    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "device", device)
     launch.kernel("swiglu:swiglu_kernel", torch.device("cuda:1"))[(3,)](1, n=2)
     assert seen == [((3,), (1,), {"n": 2}, torch.device("cuda:1"))]
     assert current == [torch.device("cuda:0")]

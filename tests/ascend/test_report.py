@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from ascend_ops import report
-from ascend_ops.report import attention, measure, small
+from ascend_ops.report import attention, collective, measure, small
 from ascend_ops.router import Invocation, chip_of
-from fastattn import cli
+from fastattn import cli, cli_report, dispatch
 
 from .conftest import ROOT
 from .documented import outputs
@@ -82,11 +84,66 @@ def test_it_names_the_machine(cann, monkeypatch):
     assert "npu_rms_norm" in lines[1]
 
 
+def broken(*_: object, **__: object) -> Any:
+    raise RuntimeError("aicore error\nmore")
+
+
+def test_a_choice_that_raises_is_a_row():
+    setting = measure.Setting(torch.device("cpu"), chip_of("910b"), 0, kernels=False)
+    found = measure.row(setting, "norm", torch.zeros(2), broken, measure.same, None)
+    assert found == ("norm", "", "FAILED RuntimeError: aicore error", "", False)
+
+
+def test_a_part_that_raises_is_a_row_and_the_others_go_on(monkeypatch, capsys):
+    row = measure.Row("sum", "op", "0.0e+00", "", right=True)
+
+    def one_then_broken(_: object) -> Any:
+        yield row
+        broken()
+
+    monkeypatch.setattr(report, "PARTS", {"first": one_then_broken, "second": lambda _: iter([row])})
+    assert report.run(emulate=True) == 1
+    printed = capsys.readouterr().out
+    assert "| first: the rest |  | FAILED RuntimeError: aicore error |" in printed
+    assert printed.count("| sum | op |") == 2
+    assert "SOMETHING IS WRONG" in printed
+
+
+def test_a_group_that_cannot_be_joined_is_a_row(monkeypatch, capsys):
+    monkeypatch.setattr(collective.dist, "init_process_group", broken)
+    monkeypatch.setattr(report, "PARTS", {"sum": collective.rows})
+    assert report.run(emulate=True) == 1
+    assert "| sum: the rest |  | FAILED RuntimeError: aicore error |" in capsys.readouterr().out
+
+
+def test_the_models_are_checked_though_the_matrix_raises(monkeypatch, capsys):
+    checked = []
+    monkeypatch.setattr(report, "run", broken)
+    monkeypatch.setattr(cli_report, "check_model", lambda *of: checked.append(of) or True)
+    assert cli.main(["report", "--backend", "ascend", "--device", "cpu"]) == 1
+    assert "ascend_ops: FAILED RuntimeError: aicore error" in capsys.readouterr().out
+    assert [form for _, _, form in checked] == ["fp16", "int4"]
+
+
+def test_one_rank_prints_and_checks_models(monkeypatch, capsys):
+    monkeypatch.setattr(report, "run", lambda **_: 1)
+    monkeypatch.setattr(cli_report, "check_model", broken)
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["report", "--backend", "ascend", "--device", "cpu"]) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_a_backend_that_ran_nothing_is_not_right(monkeypatch, capsys):
+    """Unless it was forced, as on a device."""
+    monkeypatch.setattr(dispatch, "use_backend", lambda _: nullcontext())
+    assert cli.main(["report", "--backend", "sdpa", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    assert "no op ran on sdpa" in printed
+    assert "float16: WRONG" in printed
+
+
 def test_wrong_and_failing_operators_show():
     expected = torch.zeros(2, 1, 4, dtype=torch.float64)
-
-    def broken() -> torch.Tensor:
-        raise RuntimeError("aicore error\nmore")
 
     once, twice = (measure.Setting(torch.device("cpu"), chip_of("910b"), runs) for runs in (1, 2))
     assert measure.measure(lambda: torch.full((2, 1, 4), 0.1), expected, once)[0].startswith("WRONG 1.0e-01")

@@ -52,6 +52,14 @@ def test_a_random_model_loads_and_generates(form: str, tmp_path: Path) -> None:
     assert all(bool(torch.isfinite(x).all()) and float(x.std()) > 0.1 for x in logits)
 
 
+@pytest.mark.parametrize("hidden", [576, pytest.param(2176, marks=pytest.mark.slow)])
+def test_groups_of_4_bits_fill_its_matrices(hidden: int, tmp_path: Path) -> None:
+    made = RandomLlama(1, hidden, "int4")
+    assert made.config()["intermediate_size"] % made.group_size == 0
+    (out,) = fastattn.load(random_llama.write(made, tmp_path)).logits([[3]])
+    assert bool(torch.isfinite(out).all())
+
+
 def test_a_random_model_in_several_files_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = RandomLlama(2, 64)
     whole = fastattn.load(random_llama.write(made, tmp_path / "one")).logits([[3, 4]])

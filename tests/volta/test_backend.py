@@ -118,6 +118,15 @@ def test_what_a_build_of_torch_runs_on(
     assert (devices.lacks_code(torch.device("cuda", 0)) == "") == runs
 
 
+def test_a_build_for_amd_names_its_architectures_otherwise(
+    gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus[:] = [(9, 4)]
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["gfx90a", "gfx942"])
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert devices.lacks_code(torch.device("cuda", 0)) == ""
+
+
 def test_a_setting_allows_newer_gpus(gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(volta, "settings", SimpleNamespace(volta_ptx=True))
     gpus[:] = [(9, 0), (6, 1), (7, 5), (8, 0)]
