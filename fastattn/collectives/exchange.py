@@ -217,16 +217,18 @@ def gather_last(
     """Concatenates the ranks' ``x`` (..., sizes[rank]) along the last dimension.
 
     Returns (..., sum(sizes)) on rank 0 and None elsewhere, or the same bits on every rank with
-    ``everywhere``. Only the values themselves travel to rank 0; for all ranks they are padded to the widest.
+    ``everywhere``. Over gloo only the values themselves travel to rank 0; otherwise they are padded to the
+    widest and travel to all.
     """
     if len(sizes) != g.world or x.shape[-1] != sizes[g.rank]:
         raise ValueError(f"sizes: {tuple(sizes)}, expected {g.world} with {x.shape[-1]} for rank {g.rank}")
     if g.world == 1:
         return x
-    if everywhere:
+    if everywhere or against_messages(g):
         padded = torch.nn.functional.pad(x, (0, max(sizes) - x.shape[-1]))
         parts = all_gather(g, padded, where)
-        return torch.cat([p[..., :n] for p, n in zip(parts, sizes, strict=True)], dim=-1)
+        whole = torch.cat([p[..., :n] for p, n in zip(parts, sizes, strict=True)], dim=-1)
+        return whole if everywhere or g.rank == 0 else None
     if g.rank:
         Lane(g, where).swap({0: x.contiguous()}, {}).wait()
         return None

@@ -262,6 +262,13 @@ def tiles_of_no_rows_are_left_out(g: TPGroup) -> None:
         torch.testing.assert_close(out.residual, partial * (g.world + 1))
 
 
+def no_rows_are_summed_to_no_rows(g: TPGroup) -> None:
+    x = torch.ones(0, HIDDEN)
+    for policy in (Star(), Star(g.world - 1), Direct(scheme="one_step"), Direct(scheme="two_step")):
+        out = policy.start(POINT, Given(x), Stream(x, None), Epilogue(None, None), g).wait()
+        assert out.residual.shape == (0, HIDDEN), policy
+
+
 def bytes_counted_are_the_formulas(g: TPGroup) -> None:
     rows = 4 * g.world  # shares are equal, so that every rank sends what the busiest one sends
     partial = torch.randn(rows, HIDDEN, dtype=torch.bfloat16)
@@ -372,6 +379,7 @@ CASES: tuple[Case, ...] = (
     a_star_uses_both_directions_of_its_hubs_link,
     tiles_are_summed_while_the_next_is_computed,
     tiles_of_no_rows_are_left_out,
+    no_rows_are_summed_to_no_rows,
     receives_are_posted_before_computing,
     an_error_in_computing_leaves_the_group_usable,
     bytes_counted_are_the_formulas,
