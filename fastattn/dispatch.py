@@ -25,8 +25,6 @@ from .spec import Backend, Op, OpArgs, Pages, UnsupportedError, small_pages
 AUTOMATIC = ("volta", "ascend", "triton", "cpu", "sdpa")
 BACKENDS = (*AUTOMATIC, "reference")
 
-_CPU_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
 #: How often each (backend, op) ran in this process.
 calls: Counter[tuple[str, str]] = Counter()
 
@@ -74,12 +72,12 @@ def by_op() -> bool:
     return (named() or ("emulated" if settings.emulate else "cpu")) != "cpu" or _observer.get() is not None
 
 
-def of_the_cpu(dtype: torch.dtype, backend: str) -> bool:
-    """Whether an op on CPU tensors of a float ``dtype`` is the CPU backend's, whatever its other arguments.
+def cpu_comes_first(backend: str) -> bool:
+    """Whether an op on CPU tensors is the CPU backend's if that takes it.
 
     Ops whose kernel takes everything skip the record and the signature then, a third of the cost of a call.
     """
-    return not backend and dtype in _CPU_FLOATS and not by_op() and not unavailable("cpu")
+    return not backend and not by_op() and not unavailable("cpu")
 
 
 @cache

@@ -8,7 +8,7 @@ the record of `spec`, and `dispatch.run` finds the backend. `fastattn::attention
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -253,17 +253,17 @@ def linear(x: Tensor, weight: PackedWeight, *, act: str = "", backend: str | Non
 
 
 def _linear_on_cpu(x, *flat):  # type: ignore[no-untyped-def]
-    if not dispatch.of_the_cpu(x.dtype, flat[-1]):
+    if not dispatch.cpu_comes_first(flat[-1]) or x.dtype not in _cpu_ops().FLOATS:
         return _linear(x, *flat)
     dispatch.calls["cpu", "linear"] += 1
-    return _native_linear()(x, *flat[:-1])
+    return _cpu_ops().unpacked_linear(x, *flat[:-1])
 
 
 @functools.cache
-def _native_linear() -> Callable[..., Tensor]:
-    from .backends.cpu_ops import unpacked_linear  # loads the native kernels
+def _cpu_ops() -> ModuleType:
+    from .backends import cpu_ops  # loads the native kernels
 
-    return unpacked_linear
+    return cpu_ops
 
 
 def _linear(x, tensors, names, fmt, out, inn, group_size, group_offset, g_idx, x_perm, bias, act, backend):  # type: ignore[no-untyped-def]

@@ -20,9 +20,9 @@ from ..spec import Epilogue, Link, Point, Produce, Rates, Stream, TPGroup
 from . import symmetric
 from .cost import two_step_bytes, two_step_seconds
 from .direct import Direct
-from .exchange import Lane, against_messages, device_of
+from .exchange import Lane, device_of
 from .pairwise import Pairwise
-from .policy import finish, own_residual, partial
+from .policy import FLOATS, finish, own_residual, partial, unsupported
 from .steps import Exchange, Steps
 from .sums import Partial, row_spans, two_step
 
@@ -46,9 +46,9 @@ class FusedNorm:
         return self.of.exact
 
     def reasons(self, p: Point, rows: int, hidden: int, dtype: torch.dtype, g: TPGroup) -> list[str]:
-        reasons = self.of.reasons(p, rows, hidden, dtype, g)
-        by_kernel = isinstance(self.of, Direct) and device_of(g).type == "cuda"
-        return [r for r in reasons if not by_kernel or r not in against_messages(g)]
+        if isinstance(self.of, Direct) and device_of(g).type == "cuda":
+            return unsupported(dtype, FLOATS, g)  # symmetric memory may spare the messages
+        return self.of.reasons(p, rows, hidden, dtype, g)
 
     def start(self, p: Point, make: Produce, s: Stream, e: Epilogue, g: TPGroup) -> Exchange[Stream]:
         """Computes this rank's partial result of all rows and starts to sum it."""

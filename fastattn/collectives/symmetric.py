@@ -8,6 +8,7 @@ _symmetric_memory` provides the memory and the barriers; it is private to torch,
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -114,10 +115,8 @@ def memory(c: Call, g: TPGroup) -> DeviceMemory | None:
     mine = room(c, max(_FIRST_BYTES, 1 << (size - 1).bit_length()))
     # Agreed before as well as after: a rank without memory would leave the others waiting in the rendezvous.
     if _everywhere(g, mine is not None) and mine is not None:
-        try:
+        with suppress(RuntimeError):  # no peer access, several ranks on one GPU, several machines
             made = DeviceMemory(g, mine)
-        except RuntimeError:  # no peer access, several ranks on one GPU, several machines
-            made = None
         if not _everywhere(g, made is not None):
             made = None
     _memories[g.pg] = made
