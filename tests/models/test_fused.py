@@ -198,7 +198,8 @@ def test_tokens_are_left_to_the_sampler(model: Model, monkeypatch: pytest.Monkey
     monkeypatch.setattr(decoder, "fused", False)
     assert asked((1,)) is None
     monkeypatch.setattr(decoder, "fused", True)
-    monkeypatch.setattr(decoder, "policy", lambda point, policy=Halves(): policy)
+    policy = Halves()
+    monkeypatch.setattr(decoder, "policy", lambda point: policy)
     assert asked((1,)) is None
 
 
