@@ -93,6 +93,18 @@ def test_a_row_does_not_depend_on_the_others(native_ops):
             assert torch.equal(y[row], expected[row])
 
 
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 10), (torch.float32, 15)], ids=str)
+def test_the_gemm_takes_over_where_integers_do_not_fit(native_ops, dtype, rows):
+    """Of a g_idx, from fewer rows on than integers lose to it at: bit for bit its result."""
+    bad = random(rows, 256, seed=rows, dtype=dtype)
+    bad[2, 7] = torch.inf
+    for kind, x in (("int4 g_idx runs", bad), ("int4 g_idx", bad.nan_to_num(1.0))):
+        w = weight(kind, 40, 256)
+        ours = run(native_ops, "linear", LinearArgs(x, w))
+        by_gemm = cpu_ops.multiply(native.kernels.gemm, x, w)
+        assert torch.equal(ours.nan_to_num(0.5), by_gemm.nan_to_num(0.5))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     isa=st.sampled_from(native.available_isas()),
