@@ -13,7 +13,7 @@ import torch
 from fastattn import dispatch
 from fastattn.attention import build_args
 from fastattn.settings import settings
-from fastattn.why import signature_of
+from fastattn.cli.why import signature_of
 
 from .. import emulation
 
