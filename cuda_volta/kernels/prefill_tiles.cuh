@@ -60,11 +60,13 @@ struct KeyRows {
     u32 row[SLOTS];
     u32 page[SLOTS];
 
-    // Asks for the pages; `row` is within them until `arrive`.
+    // Asks for the pages; `row` is within them until `arrive`. Below the first key is its tile again, which
+    // nobody uses.
     VOLTA_DEVICE void seek(const AttentionParams& p, const Sequence& s, const Mover& mover, u32 b, i32 key0) {
+        const i32 last = s.k_begin + s.k_len - 1, first = s.k_begin + (key0 > 0 ? key0 : 0);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            const i32 last = s.k_begin + s.k_len - 1, stored = s.k_begin + key0 + mover.slot_row(slot);
+            const i32 stored = first + mover.slot_row(slot);
             row[slot] = static_cast<u32>(stored < last ? stored : last);
             page[slot] = 0;
         }
