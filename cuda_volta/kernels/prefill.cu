@@ -81,13 +81,16 @@ struct Prefill {
     VOLTA_DEVICE void tile(i32 key0) {
         const bool whole = !ANYTHING && visibility.whole(key0);
         const bool nothing = !whole && visibility.nothing(key0);
-        Scores s;
-        if (!nothing) multiply_keys(s, q, key_base);
+        Products sum;
+        clear(sum);  // not only where it is used: the assembler would keep what one path leaves unset all along
+        if (!nothing) multiply_keys(sum, q, key_base);
         barrier();
         mover.store(k_tile, stage);
         v_source.load(stage, rows, mover);
         rows.seek(p, sequence, mover, batch, key0 - 2 * BLOCK_K);
         if (!nothing) {
+            Scores s;
+            collect(s, sum);
             if (FEATURES) rules.apply(s, p, sequence, lane, logit_scale, batch, head, query0, key0);
             if (unlikely(!whole)) apply_band(s, p, sequence, lane, query0, key0);
             update(softmax, out, s, rules.scale);
@@ -102,7 +105,7 @@ struct Prefill {
 
 }  // namespace volta
 
-VOLTA_KERNEL(prefill, volta::THREADS, volta::MIN_BLOCKS)(volta::AttentionParams p) {
+VOLTA_KERNEL(prefill, volta::THREADS, BLOCKS)(volta::AttentionParams p) {
     using namespace volta;
     // Later queries see more keys under a causal bound: their blocks start first.
     const i32 block0 = static_cast<i32>(grid_x() - 1 - block_x()) * BLOCK_Q;
