@@ -1,8 +1,8 @@
 """What `fastattn plan` chooses, against every candidate measured, over emulated links.
 
 For each link and number of ranks, prefill and decode of a real model's first --layers layers (all are alike),
-exact sums only. The planner chooses as the command does. Then all its candidates are measured, each as often
-as --budget allows; and then, because the least of many noisy medians is too low, the fastest five, exact and
+exact sums only. The planner chooses as the command does. Then all its candidates are measured, as often as
+--budget allows, until they are clearly slower than the fastest; and then, because the least of many noisy medians is too low, the fastest five, exact and
 the choice again, in turn:
 
   ms, exact ms, best ms   the choice, exact sums and the fastest candidate, in those last rounds

@@ -62,7 +62,7 @@ def _phase(
     choice = choose(g, trials, phase, found, measured, args.budget)
     chosen = choice.trial.candidate
     every = forecasts(found if chosen in found else [*found, chosen], rows, measured)
-    measure_all(g, trials, phase, every, 2 * args.budget, prune=False)
+    measure_all(g, trials, phase, every, 2 * args.budget, prune=True)
     if g.rank == 0 and args.verbose:
         _show(every)
     by_model = every[0]

@@ -4,8 +4,10 @@
 Every rank adds the same messages in the same order, its own included, so all get the same bits. The number
 of hops decides where latency dominates, the bytes of the busiest rank where bandwidth does.
 
-A message leaves when its receiver has announced room for it, which takes a hop of its own. So every receive
-of an exchange is posted first, and ``x`` is computed after that: the announcement travels meanwhile.
+A message leaves when its receiver has announced room for it, which takes a hop of its own. So receives are
+posted before ``x`` is computed, and the announcement travels meanwhile (MPI's eager protocol); those of more
+than `EAGER_BYTES` after that, as in MPI's rendezvous. The ranks that are ready first would send them while
+others compute, whose cores then move frames: that delays the last rank, for which all wait.
 
 =============  ====  ==========================  =======================================================
 algorithm      hops  bytes a rank sends (of x)
@@ -19,7 +21,7 @@ algorithm      hops  bytes a rank sends (of x)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from ..spec import PackedWeight, Span
 from .exchange import Lane
 from .steps import Steps
 
+Room = TypeVar("Room")
 Shape = tuple[int, int, torch.dtype]  # rows, hidden
 
 
@@ -111,10 +114,30 @@ class Partial(NamedTuple):
         return self.rows, self.hidden, self.dtype
 
 
+EAGER_BYTES = 1 << 19  # that the other ranks may send to one that still computes
+
+
+def eager(wire: Wire, rows: int, hidden: int, senders: int) -> bool:
+    """Whether room for so many rows of each sender is announced before computing."""
+    return senders * wire.message_bytes(rows, hidden) <= EAGER_BYTES
+
+
+def computed(lane: Lane, x: Partial, wire: Wire, rows: int, post: Callable[[], Room]) -> tuple[Tensor, Room]:
+    """``x``, and what ``post`` returns, which posts the receives of ``rows`` rows of each other rank."""
+    if not eager(wire, rows, x.hidden, len(lane.others)):
+        return x.compute(), post()
+    room = post()
+    return x.compute(), room
+
+
 def one_step(lane: Lane, x: Partial, wire: Wire) -> Steps[Tensor]:
     """Every rank sends all of its ``x`` to every other one."""
-    inbox = Inbox(lane, dict.fromkeys(lane.others, x.rows), x.shape, wire, 0)
-    mine = wire.encode(x.compute())
+
+    def post() -> Inbox:
+        return Inbox(lane, dict.fromkeys(lane.others, x.rows), x.shape, wire, 0)
+
+    values, inbox = computed(lane, x, wire, x.rows, post)
+    mine = wire.encode(values)
     sent = lane.swap(dict.fromkeys(lane.others, mine), {}, 0)
     total = yield from inbox.sum(mine)
     yield sent
@@ -130,9 +153,12 @@ def two_step(
     """
     spans = row_spans(x.rows, lane.group.world)
     lo, hi = spans[lane.group.rank]
-    inbox = Inbox(lane, dict.fromkeys(lane.others, hi - lo), x.shape, wire, 0)
-    gather = Gather(lane, x.shape, wire, 1)
-    values = x.compute()
+
+    def post() -> tuple[Inbox, Gather]:
+        partials = Inbox(lane, dict.fromkeys(lane.others, hi - lo), x.shape, wire, 0)
+        return partials, Gather(lane, x.shape, wire, 1)
+
+    values, (inbox, gather) = computed(lane, x, wire, hi - lo, post)
     due = {r: spans[r] for r in lane.others}
     sent = lane.swap({r: wire.encode(values[a:b]) for r, (a, b) in due.items()}, {}, 0)
     total = yield from inbox.sum(wire.encode(values[lo:hi]))
@@ -209,8 +235,12 @@ def star(lane: Lane, x: Partial, wire: Wire, hub: int) -> Steps[Tensor]:
         for answer in answers:
             parts += (yield from answer.read()).values()
     else:
-        inboxes = [Inbox(lane, dict.fromkeys(lane.others, n), x.shape, wire, i) for i, n in enumerate(sizes)]
-        values, parts, sent = x.compute(), [], []
+
+        def post() -> list[Inbox]:
+            return [Inbox(lane, dict.fromkeys(lane.others, n), x.shape, wire, i) for i, n in enumerate(sizes)]
+
+        values, inboxes = computed(lane, x, wire, x.rows, post)
+        parts, sent = [], []
         for i, ((lo, hi), inbox) in enumerate(zip(cut, inboxes, strict=True)):
             total = wire.encode((yield from inbox.sum(wire.encode(values[lo:hi]))))
             sent.append(lane.swap(dict.fromkeys(lane.others, total), {}, PIECES + i))
