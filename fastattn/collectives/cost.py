@@ -6,7 +6,8 @@ A hop takes the link's latency and the time of the bytes that the busiest rank s
 from __future__ import annotations
 
 from ..spec import Link, Rates
-from .sums import Wire, eager, pieces
+from .sums import eager, pieces
+from .wire import Wire
 
 
 def hop(link: Link, sent: int) -> float:

@@ -16,8 +16,9 @@ from fastattn.collectives.dropped import Dropped
 from fastattn.collectives.exact import Exact
 from fastattn.collectives.fused_norm import FusedNorm
 from fastattn.collectives.star import Star
-from fastattn.collectives.sums import EAGER_BYTES, PIECES, Partial, Plain, pieces, row_spans
+from fastattn.collectives.sums import EAGER_BYTES, PIECES, Partial, pieces, row_spans
 from fastattn.collectives.tiled import Tiled
+from fastattn.collectives.wire import Plain
 from fastattn.quant import packed
 from fastattn.quant.codec import Codec
 from fastattn.spec import Epilogue, Point, Stream, SyncPolicy, TPGroup
