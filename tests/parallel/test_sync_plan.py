@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastattn.collectives import exchange
 from fastattn.collectives.compressed import Compressed
 from fastattn.collectives.direct import Direct
 from fastattn.collectives.dropped import Dropped
@@ -24,7 +22,6 @@ from fastattn.collectives.pairwise import SCHEMES, Pairwise
 from fastattn.collectives.policy import Sum
 from fastattn.collectives.star import Star
 from fastattn.collectives.tiled import Tiled
-from fastattn.models.planning import Planner
 from fastattn.parallel import plan as plans
 from fastattn.parallel.group import single
 from fastattn.parallel.policies import (
@@ -361,45 +358,3 @@ def test_item_bytes_reach_what_sends(text: str) -> None:
         inner = getattr(policy, "of", policy)
         assert getattr(inner, "item_bytes", item_bytes) == item_bytes
         assert type(policy) is type(parse(text)[0])
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("fused_norm", ""),
-        ("token_weave", ""),
-        ("tiled", ""),
-        ("token_weave+fused_norm", "token_weave overlaps nothing with fused_norm"),
-    ],
-)
-def test_a_weave_hides_no_symmetric_memory(text: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over gloo everything combines; over NCCL a fused norm is a kernel in the stream that computes."""
-    plan = plans.uniform(text, "model", LAYERS, TWO, 2)
-    assert plans.reasons_together(plan, single()) == []
-    over_nccl(monkeypatch)
-    found = plans.reasons_together(plan, TWO)
-    assert len(found) == (2 if reason else 0)  # one a phase
-    assert all(reason in line and "nccl" in line for line in found)
-
-
-def test_a_scattered_residual_is_gathered_by_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    over_nccl(monkeypatch)
-    plan = plans.uniform({"prefill": "fused_norm", "decode": "exact"}, "model", LAYERS, TWO, 2)
-    mixed = {p: Exact() if p.phase == "prefill" and p.site == "mlp" else q for p, q in plan.points.items()}
-    (found,) = plans.reasons_together(plan._replace(points=mixed), TWO)
-    assert "policy exact needs the residual that fused_norm scattered" in found
-    at_end = {p: Exact() if p.layer == 0 and p.site == "attn" else q for p, q in plan.points.items()}
-    assert plans.reasons_together(plan._replace(points=at_end), TWO) == []
-
-
-def test_no_plan_is_measured_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model of time, and the clock, are of messages between CPUs."""
-    over_nccl(monkeypatch)
-    with pytest.raises(UnsupportedError, match="travel over gloo, not nccl"):
-        Planner(SimpleNamespace(group=TWO), "model", None)  # type: ignore[arg-type]
-
-
-def over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has groups say that they exchange through NCCL, of which this machine has none."""
-    monkeypatch.setattr(exchange, "device_of", lambda group: torch.device("cuda"))
-    monkeypatch.setattr(exchange.dist, "get_backend", lambda group: "nccl")
