@@ -51,7 +51,8 @@ class CodecWire(NamedTuple):
         return torch.empty(self.message_bytes(*into.shape), dtype=torch.uint8)
 
     def read(self, message: Tensor, into: Tensor) -> None:
-        self.codec.decode_sum([message], *into.shape, into.dtype, threads=1, out=into)
+        rows, hidden = into.shape
+        self.codec.decode_sum([message], rows, hidden, into.dtype, threads=1, out=into)
 
     def add(self, messages: Sequence[Tensor], rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
         return self.codec.decode_sum(messages, rows, hidden, dtype, threads=1)
