@@ -97,7 +97,7 @@ def test_high_tiles_of_many_groups(kind: str) -> None:
     from fastattn.triton_ops.linear import many_rows_tile, run_many
 
     options = {"int8 cut at 32": {"group": 64, "offset": 32}}.get(kind, FORMATS.get(kind, {}))
-    w = make(kind.split()[0], 130, 160, bias=torch.float32, **options)
+    w = make(kind.split(maxsplit=1)[0], 130, 160, bias=torch.float32, **options)
     for rows, dtype in ((257, torch.float16), (129, torch.bfloat16)):
         x = random(rows, 160, seed=rows, dtype=dtype)
         tile = many_rows_tile(x, w)
