@@ -37,8 +37,8 @@ def _variant(entry: str, bits: int, shared_bytes: int) -> Variant:
     )  # fmt: skip
 
 
-# x's sums of 4 steps, and the scales and minima of up to 17 groups.
-LINEAR = {bits: _variant("linear", bits, 4 * 2 * 256 + 17 * 2 * (128 * 4 + 32)) for bits in (4, 8)}
+# x's sums of 4 steps, and the scales and minima of up to 17 groups, in fours.
+LINEAR = {bits: _variant("linear", bits, 4 * 2 * 256 + 20 * 2 * (128 * 4 + 32)) for bits in (4, 8)}
 # The places of 4 steps' columns, a word a warp, and the scales of up to 40 groups.
 ANY_GROUPS = {
     bits: _variant("linear_any_groups", bits, places + 8 * 4 + 40 * (64 + 4) * 8)

@@ -16,7 +16,7 @@ constexpr i32 TILES = 2;              // of 8 rows of W, a warp
 constexpr i32 BLOCK_N = TILES * 64;
 // Of the scales, or minima, of a group. Two quadpairs that read neighbouring groups meet no bank twice.
 constexpr u32 GROUP_PITCH = BLOCK_N * 4 + 32;
-constexpr i32 MOST_GROUPS = COLUMNS / QUAD_COLUMNS + 1;  // of a panel
+constexpr i32 MOST_GROUPS = COLUMNS / QUAD_COLUMNS + 4;  // of a panel: one more than chunks, in fours
 constexpr u32 SCALE_BYTES = MOST_GROUPS * GROUP_PITCH;
 
 // x / group_size, x below group_size + COLUMNS.
@@ -24,17 +24,31 @@ VOLTA_DEVICE i32 groups_before(i32 x, u32 inverse) {
     return static_cast<i32>(static_cast<u64>(static_cast<u32>(x)) * inverse >> 32);
 }
 
-// Scales, and behind them minima, of a block's rows; groups behind the last one repeat it. Of 8 rows those of a lane's accumulators, n, n + 1, n + 4
-// and n + 5, are neighbours.
-VOLTA_DEVICE void store_grids(const WeightParams& w, u32 base, i32 first_n, i32 first_group, i32 groups) {
-    for (i32 i = static_cast<i32>(thread_index()); i < groups * BLOCK_N; i += 256) {
-        const i32 n = i % BLOCK_N;
-        const i32 group = first_group + i / BLOCK_N;
-        const Grid grid = coded_grid(w, first_n + n, group < w.groups ? group : w.groups - 1);
-        const i32 place = (n & ~6) | (n & 2) << 1 | (n & 4) >> 1;
-        const u32 to = base + static_cast<u32>(i / BLOCK_N) * GROUP_PITCH + static_cast<u32>(place) * 4;
-        sts32(to, float_bits(grid.scale));
-        sts32(to + SCALE_BYTES, float_bits(grid.min));
+// Four groups of a block's rows on their way to shared memory: two rows' a thread. Neighbouring lanes have
+// neighbouring groups, which lie beside each other in memory; groups behind the last one repeat it.
+struct Groups {
+    Grid grids[2];
+};
+VOLTA_DEVICE Groups load_groups(const WeightParams& w, i32 first_n, i32 first_group) {
+    Groups four;
+    const i32 group = first_group + static_cast<i32>(thread_index() & 3);
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+        const i32 n = first_n + static_cast<i32>(thread_index() >> 2) + u * 64;
+        four.grids[u] = coded_grid(w, n, group < w.groups ? group : w.groups - 1);
+    }
+    return four;
+}
+// Scales, and behind them minima. Of 8 rows those of a lane's accumulators, n, n + 1, n + 4 and n + 5, are
+// neighbours.
+VOLTA_DEVICE void store_groups(u32 base, const Groups& four) {
+    const u32 n = thread_index() >> 2;
+    const u32 place = (n & ~6u) | (n & 2) << 1 | (n & 4) >> 1;
+    const u32 to = base + (thread_index() & 3) * GROUP_PITCH + place * 4;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+        sts32(to + u * 256, float_bits(four.grids[u].scale));
+        sts32(to + u * 256 + SCALE_BYTES, float_bits(four.grids[u].min));
     }
 }
 
@@ -86,9 +100,15 @@ VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
 #pragma unroll 1
     for (i32 panel = tile.begin; panel < tile.end; ++panel) {
         const i32 first = panel * COLUMNS;
-        store_x<true>(p, shared_base(), tile, panel);
-        store_grids(p.w, grids, tile.first_n, first_group,
-                    groups_before(inside + COLUMNS - 1, p.group_inverse) + 1);
+        const PanelX x = load_panel(p, tile, panel);
+        const Groups four = load_groups(p.w, tile.first_n, first_group);
+        store_x<true>(p, shared_base(), tile, x);
+        store_groups(grids, four);
+        const i32 more = groups_before(inside + COLUMNS - 1, p.group_inverse);  // groups, but for the first
+#pragma unroll 1
+        for (i32 g = 4; g <= more; g += 4)
+            store_groups(grids + static_cast<u32>(g) * GROUP_PITCH,
+                         load_groups(p.w, tile.first_n, first_group + g));
         barrier();
         // Not unrolled: four copies would not fit the instruction cache near a sub-core.
 #pragma unroll 1
@@ -105,7 +125,6 @@ VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
                 at[i] += STEP * BITS / 8;
                 next[i] = load_codes(at[i], column < end);
             }
-            const Word4 scales[TILES] = {lds128(grid), lds128(grid + 32)};
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
                 if (m == tile.operands) continue;
@@ -113,21 +132,21 @@ VOLTA_KERNEL(linear, 256, 2)(LinearParams p) {
                 float products[TILES][8] = {};
 #pragma unroll
                 for (int j = 0; j < OPERANDS; ++j) {
-                    const Word4 x = lds128(x_at + j * 512);
+                    const Word4 a = lds128(x_at + j * 512);
 #pragma unroll
                     for (int i = 0; i < TILES; ++i) {
 #if BITS == 4
-                        mma_rc(products[i], {x.x, x.y}, b[i][j][0]);
-                        mma_rc(products[i], {x.z, x.w}, b[i][j][1]);
+                        mma_rc(products[i], {a.x, a.y}, b[i][j][0]);
+                        mma_rc(products[i], {a.z, a.w}, b[i][j][1]);
 #else
-                        mma_rc(products[i], {x.x, x.y}, b[i][2 * j][0]);
-                        mma_rc(products[i], {x.z, x.w}, b[i][2 * j + 1][0]);
+                        mma_rc(products[i], {a.x, a.y}, b[i][2 * j][0]);
+                        mma_rc(products[i], {a.z, a.w}, b[i][2 * j + 1][0]);
 #endif
                     }
                 }
 #pragma unroll
                 for (int i = 0; i < TILES; ++i) {
-                    add_scaled(sums[i][m], products[i], scales[i]);
+                    add_scaled(sums[i][m], products[i], lds128(grid + i * 32));
                     if (!p.whole_steps)
                         add_minima(sums[i][m], lds128(grid + SCALE_BYTES + i * 32), my_x_sums + (t * 2 + m) * 256);
                 }

@@ -77,42 +77,65 @@ VOLTA_DEVICE float sum_halves(Word4 w) {
            low_half(w.w) + high_half(w.w);
 }
 
+// A panel's x on its way to shared memory, asked for before the barrier that frees it. A warp has a unit of 8
+// columns of each quadpair (of 4 bits: two such) and 8 rows of x, or two: halves of operands, for one step.
+struct PanelX {
+    Word4 low[2], high[2];
+};
+struct Unit {
+    u32 part, m, step;
+};
+VOLTA_DEVICE Unit panel_unit(const Tile& tile, int u) {
+    const u32 unit = warp_index() + static_cast<u32>(u) * 8;
+    return {unit & 1, unit >> 1 & static_cast<u32>(tile.operands - 1), unit >> tile.operands};
+}
+VOLTA_DEVICE PanelX load_panel(const LinearParams& p, const Tile& tile, i32 panel) {
+    PanelX x = {};
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+        if (u >= tile.operands) continue;
+        const Unit at = panel_unit(tile, u);
+        const i32 row = tile.first_row + static_cast<i32>(at.m * 8 + operand_row(lane_index()));
+        const i32 c = panel * COLUMNS + static_cast<i32>(at.step) * STEP +
+                      static_cast<i32>(quadpair(lane_index())) * QUAD_COLUMNS + static_cast<i32>(at.part) * 8;
+        x.low[u] = load_x(p, row, c);
+        if (BITS == 4) x.high[u] = load_x(p, row, c + 16);
+    }
+    return x;
+}
+
 // x of a panel as row operands, 8 rows each, in the order in which lanes read them: free of conflicts. Behind
 // them, with SUMS, its sums over the columns of each quadpair, or with p.whole_steps of all four, in two parts;
 // rows r and r + 2 are neighbours.
 template <bool SUMS>
-VOLTA_DEVICE void store_x(const LinearParams& p, u32 base, const Tile& tile, i32 panel) {
+VOLTA_DEVICE void store_x(const LinearParams& p, u32 base, const Tile& tile, const PanelX& x) {
     const u32 lane = lane_index();
-    const u32 operands = static_cast<u32>(tile.operands);
     const u32 neighbour = (lane & 28) + (lane & 1) * 2 + (lane >> 1 & 1);
-    for (u32 unit = warp_index(); unit < PANEL * 2 * operands; unit += 8) {
-        const u32 part = unit & 1;
-        const u32 m = unit >> 1 & (operands - 1);
-        const u32 step = unit >> operands;
-        const i32 row = tile.first_row + static_cast<i32>(m * 8 + operand_row(lane));
-        const i32 quad =
-            panel * COLUMNS + static_cast<i32>(step) * STEP + static_cast<i32>(quadpair(lane)) * QUAD_COLUMNS;
-        const u32 to = base + (step * 2 + m) * OPERANDS * 512 + lane * 16;
-        const Word4 low = load_x(p, row, quad + static_cast<i32>(part) * 8);
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+        if (u >= tile.operands) continue;
+        const Unit at = panel_unit(tile, u);
+        const u32 to = base + (at.step * 2 + at.m) * OPERANDS * 512 + lane * 16;
+        const Word4 low = x.low[u];
         float sum = sum_halves(low);
 #if BITS == 4
-        const Word4 high = load_x(p, row, quad + 16 + static_cast<i32>(part) * 8);
+        const Word4 high = x.high[u];
         sum += sum_halves(high);
-        sts128(to + part * 1024,
+        sts128(to + at.part * 1024,
                {byte_permute(low.x, low.y, 0x5410), byte_permute(low.x, low.y, 0x7632),
                 byte_permute(high.x, high.y, 0x5410), byte_permute(high.x, high.y, 0x7632)});
-        sts128(to + part * 1024 + 512,
+        sts128(to + at.part * 1024 + 512,
                {byte_permute(low.z, low.w, 0x5410), byte_permute(low.z, low.w, 0x7632),
                 byte_permute(high.z, high.w, 0x5410), byte_permute(high.z, high.w, 0x7632)});
 #else
-        sts128(to + part * 512, low);
+        sts128(to + at.part * 512, low);
 #endif
         if (SUMS && p.whole_steps) {
             sum += shuffle_xor(sum, 4);
             sum += shuffle_xor(sum, 8);
         }
         if (SUMS)
-            sts32(base + X_BYTES + ((step * 2 + m) * 2 + part) * 128 + neighbour * 4, float_bits(sum));
+            sts32(base + X_BYTES + ((at.step * 2 + at.m) * 2 + at.part) * 128 + neighbour * 4, float_bits(sum));
     }
 }
 

@@ -144,7 +144,7 @@ VOLTA_KERNEL(linear_any_groups, 256, 2)(LinearParams p) {
         const i32 first = panel * COLUMNS;
         const i32 last = first + COLUMNS < p.w.in ? first + COLUMNS - 1 : p.w.in - 1;
         const Staged staged = staged_groups(p.w, first, last);
-        store_x<false>(p, shared_base(), tile, panel);
+        store_x<false>(p, shared_base(), tile, load_panel(p, tile, panel));
         store_places(p.w, places, staged, first, last);
         store_grids(p.w, grids, tile.first_n, staged);
         barrier();
