@@ -4,8 +4,9 @@ Each rank adds the residual and normalises its share of the rows only, which div
 the residual stays where it is, scattered, from one fused norm to the next.
 
 On GPUs that address each other's memory all of it is one kernel between two barriers (`symmetric`), in the
-stream that computes: a token weave hides nothing of it. Elsewhere, and for values that travel in fewer bits,
-the ranks exchange messages, and that is what `seconds` and `wire_bytes` describe.
+stream that computes: a token weave would hide nothing of it, so `parallel.plan` refuses the two together.
+Elsewhere, and for values that travel in fewer bits, the ranks exchange messages, and that is what `seconds`
+and `wire_bytes` describe.
 """
 
 from __future__ import annotations

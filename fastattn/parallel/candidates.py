@@ -133,6 +133,11 @@ def _sums(rows: int, g: TPGroup, item_bytes: int, codecs: Sequence[Codec]) -> It
         yield from (Compressed(codec=codec, scheme=scheme) for scheme in schemes)
 
 
+def overlaps(c: Candidate) -> bool:
+    """Whether some rows compute while the sums of others are under way."""
+    return not isinstance(c.schedule, Plain) or any(isinstance(p, Tiled) for p in (*c.attn, *c.mlp))
+
+
 def family(c: Candidate) -> tuple[str, ...]:
     """What kind of candidate it is: schedule, policies, inner policies, without their parameters.
 

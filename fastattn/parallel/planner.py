@@ -22,7 +22,7 @@ from ..collectives.wire import Wire
 from ..quant.codec import Codec
 from ..spec import Link, Phase, Point, Schedule, Site, SyncPolicy, TPGroup
 from . import measure
-from .candidates import Candidate, family
+from .candidates import Candidate, family, overlaps
 from .forecast import SITES, Costs, seconds, wire_bytes
 from .schedule import Plain
 
@@ -117,15 +117,21 @@ def forecasts(found: Iterable[Candidate], rows: Sequence[int], costs: Costs) -> 
 def shortlist(trials: Sequence[Trial], exact: Candidate, best: int = 4) -> list[Trial]:
     """What is measured: ``exact``, the ``best`` by the model, the best of each family that is not far behind,
     and the best tilings of the policy whose tiling is the best.
+
+    Behind the best that overlaps too, or does not either: the model takes computing and exchanging for
+    independent, and what overlaps promises too much where cores carry the link.
     """
-    limit = _WITHIN * trials[0].modelled_s
+    limits: dict[bool, float] = {}
+    for t in trials:
+        limits.setdefault(overlaps(t.candidate), _WITHIN * t.modelled_s)
     kept = [next(t for t in trials if t.candidate == exact), *trials[:best]]
     families: set[tuple[str, ...]] = set()
     for t in trials:
-        if t.modelled_s <= limit and family(t.candidate) not in families:
+        near = t.modelled_s <= limits[overlaps(t.candidate)]
+        if near and family(t.candidate) not in families:
             families.add(family(t.candidate))
             kept.append(t)
-    tiled = [t for t in trials if t.candidate.attn[0].name == "tiled" and t.modelled_s <= limit]
+    tiled = [t for t in trials if t.candidate.attn[0].name == "tiled" and t.modelled_s <= limits[True]]
     kept += [t for t in tiled if family(t.candidate) == family(tiled[0].candidate)][:3]
     return [t for t in trials if any(t is k for k in kept)]
 
