@@ -15,7 +15,8 @@ import torch
 from ascend_ops import report
 from ascend_ops.report import attention, collective, measure, small
 from ascend_ops.router import Invocation, chip_of
-from fastattn import cli, cli_report, dispatch
+from fastattn import cli, dispatch
+from fastattn.cli import report as command
 
 from .conftest import ROOT
 from .documented import outputs
@@ -119,7 +120,7 @@ def test_a_group_that_cannot_be_joined_is_a_row(monkeypatch, capsys):
 def test_the_models_are_checked_though_the_matrix_raises(monkeypatch, capsys):
     checked = []
     monkeypatch.setattr(report, "run", broken)
-    monkeypatch.setattr(cli_report, "check_model", lambda *of: checked.append(of) or True)
+    monkeypatch.setattr(command, "check_model", lambda *of: checked.append(of) or True)
     assert cli.main(["report", "--backend", "ascend", "--device", "cpu"]) == 1
     assert "ascend_ops: FAILED RuntimeError: aicore error" in capsys.readouterr().out
     assert [form for _, _, form in checked] == ["fp16", "int4"]
@@ -127,7 +128,7 @@ def test_the_models_are_checked_though_the_matrix_raises(monkeypatch, capsys):
 
 def test_one_rank_prints_and_checks_models(monkeypatch, capsys):
     monkeypatch.setattr(report, "run", lambda **_: 1)
-    monkeypatch.setattr(cli_report, "check_model", broken)
+    monkeypatch.setattr(command, "check_model", broken)
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["report", "--backend", "ascend", "--device", "cpu"]) == 1
     assert capsys.readouterr().out == ""

@@ -9,8 +9,8 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
-from . import dispatch, info
-from .settings import settings
+from .. import dispatch, info
+from ..settings import settings
 
 PROMPT = list(range(40, 57))
 NEW_TOKENS = 4
@@ -65,10 +65,10 @@ def check_model(backend: str, device: str, form: str) -> bool:
 
     Logits are compared with those of the CPU backend in float16, to what two such computations may differ by.
     """
-    from .check import check
-    from .models import random_llama
-    from .models.load import load
-    from .models.sampling import SamplingParams
+    from ..check import check
+    from ..models import random_llama
+    from ..models.load import load
+    from ..models.sampling import SamplingParams
 
     with tempfile.TemporaryDirectory() as folder:
         made = random_llama.RandomLlama(2, 256, form, queries_per_kv=2)
