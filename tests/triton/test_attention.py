@@ -186,7 +186,7 @@ def test_float32_as_torch_is_asked(precision: str) -> None:
 
 @pytest.mark.skipif(
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"),
-    reason="torch before 2.9 is asked in one way only",
+    reason="before torch 2.9 there is one way",
 )
 @pytest.mark.parametrize("asked", ["tf32", "ieee"])
 def test_float32_as_torch_is_asked_in_its_newer_way(asked: str) -> None:
