@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lib import volta_linear
 
 from .sass_code import needs_cuda_12
