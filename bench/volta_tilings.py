@@ -35,7 +35,7 @@ TABLE = Table(
     ]
 )  # fmt: skip
 HELD, TRIPS, ROLLS = (0, 2, 4, 8), (1, 2, 4), (0, 1, 2)
-#: Cycles for 1000 multiply-adds and instructions an HMMA, at most: of plain calls, and of those with features.
+#: Cycles for 1000 multiply-adds and instructions an HMMA, at most: of plain calls (False), of others.
 BOUNDS = {False: (7.82, 1.9), True: (8.2, 2.1)}
 CACHE_BYTES = 12 * 1024  # of instructions, next to a sub-core: what most tiles pass has to fit
 _OTHER_REGISTERS = 60  # at least, beside those of O and the scores
