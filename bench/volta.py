@@ -10,7 +10,8 @@ TFLOP/s count attended query-key pairs: causal kernels are not credited for what
   bench/volta.py --cubin FILE --kernel REGEX --macs M --warps W
 
 Decode is judged by the bytes it moves, counted in the emulator, and by the rate at which the simulator's
-memory delivers them. Where a GPU is present, the kernels' PTX is timed on it as well: that is not a V100.
+memory delivers them; linear layers by the rate at which they read a weight's codes. Where a GPU is present,
+the kernels' PTX is timed on it as well: that is not a V100.
 
 The last command bounds the kernels of any cubin by their busiest pipe: M multiply-adds a block does for one
 K/V tile (2 block_q block_k head_dim), W warps a block has.
@@ -26,7 +27,7 @@ from typing import Any
 
 from cuda_volta.sass import listing, pipes
 from cuda_volta.sass.simulate.calibration import CALIBRATED
-from lib import env, volta_decode, volta_gpu, volta_peer
+from lib import env, volta_decode, volta_gpu, volta_linear, volta_peer
 from lib.args import names, sweep
 from lib.records import Record, write
 from lib.table import Column, Table
@@ -43,6 +44,12 @@ GPU = Table(
     [
         Column("case", 6), Column("D", 3, "d"), Column("ours ms", 8, ".3f"), Column("SDPA ms", 8, ".3f"),
         Column("difference", 10, ".1e"),
+    ]
+)  # fmt: skip
+LINEAR = Table(
+    [
+        Column("bits", 4, "d"), Column("rows", 4, "d"), Column("instr/1000 weights", 18, ".1f"),
+        Column("GB/s", 9), Column("no misses", 9, ".0f"),
     ]
 )  # fmt: skip
 TENSOR_LIMIT = 1000 * 2 / pipes.MACS_PER_STEP  # cycles of a sub-core for 1000 multiply-adds
@@ -63,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--head-dim", type=sweep, default=(64, 128, 256), metavar="D,...", help="default: 64,128,256"
     )
-    known = [*(case.name for case in CASES), "decode"]
+    known = [*(case.name for case in CASES), "decode", "linear"]
     p.add_argument("--case", type=names(known), default=tuple(known), metavar="NAME,...", help="default: all")
     p.add_argument("--peer", action="store_true", help="fetch xformers' kernels and model them as well")
     p.add_argument("--json", metavar="FILE", help="write the records of docs/benchmarks.md")
@@ -178,6 +185,25 @@ def decode_rows(head_dims: Sequence[int], shared: Mapping[str, Any]) -> list[Rec
     return found
 
 
+def linear_rows(shared: Mapping[str, Any]) -> list[Record]:
+    """Prints how fast packed weights are read, and returns its records."""
+    shape = f"{volta_linear.OUT}x{volta_linear.IN}, groups of {volta_linear.GROUP_SIZE}"
+    print(f"\nlinear, {shape}: codes\n{LINEAR.header()}")
+    found = []
+    for bits in (4, 8):
+        for rows in (1, 8, 16):
+            d = volta_linear.measure(bits, rows)
+            rates = f"{min(d.gigabytes_per_s):.0f}-{max(d.gigabytes_per_s):.0f}"
+            print(LINEAR.row(bits, rows, d.instructions, rates, d.perfect_fetch), flush=True)
+            base = {
+                "bench": "volta", "case": f"linear int{bits} M={rows}", "env": shared["env"], "spread": 0.0,
+                "claim": "modelled",
+            }  # fmt: skip
+            bound = ("memory", volta_linear.REACHABLE)
+            found.append(Record.of(base, "codes", "GB/s", min(d.gigabytes_per_s), bound=bound))
+    return found
+
+
 def gpu_rows(head_dims: Sequence[int], shared: Mapping[str, Any]) -> list[Record]:
     """Where there is a GPU, times the kernels' PTX on it; nothing where there is none."""
     gpu = volta_gpu.name()
@@ -222,6 +248,8 @@ def main() -> None:
             written += records(case.name, head_dim, ours, peers.get(head_dim), shared)
     if "decode" in a.case:
         written += decode_rows(a.head_dim, shared)
+    if "linear" in a.case:
+        written += linear_rows(shared)
     written += gpu_rows(a.head_dim, shared)
     if a.json:
         write(a.json, written)

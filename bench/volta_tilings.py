@@ -30,25 +30,26 @@ CASE_OF = {prefill.PLAIN: "plain", prefill.SOFTCAP: "softcap", prefill.ALIBI: "a
 TABLE = Table(
     [
         Column("D", 3, "d"), Column("features", 8, "d"), Column("held", 4, "d"), Column("trip", 4, "d"),
-        Column("roll", 4, "d"), Column("blocks", 6, "d"), Column("instr/HMMA", 10, ".3f"), Column("loop B", 6, "d"),
-        Column("TFLOP/s", 11),
+        Column("roll", 4, "d"), Column("blocks", 6, "d"), Column("instr/HMMA", 10, ".3f"),
+        Column("loop B", 6, "d"), Column("TFLOP/s", 11),
     ]
 )  # fmt: skip
 HELD, TRIPS, ROLLS = (0, 2, 4, 8), (1, 2, 4), (0, 1, 2)
-#: Cycles for 1000 multiply-adds and instructions an HMMA, at most: of plain calls, and of those with features.
+#: Cycles for 1000 multiply-adds and instructions an HMMA, at most: of plain calls (False), of others.
 BOUNDS = {False: (7.82, 1.9), True: (8.2, 2.1)}
 CACHE_BYTES = 12 * 1024  # of instructions, next to a sub-core: what most tiles pass has to fit
 _OTHER_REGISTERS = 60  # at least, beside those of O and the scores
 
 
 def candidates(head_dim: int) -> Iterator[Tiling]:
-    """Whole trips over the steps that Q in registers leaves; as many blocks of 128 threads as registers allow."""
+    """Whole trips over the steps that Q in registers leaves; blocks as registers allow, or one fewer."""
     wide = head_dim > 128
     steps = head_dim // (16 if wide else 8)
-    blocks = 1 if wide else REGISTERS // 128 // (head_dim + 32 + _OTHER_REGISTERS)
+    most = 1 if wide else REGISTERS // 128 // (head_dim + 32 + _OTHER_REGISTERS)
+    resident = range(1 if wide else max(2, most - 1), most + 1)
     for held in (h for h in HELD if h <= steps):
         for trip in (t for t in TRIPS if (steps - held) % t == 0 and (t == 1 or steps > held)):
-            yield from (Tiling(held, trip, roll, blocks) for roll in ROLLS)
+            yield from (Tiling(held, trip, roll, n) for roll in ROLLS for n in resident)
 
 
 def code(head_dim: int, features: int, tiling: Tiling) -> Static | None:

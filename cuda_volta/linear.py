@@ -3,8 +3,8 @@
 A call of few rows reads W once, as integers: 0.5 bytes a weight and its group's share of the scales. For
 many rows cuBLAS on a copy in halves is better: per 1000 weights of 4 bits, reading the integers, writing
 halves and reading them again moves 4.5 KB (5 ns at 900 GB/s), and the product takes 0.022 ns a row at 90
-TFLOP/s; the kernel of few rows takes 1.3 ns for every 16 rows (issue simulator, README.md). The two meet at
-86 rows; `FEW_ROWS` lies below, since nothing of this is measured. Where groups are no whole chunks, 16 rows
+TFLOP/s; the kernel of few rows takes 0.8 ns for every 16 rows (issue simulator, README.md). The two meet at
+180 rows; `FEW_ROWS` lies below, since nothing of this is measured. Where groups are no whole chunks, 16 rows
 take 3.1 ns, and 32 as long as cuBLAS: that kernel gets one tile of `ROWS`.
 """
 

@@ -17,9 +17,9 @@ class Tiling(NamedTuple):
 #: By head_dim and features (`prefill.FEATURES`); the variants for anything are not tuned.
 TILINGS = {
     # table
-    (32, 0): Tiling(4, 1, 0, 2),
-    (32, 1): Tiling(4, 1, 0, 2),
-    (32, 2): Tiling(4, 1, 0, 2),
+    (32, 0): Tiling(4, 1, 0, 3),
+    (32, 1): Tiling(4, 1, 0, 3),
+    (32, 2): Tiling(4, 1, 0, 3),
     (64, 0): Tiling(0, 1, 1, 3),
     (64, 1): Tiling(0, 1, 1, 3),
     (64, 2): Tiling(0, 1, 1, 3),
@@ -27,7 +27,7 @@ TILINGS = {
     (96, 1): Tiling(0, 2, 2, 2),
     (96, 2): Tiling(0, 2, 2, 2),
     (128, 0): Tiling(0, 2, 2, 2),
-    (128, 1): Tiling(0, 2, 2, 2),
+    (128, 1): Tiling(0, 1, 2, 2),
     (128, 2): Tiling(0, 2, 2, 2),
     (160, 0): Tiling(4, 2, 1, 1),
     (160, 1): Tiling(4, 2, 1, 1),

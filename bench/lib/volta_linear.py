@@ -10,6 +10,7 @@ import torch
 from cuda_volta import linear as linear_module
 from cuda_volta.linear import linear
 from cuda_volta.sass.paths import follow
+from cuda_volta.sass.paths.traffic import SECTOR
 from cuda_volta.sass.simulate import machine, run
 from cuda_volta.sass.simulate.cache import traffic
 from cuda_volta.sass.simulate.calibration import CALIBRATED, EVERY_FETCH_HITS
@@ -19,6 +20,8 @@ from .volta_launch import record
 from .volta_model import shipped
 
 OUT, IN, GROUP_SIZE = 16384, 4096, 128  # of the matrix: more blocks than an SM holds, so that none is split
+#: GB/s that the simulator's memory gives.
+REACHABLE = SECTOR / (CALIBRATED[0].machine.memory_sector / 1000) * machine.CLOCK_HZ * machine.SMS / 1e9
 _WAVES = 3
 
 
@@ -31,7 +34,7 @@ class Linear(NamedTuple):
 
 
 def measure(bits: int, rows: int) -> Linear:
-    """``rows`` of x by a matrix whose codes are in memory; x, which all blocks share, is in L2 after the first."""
+    """``rows`` of x by a matrix whose codes are in memory; x, which all blocks share, is in L2."""
     dtype = torch.uint8 if bits == 4 else torch.int8
     codes = torch.empty(OUT, IN * bits // 8, dtype=dtype)
     scales = torch.empty(OUT, IN // GROUP_SIZE, dtype=torch.float16)

@@ -9,8 +9,9 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
-from .. import dispatch, info
+from .. import dispatch
 from ..settings import settings
+from . import info
 
 PROMPT = list(range(40, 57))
 NEW_TOKENS = 4

@@ -150,7 +150,14 @@ def _bounded(side: int | None) -> int:
 
 
 def _precision(a: AttentionArgs) -> str:
-    """Of float32 products, as torch.set_float32_matmul_precision asks: highest, high or medium."""
+    """Of float32 products, as torch.set_float32_matmul_precision asks: highest, high or medium.
+
+    ``torch.backends``' fp32_precision, torch's newer way to ask, knows ieee and tf32 only.
+    """
     if a.q.dtype != torch.float32:
         return "ieee"
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+    try:
+        asked = torch.get_float32_matmul_precision()
+    except RuntimeError:  # asked in the newer way, for what the older one cannot say
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[asked]

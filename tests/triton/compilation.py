@@ -90,7 +90,7 @@ def call(job: Job) -> AttentionArgs:
         given |= {"block_table": ints(1, 256), "cache_seqlens": ints(1)}
         return build_args(floats(1, *q), pages, pages, causal=True, **given)
     if job.kind == "decode":
-        cache = floats(1, 32768, kv_heads, dim, kind=stored)
+        cache = floats(2, 1 << 22 if "long" in job.features else 32768, kv_heads, dim, kind=stored)[:1]
         return build_args(floats(1, 1, heads, dim), cache, cache, **given)
     if "packed" in job.features:
         given |= {"cu_seqlens_q": ints(5), "cu_seqlens_k": ints(5)}

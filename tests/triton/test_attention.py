@@ -184,6 +184,28 @@ def test_float32_as_torch_is_asked(precision: str) -> None:
     torch.testing.assert_close(out.cpu(), exact, rtol=0, atol=1e-5 if precision == "high" else 5e-3)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"),
+    reason="before torch 2.9 there is one way",
+)
+@pytest.mark.parametrize("asked", ["tf32", "ieee"])
+def test_float32_as_torch_is_asked_in_its_newer_way(asked: str) -> None:
+    """What `torch.get_float32_matmul_precision` then raises for."""
+    from fastattn.triton_ops.attention import launches
+    from fastattn.triton_ops.device import CHIPS
+    from fastattn.triton_ops.plan import plan
+
+    q = torch.randn(1, 20, 2, 64, device=DEVICE)
+    a = build_args(q, q, q)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = asked
+        (made,) = launches(a, plan(a, CHIPS["A100"])._replace(splits=1), q, q.new_empty(0))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert asked in made.constants
+
+
 def test_wrong_indices_stay_inside() -> None:
     """Pages, lengths and rows out of range are clamped on the device."""
     from fastattn.triton_ops.attention import attention

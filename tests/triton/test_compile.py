@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import pytest
 
-from .compilation import Job, Outcome, run
+from .compilation import Job, Outcome, call, run
 
 pytestmark = pytest.mark.toolchain
 
@@ -88,6 +88,14 @@ FEATURES = (
 
 def test_features(pool: ProcessPoolExecutor) -> None:
     for job, outcome in zip(FEATURES, pool.map(run, FEATURES), strict=True):
+        check(job, outcome)
+
+
+def test_strides_of_more_than_32_bits(pool: ProcessPoolExecutor) -> None:
+    """Arguments that become 64 bits wide, in every expression that they enter."""
+    jobs = [Job(chip, "decode", features=("long", "lse")) for chip in CHIPS[1:]]
+    for job, outcome in zip(jobs, pool.map(run, jobs), strict=True):
+        assert call(job).k.stride(0) > 1 << 31
         check(job, outcome)
 
 

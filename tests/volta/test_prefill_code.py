@@ -49,8 +49,8 @@ def test_main_loops_between_the_powers_of_two(head_dim: int) -> None:
 def test_head_dim_32_is_bound_by_issue() -> None:
     """Seven instructions of softmax a score, eight of products: the tensor cores cannot be the bound."""
     found = compiled(CASE["plain"], 32)
-    assert found.tally.cycles_per_kmac <= 8.7
-    assert found.tally.instructions_per_hmma <= 2.25
+    assert found.tally.cycles_per_kmac <= 9.0
+    assert found.tally.instructions_per_hmma <= 2.3
     assert found.tally.local_accesses == 0
 
 

@@ -47,14 +47,16 @@ def run(
 ) -> Outcome:  # fmt: skip
     """Runs blocks of the given ``kinds`` in turn; ``paths[kind]`` has one path for each warp of the block.
 
-    The first ``resident`` blocks warm the SM up: the rate is that of those after them.
+    The first ``resident`` blocks warm the SM up. The rate is that of the blocks after them, from the mean end
+    of the first as many to that of the last: blocks that do not end together are under way at either time.
     """
     if len(kinds) <= resident:
         raise ValueError(f"kinds: {len(kinds)} blocks, expected more than the {resident} resident at a time")
     code = records.convert(function, latency or machine.Latency())
     counted = engine.simulate(settings or machine.Machine(), code, paths, resident, kinds)
     ends = sorted(counted.finished.tolist())
-    cycles = (ends[-1] - ends[resident - 1]) / (len(ends) - resident)
+    last = sum(ends[-resident:]) / resident
+    cycles = (last - sum(ends[:resident]) / resident) / (len(ends) - resident)
     total = 4 * counted.cycles
     return Outcome(
         cycles,
