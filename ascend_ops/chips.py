@@ -22,12 +22,21 @@ class Chip(NamedTuple):
     l0a: int = 64 * KIB
     l0b: int = 64 * KIB
     l0c: int = 128 * KIB
+    whole_rows: bool = False  # the compiler gives a block to one of the two vector cores, not half to each
 
 
 _910B = {"910B1": 24, "910B2": 24, "910B2C": 24, "910B3": 20, "910B4": 20, "910B4-1": 20}
 _A3 = {"9362": 20, "9372": 20, "9381": 24, "9382": 24, "9391": 24, "9392": 24}
 
+_950 = {"9579": 28}
+
 CHIPS = {
     **{f"Ascend{name}": Chip(f"Ascend{name}", cores, 2 * cores) for name, cores in _910B.items()},
     **{f"Ascend910_{name}": Chip(f"Ascend910_{name}", cores, 2 * cores) for name, cores in _A3.items()},
+    **{
+        f"Ascend950PR_{name}": Chip(
+            f"Ascend950PR_{name}", cores, 2 * cores, ub=248 * KIB, l0c=256 * KIB, whole_rows=True
+        )
+        for name, cores in _950.items()
+    },
 }
