@@ -181,7 +181,7 @@ def _mx_unpack(a: MxUnpackArgs, result: Tensor, draw: Draw) -> list[Compared]:
 
 
 def _encode(a: EncodeArgs, result: Tensor, draw: Draw) -> list[Compared]:
-    """All of it, or the first rows' codes: a message has those of all rows first, then scales and outliers."""
+    """All of it, or the first rows' codes: a message has those of all rows before scales and outliers."""
     from . import reference_mx
 
     few = min(a.x.shape[0], draw.sample.rows)

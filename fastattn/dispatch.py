@@ -1,8 +1,9 @@
 """Which backend runs a call: the first of the device's list with no reason against it.
 
 A backend that the caller names (argument, `use_backend`, FASTATTN_BACKEND) is used or refused, never
-replaced; of several, "volta,triton", the first that can. Resolution happens inside the torch op and is cached per static signature, so that tracing
-never sees it. An exception inside a kernel is a bug and propagates.
+replaced; of several, "volta,triton", the first that can. Resolution happens inside the torch op and is
+cached per static signature, so that tracing never sees it. An exception inside a kernel is a bug and
+propagates.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def _syncs_of_branches(body: str) -> Iterator[int]:
         elif text.startswith("cf."):
             ends += [(int(to), at) for to in _LABEL.findall(text) if int(to) <= at]
     for first, last in ends:
-        inner = any(first <= f and l <= last and (f, l) != (first, last) for f, l in ends)
+        inner = any(first <= to and at <= last and (to, at) != (first, last) for to, at in ends)
         count = sum(n for block, n in counts.items() if first <= block <= last)
         if count and not inner:
             yield count

@@ -59,7 +59,7 @@ def test_verdicts_agree_on_a_950() -> None:
     assert len(RECORDED_950) >= 60
     for point in RECORDED_950:
         needs = whole_rows(shape_of(point))
-        assert not needs.overflows(CHIP_950) == (point["accepted"] and not point["retried"]), point
+        assert bool(needs.overflows(CHIP_950)) != (point["accepted"] and not point["retried"]), point
         needed, _ = point["overflow"].get("UB", (0, 0))
         assert needs.ub >= needed or needed > 5 * CHIP_950.ub, point
 
@@ -72,9 +72,7 @@ def test_verdicts_agree_on_a_950() -> None:
         (256, (64, 256, 128), (32, 512, 128)),
     ],
 )
-def test_causal_tiles(
-    head_dim: int, tiles: tuple[int, int, int], tiles_950: tuple[int, int, int]
-) -> None:
+def test_causal_tiles(head_dim: int, tiles: tuple[int, int, int], tiles_950: tuple[int, int, int]) -> None:
     """docs/ascend.md names these: 65536, 32768 and 16384 scores a crossing; on a 950 16384 each."""
     for chip in CHIPS.values():
         assert prefill_tiles(chip, head_dim, head_dim) == (tiles_950 if chip.whole_rows else tiles)
