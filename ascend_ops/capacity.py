@@ -63,7 +63,7 @@ def whole_rows(s: PrefillShape) -> Needs:
     """The 950: scores and products come to the Unified Buffer, weights go to L1, none through memory."""
     scores, edge, acc = (s.block_q * n * SINGLE for n in (s.block_k, s.edge_k, s.block_dv))
     softmax = (3 if s.softcap else 2.5) * scores + 2 * acc  # float32 twice, and weights in half precision
-    masked = (1 + max(s.edge_tiles, 1.5)) * edge + 3 * acc
+    masked = max(s.edge_tiles, 1.5) * edge + max(edge + 3 * acc, 2 * edge + acc)
     keys, edge_keys = s.block_k * s.block_d * HALF, s.edge_k * (s.block_d + s.block_dv) * HALF
     operands = s.block_q * s.block_d * HALF + keys + s.block_q * s.block_k * HALF + edge_keys
     product = s.block_q * max(s.block_k, s.block_dv) * SINGLE

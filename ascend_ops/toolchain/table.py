@@ -172,8 +172,9 @@ def plans(
 
     The tiles are those of the first target.
     """
-    kinds: list[Call | SmallCall] = [k for k in (*calls(), *small_calls()) if only is None or k.name in only]
-    found = [(kind.name, kernel) for kind in kinds for kernel in kind.instances(CHIPS[targets[0]])]
+    kinds: list[Call | SmallCall] = [*calls(), *small_calls()]
+    asked = [kind for kind in kinds if only is None or kind.name in only]
+    found = [(kind.name, kernel) for kind in asked for kernel in kind.instances(CHIPS[targets[0]])]
     distinct = list(dict.fromkeys(kernel for _, kernel in found))
     requests = [kernel.planning(*targets) for kernel in distinct]
     answers = call_all(python, [root], "ascend_ops.toolchain.worker:plan_kernel", requests)

@@ -55,13 +55,13 @@ def test_prediction_error_in_bytes() -> None:
 
 
 def test_verdicts_agree_on_a_950() -> None:
-    """At the first try. The model is an upper bound: only one tile, six times the memory, needs more."""
+    """At the first try. The model is an upper bound, but for tiles of more than twice the memory."""
     assert len(RECORDED_950) >= 60
     for point in RECORDED_950:
         needs = whole_rows(shape_of(point))
         assert bool(needs.overflows(CHIP_950)) != (point["accepted"] and not point["retried"]), point
         needed, _ = point["overflow"].get("UB", (0, 0))
-        assert needs.ub >= needed or needed > 5 * CHIP_950.ub, point
+        assert needs.ub >= needed or needed > 2 * CHIP_950.ub, point
 
 
 @pytest.mark.parametrize(
