@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 # Passed to `python -m venv`. With `VENV_FLAGS=--system-site-packages TORCH=torch` the machine's own torch serves.
 VENV_FLAGS ?=
 DISK_GB ?= 3
+# Processes that run tests. Each starts up to four ranks and needs up to 3 GB.
+TEST_JOBS ?= 2
 PYTEST_FLAGS ?=
 
 VENV := .venv
@@ -14,6 +16,8 @@ PEERS := .venv-peers
 ASCEND := .venv-ascend
 # Tests start more ranks and threads than there are cores: threads that wait must not spin meanwhile.
 PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest
+# A file's tests share what is costly to make, so they stay in one process.
+PARALLEL := --numprocesses $(TEST_JOBS) --dist loadfile
 
 # Stamps live in the venv, so that removing it removes them. torch's carries its specification.
 VENV_STAMP := $(VENV)/.stamp-venv
@@ -29,7 +33,7 @@ NATIVE := $(shell find fastattn/native -name '*.cpp' -o -name '*.h' -o -name '*.
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON=$(PYTHON) TORCH='$(TORCH)' VENV_FLAGS='$(VENV_FLAGS)' PYTEST_FLAGS='$(PYTEST_FLAGS)'"
+	@echo "Variables: PYTHON=$(PYTHON) TORCH='$(TORCH)' VENV_FLAGS='$(VENV_FLAGS)' TEST_JOBS=$(TEST_JOBS) PYTEST_FLAGS='$(PYTEST_FLAGS)'"
 
 setup: $(PACKAGE_STAMP) $(MODEL_STAMP) ## create .venv with torch, fastattn and a small real model
 
@@ -67,13 +71,14 @@ bench: setup ## run the real model and print the benchmark table (under 2 minute
 	@$(PY) bench/llm.py
 
 test: setup ## everything that needs only the CPU (under 10 minutes)
-	$(PYTEST) $(PYTEST_FLAGS)
+	$(PYTEST) $(PARALLEL) $(PYTEST_FLAGS)
 
 test-all: setup cross-tools $(GPU_STAMP) ## also slow tests, network namespaces, cross builds, GPU and NPU kernels emulated
 	@$(MAKE) --no-print-directory ascend-tools || { \
 	    echo "WARNING: $(ASCEND) could not be made (see above)."; \
 	    echo "WARNING: Ascend's kernels will NOT be checked against the vendor's compiler and operators."; }
-	$(PYTEST) -m '' $(PYTEST_FLAGS)
+	$(PYTEST) $(PARALLEL) -m 'not net' $(PYTEST_FLAGS)
+	$(PYTEST) -m net $(PYTEST_FLAGS)
 
 # triton-ascend installs as `triton`, hence the venv of its own. torch_npu cannot be imported without CANN's libraries
 # and so lies beside it, for the tests that bring stubs of those.

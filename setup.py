@@ -147,7 +147,7 @@ class BuildKernels(build_ext):
 
 
 class BuildPython(build_py):
-    """Also compiles the Volta kernels into the wheel, where the environment that builds it has NVRTC."""
+    """Also compiles the kernels of cuda_volta into the wheel, where the building environment has NVRTC."""
 
     # Ends with what is missing, before anything is compiled.
     PROBE = """
@@ -172,7 +172,7 @@ except (ImportError, nvrtc.NvrtcMissing) as error:
         if probe.returncode:
             print(f"not compiling the Volta kernels into the wheel, first use will: {probe.stderr.strip()}")
             return
-        for arch in ("sm_70", "sm_72"):
+        for arch in ("sm_70", "sm_72", "sm_75"):
             folder = str(Path(self.build_lib) / "cuda_volta" / "cubins" / arch)
             command = [*python, "-m", "cuda_volta", "build", "--arch", arch, "--out", folder]
             subprocess.run(command, env=environment, check=True)

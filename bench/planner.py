@@ -1,9 +1,9 @@
 """What `fastattn plan` chooses, against every candidate measured, over emulated links.
 
-For each link and number of ranks, prefill and decode of a real model's first --layers layers (all are alike),
-exact sums only. The planner chooses as the command does. Then all its candidates are measured, each as often
-as --budget allows; and then, because the least of many noisy medians is too low, the fastest five, exact and
-the choice again, in turn:
+For each link, number of ranks and --phase of a real model's first --layers layers (all are alike), exact sums
+only. The planner chooses as the command does. Then all its candidates are measured, as often as --budget
+allows, until they are clearly slower than the fastest; and then, because the least of many noisy medians is
+too low, the fastest five, exact and the choice again, in turn:
 
   ms, exact ms, best ms   the choice, exact sums and the fastest candidate, in those last rounds
   x exact                 exact over the choice (never below 0.97)
@@ -24,9 +24,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fastattn.parallel.plan import PHASES
 from fastattn.spec import Link
 from lib import env
-from lib.args import DTYPES, link_name, links, positive, sweep
+from lib.args import DTYPES, link_name, links, names, positive, sweep
 from lib.network import Unavailable, network
 from lib.planner_worker import TABLE, run
 from lib.records import Record, append, write
@@ -43,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
         "--link", type=links, default=links(LINKS), metavar="RATE/LATENCY,...", help=f"default: {LINKS}"
     )
     p.add_argument("--ranks", type=sweep, default=(2,), metavar="N,N", help="default: 2")
+    p.add_argument(
+        "--phase", type=names(PHASES), default=PHASES, metavar="P,P", help=f"default: {','.join(PHASES)}"
+    )
     p.add_argument("--prefill_tokens", type=positive, default=256, help="default: 256")
     p.add_argument("--batch", type=positive, default=1, help="of decode; default: 1")
     p.add_argument(

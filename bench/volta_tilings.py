@@ -1,12 +1,13 @@
 """Chooses how each Volta prefill kernel's main loop is cut, by the issue simulator, and writes the table.
 
-Compiles every tiling that shared memory and registers allow, drops those that spill, and keeps the one whose
-slowest calibrated machine is fastest on the plain call (softcap, ALiBi) at 8192 tokens.
+Compiles every tiling that shared memory and registers allow, drops those that spill or whose code misses a
+bound that another's meets (`BOUNDS`), and keeps the one whose slowest calibrated machine is fastest on the
+plain call (softcap, ALiBi) at 8192 tokens.
 
   bench/volta_tilings.py --head-dim 64 --features 0,1,2           prints the candidates, best first
   bench/volta_tilings.py --head-dim 64 --features 0,1,2 --write   and replaces their rows of the table
 
-About ten seconds a candidate: 20 to 40 of them for one kernel.
+Up to half a minute a candidate: 20 to 60 of them for one kernel.
 """
 
 from __future__ import annotations
@@ -18,39 +19,61 @@ from pathlib import Path
 
 from cuda_volta import prefill, tilings
 from cuda_volta.sass.simulate.calibration import CALIBRATED
+from cuda_volta.sass.simulate.machine import REGISTERS
 from cuda_volta.tilings import Tiling
 from lib.args import sweep
 from lib.table import Column, Table
-from lib.volta_cases import CASES
-from lib.volta_model import figures, shipped
+from lib.volta_cases import CASES, Case
+from lib.volta_model import Static, compiled, figures, shipped
 
 CASE_OF = {prefill.PLAIN: "plain", prefill.SOFTCAP: "softcap", prefill.ALIBI: "alibi"}
 TABLE = Table(
     [
         Column("D", 3, "d"), Column("features", 8, "d"), Column("held", 4, "d"), Column("trip", 4, "d"),
-        Column("roll", 4, "d"), Column("instr/HMMA", 10, ".3f"), Column("loop B", 6, "d"),
+        Column("roll", 4, "d"), Column("blocks", 6, "d"), Column("instr/HMMA", 10, ".3f"), Column("loop B", 6, "d"),
         Column("TFLOP/s", 11),
     ]
 )  # fmt: skip
 HELD, TRIPS, ROLLS = (0, 2, 4, 8), (1, 2, 4), (0, 1, 2)
+#: Cycles for 1000 multiply-adds and instructions an HMMA, at most: of plain calls, and of those with features.
+BOUNDS = {False: (7.82, 1.9), True: (8.2, 2.1)}
+CACHE_BYTES = 12 * 1024  # of instructions, next to a sub-core: what most tiles pass has to fit
+_OTHER_REGISTERS = 60  # at least, beside those of O and the scores
 
 
 def candidates(head_dim: int) -> Iterator[Tiling]:
-    """Whole trips over the steps that Q in registers leaves."""
-    steps = head_dim // (16 if head_dim > 128 else 8)
+    """Whole trips over the steps that Q in registers leaves; as many blocks of 128 threads as registers allow."""
+    wide = head_dim > 128
+    steps = head_dim // (16 if wide else 8)
+    blocks = 1 if wide else REGISTERS // 128 // (head_dim + 32 + _OTHER_REGISTERS)
     for held in (h for h in HELD if h <= steps):
         for trip in (t for t in TRIPS if (steps - held) % t == 0 and (t == 1 or steps > held)):
-            yield from (Tiling(held, trip, roll) for roll in ROLLS)
+            yield from (Tiling(held, trip, roll, blocks) for roll in ROLLS)
 
 
-def lowest(head_dim: int, features: int, tiling: Tiling) -> float | None:
-    """Modelled TFLOP/s of the slowest machine; None: the code spills or leaves an SM below 8 warps."""
+def code(head_dim: int, features: int, tiling: Tiling) -> Static | None:
+    """The main loop's; None: it spills or leaves an SM below 8 warps."""
     variant = prefill.variant(head_dim, features, tiling)
     kernel = shipped(variant)
     if kernel.spill_bytes or kernel.residency.warps * kernel.residency.blocks < 8:
         return None
-    (case,) = (c for c in CASES if c.name == CASE_OF[features])
-    found = figures(case, head_dim, variant)
+    return compiled(_case(features), head_dim, variant)
+
+
+def meets(found: Static, features: int) -> bool:
+    """Whether code meets the bounds; what remains to choose is what the simulator says."""
+    cycles, instructions = BOUNDS[features != prefill.PLAIN]
+    t = found.tally
+    return (
+        t.cycles_per_kmac <= cycles
+        and t.instructions_per_hmma <= instructions
+        and found.hot_bytes <= CACHE_BYTES
+    )
+
+
+def lowest(head_dim: int, features: int, tiling: Tiling) -> float:
+    """Modelled TFLOP/s of the slowest machine."""
+    found = figures(_case(features), head_dim, prefill.variant(head_dim, features, tiling))
     t = found.static.tally
     speeds = f"{min(found.tflops):.1f}-{max(found.tflops):.1f}"
     print(TABLE.row(head_dim, features, *tiling, t.instructions_per_hmma, t.loop_bytes, speeds), flush=True)
@@ -59,14 +82,20 @@ def lowest(head_dim: int, features: int, tiling: Tiling) -> float | None:
 
 def best(head_dim: int, features: int) -> Tiling:
     """The candidate whose slowest machine is fastest."""
-    speeds = {t: s for t in candidates(head_dim) if (s := lowest(head_dim, features, t)) is not None}
+    sound = {t: s for t in candidates(head_dim) if (s := code(head_dim, features, t)) is not None}
+    within = [t for t, s in sound.items() if meets(s, features)]
+    speeds = {t: lowest(head_dim, features, t) for t in within or sound}
     return max(speeds, key=lambda t: speeds[t])
+
+
+def _case(features: int) -> Case:
+    return next(c for c in CASES if c.name == CASE_OF[features])
 
 
 def write(chosen: dict[tuple[int, int], Tiling]) -> None:
     """Replaces rows of cuda_volta/tilings.py."""
     file = Path(tilings.__file__)
-    rows = "".join(f"    {key}: Tiling({t.held}, {t.trip}, {t.roll}),\n" for key, t in sorted(
+    rows = "".join(f"    {key}: Tiling{tuple(t)},\n" for key, t in sorted(
         (tilings.TILINGS | chosen).items()))  # fmt: skip
     text = re.sub(
         r"(    # table\n).*(    # end of the table\n)",

@@ -1,4 +1,4 @@
-"""``python -m cuda_volta build``: compiles the kernels for a Volta GPU, on any machine."""
+"""``python -m cuda_volta build``: compiles the kernels for Volta or Turing, on any machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cuda_volta", description="Tools of the Volta kernels.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    p = commands.add_parser("build", help="compile every kernel to cubins, PTX and index.json")
+    p = commands.add_parser("build", help="compile every kernel to cubins, index.json and, for sm_70, PTX")
     p.add_argument("--arch", choices=ARCHITECTURES, default="sm_70", help="default: sm_70")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if needed")
     cores = len(os.sched_getaffinity(0))
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"argument --jobs: {args.jobs}, expected at least 1")
-    chosen = [v for v in catalog.variants() if args.match in v.name]
+    chosen = [v for v in catalog.variants(args.arch) if args.match in v.name]
     if not chosen:
         parser.error(f"argument --match: no variant's name contains {args.match!r}")
     try:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .attention_params import AttentionCall
 from .decode import ROWS, decode
-from .prefill import prefill
+from .prefill import FEATURES, HEAD_DIMS, PREFILL, prefill
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -17,3 +17,11 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """
     rows = call.longest_q * (call.q.shape[-2] // max(call.k.shape[-2], 1))  # `prefill` refuses 0 heads
     return decode(call) if rows <= ROWS else prefill(call)
+
+
+def widest_head_dim(shared_bytes: int) -> int:
+    """The widest head_dim for which blocks of every prefill kernel fit this much shared memory; decode's are
+    all smaller than 48 KB.
+    """
+    needs = {d: max(PREFILL[d, features].shared_bytes for features in FEATURES) for d in HEAD_DIMS}
+    return max(d for d in HEAD_DIMS if all(needs[n] <= shared_bytes for n in HEAD_DIMS if n <= d))

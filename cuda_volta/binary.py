@@ -11,8 +11,12 @@ from .cache import Cache, digest
 from .nvrtc import Nvrtc, nvrtc
 from .variant import KERNELS, Variant
 
-#: Turing (sm_75) has Volta's tensor-core instruction too (HMMA.884), but 64 KB of shared memory a block.
-ARCHITECTURES = ("sm_70", "sm_72", "sm_75")
+#: Shared memory that a block may have, by architecture. Turing (sm_75) has Volta's tensor-core instruction,
+#: HMMA.884, too, but less of this.
+SHARED_BYTES = {"sm_70": 96 << 10, "sm_72": 96 << 10, "sm_75": 64 << 10}
+ARCHITECTURES = tuple(SHARED_BYTES)
+#: Whose PTX newer GPUs run.
+PTX_OF = "sm_70"
 _FLAGS = ("-std=c++17", "-default-device", "--ptxas-options=-v")
 #: Of CUDA 12.0, so that any driver of the 12 series compiles the PTX.
 _PTX_ISA = "8.0"
@@ -23,7 +27,7 @@ class Binary(NamedTuple):
     """One variant for one architecture."""
 
     cubin: bytes
-    ptx: str  # of the virtual architecture of the same number, for newer GPUs
+    ptx: str  # of the virtual architecture of the same number; "" where nobody would run it (`PTX_OF`)
     registers: int  # of a thread
     stack_bytes: int  # local memory of a thread, spills included
     spill_bytes: int  # in all spill stores and loads of the code
@@ -60,7 +64,7 @@ def compile_binary(variant: Variant, arch: str, compiler: Nvrtc) -> Binary:
     defines = [f"-D{name}={value}" for name, value in variant.defines]
     options = [f"--gpu-architecture={arch}", *_FLAGS, f"--include-path={KERNELS}", *defines]
     cubin, ptx, log = compiler.compile(_text(variant.source), variant.source, options)
-    return Binary(cubin, _for_older_drivers(ptx), *_resources(log, variant))
+    return Binary(cubin, _for_older_drivers(ptx) if arch == PTX_OF else "", *_resources(log, variant))
 
 
 def _for_older_drivers(ptx: str) -> str:

@@ -1,8 +1,8 @@
 """Building variants into a folder, several at once, and reading such a folder back.
 
-The folder holds ``NAME.cubin`` and ``NAME.ptx`` of each variant and ``index.json``, a list of objects:
+The folder holds ``NAME.cubin`` of each variant, ``NAME.ptx`` for sm_70 and ``index.json``, a list of objects:
 
-    cubin, ptx                       file names
+    cubin, ptx                       file names; "": no PTX
     kernel, op, defines              entry point, op, macros
     head_dim, block_q, block_k, causal, warps, threads
     registers, spill_bytes, stack_bytes, shared_bytes    as ptxas reports them, dynamic shared memory included
@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .binary import Binary, binary, source_key
+from .binary import PTX_OF, Binary, binary, source_key
 from .nvrtc import nvrtc, version_text
 from .variant import Variant
 
@@ -52,15 +52,15 @@ def build(
                 variant = tasks[task]
                 done[variant], seconds = task.result()
                 (folder / f"{variant.name}.cubin").write_bytes(done[variant].cubin)
-                (folder / f"{variant.name}.ptx").write_text(done[variant].ptx)
+                if arch == PTX_OF:
+                    (folder / f"{variant.name}.ptx").write_text(done[variant].ptx)
                 if progress is not None:
                     progress(count, variant, done[variant], seconds)
         except BaseException:  # Ctrl-C too: compilations that wait must not start
             pool.shutdown(cancel_futures=True)
             raise
-    index = [
-        {**_entry(v, done[v]), "arch": arch, "compiler": compiler, "key": source_key(v)} for v in variants
-    ]
+    made_with = {"arch": arch, "compiler": compiler}
+    index = [{**_entry(v, done[v], arch), **made_with, "key": source_key(v)} for v in variants]
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
     return index
 
@@ -70,10 +70,10 @@ def _timed(variant: Variant, arch: str) -> tuple[Binary, float]:
     return binary(variant, arch), time.perf_counter() - begin
 
 
-def _entry(v: Variant, built: Binary) -> dict[str, Any]:
+def _entry(v: Variant, built: Binary, arch: str) -> dict[str, Any]:
     return {
         "cubin": f"{v.name}.cubin",
-        "ptx": f"{v.name}.ptx",
+        "ptx": f"{v.name}.ptx" if arch == PTX_OF else "",
         "kernel": v.entry,
         "op": v.op,
         "head_dim": v.head_dim,
@@ -95,9 +95,9 @@ def shipped(variant: Variant, arch: str, folder: Path = SHIPPED) -> Binary | Non
     entry = _index(folder / arch).get(source_key(variant))
     if entry is None:
         return None
-    cubin, ptx = ((folder / arch / entry[kind]) for kind in ("cubin", "ptx"))
-    numbers = (entry[name] for name in Binary._fields[2:])
-    return Binary(cubin.read_bytes(), ptx.read_text(), *numbers)
+    cubin = (folder / arch / entry["cubin"]).read_bytes()
+    ptx = (folder / arch / entry["ptx"]).read_text() if entry["ptx"] else ""
+    return Binary(cubin, ptx, *(entry[name] for name in Binary._fields[2:]))
 
 
 def has_shipped(arch: str) -> bool:

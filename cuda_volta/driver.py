@@ -17,10 +17,10 @@ import torch
 from .variant import Variant
 
 OLDEST = 12000  # CUDA 12.0, as cuDriverGetVersion counts
-SHARED_PER_SM = 96 * 1024  # Volta's, for the carve-out from L1
 
 # Of cuda.h.
 _MAX_DYNAMIC_SHARED, _SHARED_CARVEOUT = 8, 9
+_SHARED_PER_SM = 81  # attribute of a device
 _JIT_ERROR_LOG, _JIT_ERROR_LOG_BYTES = 5, 6
 _CAPTURE_RELAXED = 2
 _INVALID_CONTEXT, _UNSUPPORTED_PTX = 201, 222
@@ -65,6 +65,13 @@ class Driver:
         if name.value is None or text.value is None:
             return f"error {status}"
         return f"{name.value.decode()} ({status}): {text.value.decode()}"
+
+    def attribute(self, index: int, name: int) -> int:
+        """What ``cuDeviceGetAttribute`` says of a device."""
+        device, value = ctypes.c_int(), ctypes.c_int()
+        self.call("cuDeviceGet", ctypes.byref(device), index)
+        self.call("cuDeviceGetAttribute", ctypes.byref(value), name, device)
+        return value.value
 
     def primary_context(self, index: int) -> ctypes.c_void_p:
         """The context of a device that torch uses, too; held as long as the process lives."""
@@ -125,7 +132,8 @@ class CudaKernel:
             self._driver.call("cuModuleGetFunction", ctypes.byref(function), module, name)
             if variant.shared_bytes > 48 * 1024:  # what a block gets without asking
                 self._driver.call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, variant.shared_bytes)
-            percent = min(100, -(-100 * variant.min_blocks * variant.shared_bytes // SHARED_PER_SM))
+            of_sm = self._driver.attribute(self._index, _SHARED_PER_SM)
+            percent = min(100, -(-100 * variant.min_blocks * variant.shared_bytes // of_sm))
             self._driver.call("cuFuncSetAttribute", function, _SHARED_CARVEOUT, percent)
         self._launch = launcher(self._driver.lib.cuLaunchKernel, function.value, variant)
 

@@ -24,10 +24,8 @@ from .weights import GroupedWeight, WeightParams, dequantize, weight_params
 
 FEW_ROWS = 64
 ROWS = 16  # of x in a block
-COLUMNS = 64  # of the result in a block
 _WIDE_GROUP = 1 << 15  # from which a division by multiplication would not be exact
 _TILE = 1 << 24  # weights that are dequantized at a time
-_GROUP_BYTES = (64 + 4) * 8  # of the scales of one group: kernels/linear.cuh
 
 
 def _variant(entry: str, bits: int, shared_bytes: int) -> Variant:
@@ -39,13 +37,15 @@ def _variant(entry: str, bits: int, shared_bytes: int) -> Variant:
     )  # fmt: skip
 
 
-# x's sums of 4 steps, and the scales of up to 17 groups.
-LINEAR = {bits: _variant("linear", bits, 4 * 2 * 256 + 17 * _GROUP_BYTES) for bits in (4, 8)}
+# x's sums of 4 steps, and the scales and minima of up to 17 groups, in fours.
+LINEAR = {bits: _variant("linear", bits, 4 * 2 * 256 + 20 * 2 * (128 * 4 + 32)) for bits in (4, 8)}
 # The places of 4 steps' columns, a word a warp, and the scales of up to 40 groups.
 ANY_GROUPS = {
-    bits: _variant("linear_any_groups", bits, places + 8 * 4 + 40 * _GROUP_BYTES)
+    bits: _variant("linear_any_groups", bits, places + 8 * 4 + 40 * (64 + 4) * 8)
     for bits, places in ((4, 16 * (32 * 4 + 16)), (8, 16 * 16 * 4))
 }
+#: Rows of W that a block has.
+BLOCK_N = dict.fromkeys(LINEAR.values(), 128) | dict.fromkeys(ANY_GROUPS.values(), 64)
 SPLIT_SUM = Variant("linear", "split_sum.cu", "split_sum", (), threads=256, min_blocks=4, shared_bytes=0)
 VARIANTS = (*LINEAR.values(), *ANY_GROUPS.values(), SPLIT_SUM)
 
@@ -59,6 +59,7 @@ class LinearParams(ctypes.Structure):
         ("x_row", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("rows", "wide", "bias_is_float", "splits")),
         ("group_inverse", ctypes.c_uint32),
+        ("whole_steps", ctypes.c_int32),
     ]
 
 
@@ -123,8 +124,10 @@ def _few_rows(x: Tensor, w: GroupedWeight, variant: Variant) -> Tensor:
     if w.bias is not None:
         p.bias, p.bias_is_float = w.bias.data_ptr(), w.bias.dtype == torch.float32
     p.group_inverse = 0 if _has_one_group(w) else -(-(1 << 32) // w.group_size)
+    step = 4 * 128 // w.bits
+    p.whole_steps = _has_one_group(w) or not (w.group_size % step or w.group_offset % step)
     p.out = out.data_ptr()
-    blocks = -(-x.shape[0] // ROWS) * -(-w.shape[0] // COLUMNS)
+    blocks = -(-x.shape[0] // ROWS) * -(-w.shape[0] // BLOCK_N[variant])
     p.splits = num_splits(blocks, w.shape[1], processors(x.device))
     kernel, reads = load(variant, x.device), (x, *w.tensors())
     if p.splits == 1:

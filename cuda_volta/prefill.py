@@ -25,7 +25,7 @@ _ROW_STRIDE_LIMIT = 1 << 31  # elements: the other variants count a row's bytes 
 
 
 #: Of ANYTHING: its speed follows from its rules for scores, not from how its loop is cut.
-_ROLLED = Tiling(0, 1, 1)
+_ROLLED = Tiling(0, 1, 1, 1)
 
 
 def variant(head_dim: int, features: int, tiling: Tiling) -> Variant:
@@ -33,14 +33,14 @@ def variant(head_dim: int, features: int, tiling: Tiling) -> Variant:
     wide = head_dim > 128 or features == ANYTHING
     kv_bytes = BLOCK_K * -(-2 * head_dim // 128) * 128
     q_bytes = BLOCK_Q * 2 * (head_dim - tiling.held * (16 if wide else 8))
-    macros = (("HELD", tiling.held), ("TRIP", tiling.trip), ("ROLL", tiling.roll))
+    macros = tuple((name.upper(), value) for name, value in tiling._asdict().items())
     return Variant(
         op="prefill",
         source="prefill.cu",
         entry="prefill",
         defines=(("HEAD_DIM", head_dim), ("FEATURES", features), *macros),
         threads=256 if wide else 128,
-        min_blocks=1 if wide else 2,
+        min_blocks=tiling.blocks,
         shared_bytes=2 * kv_bytes + q_bytes,
         head_dim=head_dim,
         block_q=BLOCK_Q,

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from .binary import ARCHITECTURES, Binary, binary
+from .binary import ARCHITECTURES, PTX_OF, SHARED_BYTES, Binary, binary
 from .build import has_shipped, shipped
 from .nvrtc import NvrtcMissing, nvrtc, version_text
 from .variant import Kernel, Variant
@@ -93,9 +93,19 @@ def load(variant: Variant, device: torch.device) -> Kernel:
     capability = torch.cuda.get_device_capability(device)
     arch = _arch(capability)
     assert arch is not None  # `against` saw to it
+    if variant.shared_bytes > SHARED_BYTES[arch]:
+        needs = f"{variant.shared_bytes >> 10} KB of shared memory, {arch} has {SHARED_BYTES[arch] >> 10}"
+        raise ValueError(f"device: {device}: a block of {variant.name} needs {needs}")
     built = machine_code(variant, arch)
     native = arch == f"sm_{capability[0]}{capability[1]}"
     return CudaKernel(variant, device, built.cubin if native else built.ptx.encode())
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a block may have on ``device``; a CPU's emulator stands for a V100."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return SHARED_BYTES[PTX_OF]
+    return SHARED_BYTES[_arch(torch.cuda.get_device_capability(device)) or PTX_OF]
 
 
 def machine_code(variant: Variant, arch: str) -> Binary:
@@ -108,7 +118,7 @@ def _arch(capability: tuple[int, int]) -> str | None:
     native = f"sm_{capability[0]}{capability[1]}"
     if native in ARCHITECTURES:
         return native
-    return ARCHITECTURES[0] if _ptx_on_newer and capability >= _PTX_FROM else None
+    return PTX_OF if _ptx_on_newer and capability >= _PTX_FROM else None
 
 
 @cache

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastattn.collectives.policy import finish
-from fastattn.collectives.sums import Plain
+from fastattn.collectives.wire import Plain
 from fastattn.ops import rms_norm
 from fastattn.parallel import measure
 from fastattn.parallel.group import init, set_threads, shutdown

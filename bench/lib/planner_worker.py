@@ -13,7 +13,6 @@ from fastattn.models.trial import Trials
 from fastattn.parallel import measure
 from fastattn.parallel.candidates import candidates
 from fastattn.parallel.group import init, set_threads, shutdown
-from fastattn.parallel.plan import PHASES
 from fastattn.parallel.planner import Trial, by_time, choose, costs, forecasts, measure_all
 from fastattn.spec import Link, Phase, TPGroup
 
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     model = fastattn.load(args.model, dtype=args.inference_data_type, tp=g)
     trials = Trials(first_layers(model, args.layers), args.prefill_tokens, args.batch)
     link = measure.link(g)
-    rows = [_phase(g, args, phase, trials, link) for phase in PHASES]
+    rows = [_phase(g, args, phase, trials, link) for phase in args.phase]
     if g.rank == 0:
         Path(args.result).write_text(json.dumps(rows))
     assert shutdown(g)
@@ -62,7 +61,7 @@ def _phase(
     choice = choose(g, trials, phase, found, measured, args.budget)
     chosen = choice.trial.candidate
     every = forecasts(found if chosen in found else [*found, chosen], rows, measured)
-    measure_all(g, trials, phase, every, 2 * args.budget, prune=False)
+    measure_all(g, trials, phase, every, 2 * args.budget, prune=True)
     if g.rank == 0 and args.verbose:
         _show(every)
     by_model = every[0]

@@ -49,7 +49,7 @@ def _softcap(seqlen: int, head_dim: int) -> AttentionCall:
 
 
 def _alibi(seqlen: int, head_dim: int) -> AttentionCall:
-    return _plain(seqlen, head_dim)._replace(alibi_slopes=torch.ones(HEADS))
+    return _causal(seqlen, head_dim)._replace(alibi_slopes=torch.ones(HEADS))
 
 
 def _varlen(seqlen: int, head_dim: int) -> AttentionCall:
@@ -94,7 +94,7 @@ CASES = (
     Case("causal", _causal, _keys_before, lambda s: s * (s + 1) // 2),
     Case("window", _window, _keys_in_window, lambda s: WINDOW * s - WINDOW * (WINDOW - 1) // 2),
     Case("softcap", _softcap, _all_keys, lambda s: s * s),
-    Case("alibi", _alibi, _all_keys, lambda s: s * s),
+    Case("alibi", _alibi, _keys_before, lambda s: s * (s + 1) // 2),
     Case("varlen", _varlen, _all_keys, lambda s: s * s),
     Case("paged", _paged, _all_keys, lambda s: s * s),
 )

@@ -73,8 +73,8 @@ def work(kernel: Kernel, launch: Launch, block: tuple[int, int, int], sharers: i
     """Follows one block; ``sharers`` consecutive blocks of the launch read the same keys and values.
 
     What a branch on unknown data jumps over (rescaling O) counts once a warp: with random data it is done in
-    the first tile and hardly ever again (emulated: test_references_hardly_move_after_the_first_tile). Not so
-    with ALiBi, whose bias grows along the keys: its figures are those of slopes near 0.
+    the first tile and about once again at most (emulated: test_references_hardly_move_after_the_first_tile;
+    that the code lies so: test_rescaling_is_what_a_branch_jumps_over).
     """
     warps = range(kernel.residency.warps)
     paths = [follow(kernel.program, launch, block, warp, once=True) for warp in warps]

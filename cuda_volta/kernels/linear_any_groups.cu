@@ -10,6 +10,8 @@
 namespace volta {
 
 constexpr i32 MOST_GROUPS = 40;
+constexpr i32 BLOCK_N = 64;  // rows of W, 8 a warp
+constexpr u32 GROUP_PITCH = (BLOCK_N + 4) * 8;
 // Of the columns' places: two quadpairs' in a phase of a 128-bit load meet no bank twice.
 constexpr u32 QUAD_PITCH = QUAD_COLUMNS * 4 + (BITS == 4 ? 16 : 0);
 constexpr u32 PLACES_BYTES = 4 * PANEL * QUAD_PITCH;
@@ -50,6 +52,15 @@ VOLTA_DEVICE void store_places(const WeightParams& w, u32 base, const Staged& st
         sts32(to, places[0]);
     const bool any = any_lane(far);
     if (lane_index() == 0) sts32(base + PLACES_BYTES + warp_index() * 4, any);
+}
+
+// Their scales and minima, those of a row of W beside each other.
+VOLTA_DEVICE void store_grids(const WeightParams& w, u32 base, i32 first_n, const Staged& staged) {
+    for (i32 i = static_cast<i32>(thread_index()); i < staged.count * BLOCK_N; i += 256) {
+        const Grid grid = coded_grid(w, first_n + i % BLOCK_N, staged.first + i / BLOCK_N);
+        sts64(base + i / BLOCK_N * GROUP_PITCH + i % BLOCK_N * 8,
+              {float_bits(grid.scale), float_bits(grid.min)});
+    }
 }
 
 // What a lane knows while it scales a step's codes.
@@ -113,8 +124,9 @@ using namespace volta;
 // Grid: (row tiles * ceil(out / 64), splits); the row tiles of the same weights are neighbours.
 VOLTA_KERNEL(linear_any_groups, 256, 2)(LinearParams p) {
     const u32 lane = lane_index();
-    const Tile tile = block_tile(p);
-    const u8* const codes_row = lane_codes(p, tile);
+    const Tile tile = block_tile<BLOCK_N>(p);
+    const i32 first_n = tile.first_n + static_cast<i32>(warp_index()) * 8;
+    const u8* const codes_row = lane_codes(p, first_n);
     const u32 places = shared_base() + X_BYTES;
     const u32 far = places + PLACES_BYTES;
     const u32 grids = far + 8 * 4;
@@ -124,22 +136,24 @@ VOLTA_KERNEL(linear_any_groups, 256, 2)(LinearParams p) {
     const i32 my_quad = static_cast<i32>(quadpair(lane)) * QUAD_COLUMNS;
 
     float sums[2][8] = {};
-    Word4 next = load_codes(p.w, codes_row, tile.begin * COLUMNS + my_quad);
+    const i32 end = tile.end * COLUMNS < p.w.in ? tile.end * COLUMNS : p.w.in;
+    i32 column = tile.begin * COLUMNS + my_quad;  // of the codes in flight
+    Word4 next = load_codes(codes_row + static_cast<i64>(column) * BITS / 8, column < end);
 #pragma unroll 1
     for (i32 panel = tile.begin; panel < tile.end; ++panel) {
         const i32 first = panel * COLUMNS;
         const i32 last = first + COLUMNS < p.w.in ? first + COLUMNS - 1 : p.w.in - 1;
         const Staged staged = staged_groups(p.w, first, last);
-        store_x<false>(p, shared_base(), tile, panel);
+        store_x<false>(p, shared_base(), tile, load_panel(p, tile, panel));
         store_places(p.w, places, staged, first, last);
-        store_grids(p.w, grids, tile.first_n, staged.first, staged.count);
+        store_grids(p.w, grids, tile.first_n, staged);
         barrier();
         // Not unrolled: four copies would not fit the instruction cache near a sub-core.
 #pragma unroll 1
         for (i32 t = 0; t < PANEL; ++t) {
             const Word4 codes = next;
-            const i32 c = first + (t + 1) * STEP + my_quad;
-            next = load_codes(p.w, codes_row, t + 1 < PANEL || panel + 1 < tile.end ? c : p.w.in);
+            column += STEP;
+            next = load_codes(codes_row + static_cast<i64>(column) * BITS / 8, column < end);
             const u32 at = my_places + static_cast<u32>(t) * 4 * QUAD_PITCH;
             const u32 x = shared_base() + static_cast<u32>(t) * 2 * OPERANDS * 512 + lane * 16;
             const Word2 any_far = lds64(far + static_cast<u32>(t) * 8);
@@ -150,5 +164,5 @@ VOLTA_KERNEL(linear_any_groups, 256, 2)(LinearParams p) {
         }
         barrier();
     }
-    write_sums(p, tile, sums);
+    write_sums(p, tile, first_n, sums);
 }

@@ -1,5 +1,6 @@
 // FlashAttention's forward pass for many queries. A block takes BLOCK_Q queries of one head; K and V pass
-// through shared memory in tiles of BLOCK_K keys; scores, probabilities and O never leave registers.
+// through shared memory in tiles of BLOCK_K keys, from the last to the first; scores, probabilities and O never
+// leave registers.
 #include "prefill_epilogue.cuh"
 #include "prefill_queries.cuh"
 #include "prefill_range.cuh"
@@ -67,7 +68,7 @@ struct Prefill {
         v_source.load(first_values, rows, mover);
         load_queries(q, p, sequence, lane, batch, head, query0, negate);
         mover.store(k_tile, stage);
-        rows.seek(p, sequence, mover, batch, key0 + BLOCK_K);
+        rows.seek(p, sequence, mover, batch, key0 - BLOCK_K);
         rows.arrive(p);
         k_source.load(stage, rows, mover);
         mover.store(v_tile, first_values);
@@ -80,13 +81,16 @@ struct Prefill {
     VOLTA_DEVICE void tile(i32 key0) {
         const bool whole = !ANYTHING && visibility.whole(key0);
         const bool nothing = !whole && visibility.nothing(key0);
-        Scores s;
-        if (!nothing) multiply_keys(s, q, key_base);
+        Products sum;
+        clear(sum);  // not only where it is used: the assembler would keep what one path leaves unset all along
+        if (!nothing) multiply_keys(sum, q, key_base);
         barrier();
         mover.store(k_tile, stage);
         v_source.load(stage, rows, mover);
-        rows.seek(p, sequence, mover, batch, key0 + 2 * BLOCK_K);
+        rows.seek(p, sequence, mover, batch, key0 - 2 * BLOCK_K);
         if (!nothing) {
+            Scores s;
+            collect(s, sum);
             if (FEATURES) rules.apply(s, p, sequence, lane, logit_scale, batch, head, query0, key0);
             if (unlikely(!whole)) apply_band(s, p, sequence, lane, query0, key0);
             update(softmax, out, s, rules.scale);
@@ -101,7 +105,7 @@ struct Prefill {
 
 }  // namespace volta
 
-VOLTA_KERNEL(prefill, volta::THREADS, volta::MIN_BLOCKS)(volta::AttentionParams p) {
+VOLTA_KERNEL(prefill, volta::THREADS, BLOCKS)(volta::AttentionParams p) {
     using namespace volta;
     // Later queries see more keys under a causal bound: their blocks start first.
     const i32 block0 = static_cast<i32>(grid_x() - 1 - block_x()) * BLOCK_Q;
@@ -115,10 +119,10 @@ VOLTA_KERNEL(prefill, volta::THREADS, volta::MIN_BLOCKS)(volta::AttentionParams 
     const float scale = p.scale * k_scale * LOG2_E;
     const i32 query0 = block0 + static_cast<i32>(uniform(warp_index())) * WARP_ROWS;
     Prefill block(p, sequence, lane, batch, head, kv_head, query0, scale, shared_base());
-    if (range.first < range.end) {
-        block.start(range.first, scale < 0.0f);
+    if (range.last >= range.first) {
+        block.start(range.last, scale < 0.0f);
 #pragma unroll 1
-        for (i32 key0 = range.first; key0 < range.end; key0 += BLOCK_K) block.tile(key0);
+        for (i32 key0 = range.last; key0 >= range.first; key0 -= BLOCK_K) block.tile(key0);
     }
     finish(block.softmax, block.rules, block.out, p, lane, batch, head, query0);
 }

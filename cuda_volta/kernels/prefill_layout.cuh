@@ -21,11 +21,11 @@ constexpr bool ALIBI = FEATURES == 2 || ANYTHING;
 constexpr bool WIDE = HEAD_DIM > 128 || ANYTHING;
 constexpr int WARP_ROWS = WIDE ? 16 : 32;
 constexpr int THREADS = BLOCK_Q / WARP_ROWS * 32;
-constexpr int MIN_BLOCKS = WIDE ? 1 : 2;
 
 // Q K^T takes steps of eight elements of the head dimension a quadpair. HELD of them keep Q in registers, the
 // others go in trips of TRIP steps; O += P V goes at once (ROLL 0), or in trips of 16 (1) or 8 keys (2).
-// Trips make the main loop's code fit into the instruction cache next to a sub-core, 12 KB.
+// Trips make the main loop's code fit into the instruction cache next to a sub-core, 12 KB. BLOCKS blocks share
+// an SM, and its registers.
 constexpr int STEPS = HEAD_DIM / (WIDE ? 16 : 8);
 constexpr int SHARED_STEPS = STEPS - HELD;
 static_assert(SHARED_STEPS % TRIP == 0, "steps are whole trips");

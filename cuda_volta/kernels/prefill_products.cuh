@@ -38,10 +38,12 @@ VOLTA_DEVICE u32 step_address(u32 key_base, int step) {
     return (key_base ^ offset % 128) + offset / 128 * 128;
 }
 
-VOLTA_DEVICE void multiply_keys(Scores& s, const Queries& q, u32 key_base) {
-    Products sum;
+VOLTA_DEVICE void clear(Products& sum) {
 #pragma unroll
     for (int e = 0; e < 16 * SCORE_COLS; ++e) sum[e / 8 / SCORE_COLS][e / 8 % SCORE_COLS][e % 8] = 0.0f;
+}
+
+VOLTA_DEVICE void multiply_keys(Products& sum, const Queries& q, u32 key_base) {
 #pragma unroll
     for (int u = 0; u < HELD; ++u) {
         multiply_step(sum, q.held[u][0], q.held[u][1], step_address(key_base, SHARED_STEPS + u));
@@ -58,6 +60,10 @@ VOLTA_DEVICE void multiply_keys(Scores& s, const Queries& q, u32 key_base) {
         }
         at += 512 * TRIP;
     }
+}
+
+// The scores that this quadpair keeps.
+VOLTA_DEVICE void collect(Scores& s, const Products& sum) {
 #pragma unroll
     for (int n = 0; n < SCORE_COLS; ++n) {
 #pragma unroll

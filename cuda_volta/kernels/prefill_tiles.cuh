@@ -57,24 +57,26 @@ struct Mover {
 // of pages are counted from the start of the first page, which takes pages a whole number of rows apart, or
 // of their own.
 struct KeyRows {
-    u32 row[SLOTS];
+    u32 twice[SLOTS];  // the row's number: times the stride in elements, its bytes
     u32 page[SLOTS];
 
-    // Asks for the pages; `row` is within them until `arrive`.
+    // Asks for the pages; rows are within them until `arrive`. Below the first key is its tile again, which
+    // nobody uses.
     VOLTA_DEVICE void seek(const AttentionParams& p, const Sequence& s, const Mover& mover, u32 b, i32 key0) {
+        const i32 last = s.k_begin + s.k_len - 1, first = s.k_begin + (key0 > 0 ? key0 : 0);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            const i32 last = s.k_begin + s.k_len - 1, stored = s.k_begin + key0 + mover.slot_row(slot);
-            row[slot] = static_cast<u32>(stored < last ? stored : last);
+            const i32 stored = first + mover.slot_row(slot);
+            twice[slot] = 2 * static_cast<u32>(stored < last ? stored : last);
             page[slot] = 0;
         }
         if (!p.max_pages) return;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             const u32 index =
-                static_cast<u32>(static_cast<u64>(2 * row[slot]) * p.page_magic >> 32) >> p.page_shift;
+                static_cast<u32>(static_cast<u64>(twice[slot]) * p.page_magic >> 32) >> p.page_shift;
             page[slot] = static_cast<u32>(ldg(p.block_table + b * static_cast<u32>(p.max_pages) + index));
-            row[slot] -= index * static_cast<u32>(p.k_rows);
+            twice[slot] -= index * static_cast<u32>(2 * p.k_rows);
         }
     }
 
@@ -83,7 +85,7 @@ struct KeyRows {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             page[slot] = page[slot] < static_cast<u32>(p.k_batches) ? page[slot] : 0;
-            if (!ANYTHING) row[slot] += page[slot] * static_cast<u32>(p.page_rows);
+            if (!ANYTHING) twice[slot] += page[slot] * static_cast<u32>(2 * p.page_rows);
         }
     }
 };
@@ -110,15 +112,13 @@ VOLTA_DEVICE bool is_aligned(const void* p, i64 batch, i64 row, i64 head, i32 wi
 struct Source {
     const u16* base;
     const u16* tail;
-    u32 row_bytes;  // unless ANYTHING
     i64 row_stride, page_stride;
     i32 width;
     bool aligned;
 
     VOLTA_DEVICE Source(const u16* data, i64 batch, i64 row, i64 head, i32 columns, i32 cache_row,
                         u32 kv_head, const Mover& mover)
-        : row_bytes(static_cast<u32>(2 * row)),
-          row_stride(row),
+        : row_stride(row),
           page_stride(batch),
           width(columns),
           aligned(is_aligned(data, batch, row, head, columns)) {
@@ -134,8 +134,9 @@ struct Source {
         for (int slot = 0; slot < SLOTS; ++slot) {
             const bool is_tail = slot >= PASSES;
             const u64 start = reinterpret_cast<u64>(is_tail ? tail : base);
-            const u16* at = reinterpret_cast<const u16*>(multiply_add_wide(rows.row[slot], row_bytes, start));
-            if (ANYTHING) at = base + rows.row[slot] * row_stride + rows.page[slot] * page_stride;
+            const u16* at = reinterpret_cast<const u16*>(
+                multiply_add_wide(rows.twice[slot], static_cast<u32>(row_stride), start));
+            if (ANYTHING) at = base + rows.twice[slot] / 2 * row_stride + rows.page[slot] * page_stride;
 #pragma unroll
             for (int g = 0; g < (is_tail ? 1 : GROUPS); ++g) {
                 const u32 chunk = is_tail ? mover.tail_chunk : 8 * static_cast<u32>(g) + mover.chunk;

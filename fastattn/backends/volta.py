@@ -13,8 +13,6 @@ from ..settings import settings
 from ..spec import AttentionArgs, AttentionSignature, Backend, Op
 
 _EMULATED = "volta" in settings.emulate
-_WIDEST = 256
-_WIDEST_ON_TURING = 160  # a block of more asks for 72 to 96 KB of shared memory, Turing has 64
 _MASKS = (None, torch.bool, torch.float16, torch.float32)
 
 
@@ -51,9 +49,11 @@ def _attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 
 def _attention_reasons(s: AttentionSignature) -> list[str]:
+    from cuda_volta import runtime
+    from cuda_volta.attention import widest_head_dim
+
     reasons = device_reasons(s.device) + dtype_reasons(s.dtype)
-    turing = s.device.type == "cuda" and torch.cuda.get_device_capability(s.device) == (7, 5)
-    widest = _WIDEST_ON_TURING if turing else _WIDEST
+    widest = widest_head_dim(runtime.shared_bytes(s.device))
     if s.kv_dtype != s.dtype:
         reasons += dtype_reasons(s.kv_dtype, "k and v are")
     for name, size in (("head_dim", s.head_dim), ("head_dim of v", s.v_head_dim)):

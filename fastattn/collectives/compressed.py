@@ -14,7 +14,7 @@ from ..spec import Point, TPGroup
 from .exchange import against_messages
 from .pairwise import Pairwise
 from .policy import unsupported
-from .sums import Wire
+from .wire import Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +40,19 @@ class Compressed(Pairwise):
 
 
 class CodecWire(NamedTuple):
-    """A `sums.Wire` of encoded messages, made and read on one thread: the model has the cores."""
+    """A `wire.Wire` of encoded messages, made and read on one thread: the model has the cores."""
 
     codec: Codec
 
     def encode(self, x: Tensor) -> Tensor:
         return self.codec.encode(x, threads=1)
 
-    def inbox(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.message_bytes(rows, hidden), dtype=torch.uint8)
+    def inbox(self, into: Tensor) -> Tensor:
+        return torch.empty(self.message_bytes(*into.shape), dtype=torch.uint8)
+
+    def read(self, message: Tensor, into: Tensor) -> None:
+        rows, hidden = into.shape
+        self.codec.decode_sum([message], rows, hidden, into.dtype, threads=1, out=into)
 
     def add(self, messages: Sequence[Tensor], rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
         return self.codec.decode_sum(messages, rows, hidden, dtype, threads=1)

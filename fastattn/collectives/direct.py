@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .pairwise import Pairwise
-from .sums import Plain, Wire
+from .wire import Plain, Wire
 
 
 @dataclass(frozen=True, kw_only=True)

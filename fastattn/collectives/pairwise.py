@@ -13,7 +13,8 @@ from .cost import one_step_bytes, one_step_seconds, two_step_bytes, two_step_sec
 from .exchange import Lane, against_messages
 from .policy import Sum
 from .steps import Steps
-from .sums import Partial, Wire, one_step, two_step
+from .sums import Partial, one_step, two_step
+from .wire import Wire
 
 SCHEMES = ("auto", "one_step", "two_step")
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..spec import Epilogue, Link, Point, Produce, Rates, Stream, TPGroup
 from .exchange import LAST_STEP, Lane
 from .steps import Exchange, Steps
-from .sums import Gather, Partial, Plain, row_spans
+from .sums import Gather, Partial, row_spans
+from .wire import Plain
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -85,8 +86,8 @@ def full_residual(lane: Lane, s: Stream, rows: int) -> Steps[Tensor]:
     """The residual of all rows, of which a fused norm before may have left each rank its share."""
     if s.rows is None:
         return s.residual
-    gather = Gather(lane, (rows, s.residual.shape[1], s.residual.dtype), Plain(), LAST_STEP)
-    return (yield from gather.rows(s.residual))
+    whole, spans = s.residual.new_empty(rows, s.residual.shape[1]), row_spans(rows, lane.group.world)
+    return (yield from Gather(lane, whole, dict(enumerate(spans)), Plain(), LAST_STEP).rows(s.residual))
 
 
 def own_residual(s: Stream, rows: int, g: TPGroup) -> Tensor:

@@ -13,7 +13,8 @@ from .cost import star_bytes, star_seconds
 from .exchange import Lane, against_messages
 from .policy import Sum
 from .steps import Steps
-from .sums import Partial, Plain, star
+from .sums import Partial, star
+from .wire import Plain
 
 
 @dataclass(frozen=True)

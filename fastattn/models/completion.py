@@ -67,13 +67,16 @@ class Writer:
         """What sequence ``seq`` has so far."""
         return self._texts[seq].tokens
 
-    def choose(self, logits: Tensor, active: list[int], budgets: list[int]) -> list[int]:
-        """Samples the next token of each active sequence; ENDED where it ended before its budget."""
-        chosen = self._sample(logits, active)
-        return [self._take(seq, t, budgets[seq]) for seq, t in zip(active, chosen, strict=True)]
+    def sample(self, logits: Tensor, active: list[int]) -> list[int]:
+        """The next token of each active sequence."""
+        return self._sample(logits, active)
+
+    def take(self, active: list[int], tokens: list[int], budgets: list[int]) -> list[int]:
+        """The tokens, now part of their sequences; ENDED where one ended before its budget."""
+        return [self._take(seq, t, budgets[seq]) for seq, t in zip(active, tokens, strict=True)]
 
     def record(self, active: list[int], tokens: list[int]) -> None:
-        """What a rank that does not sample keeps: the tokens."""
+        """What a rank that does not sample keeps: the tokens that `take` returned on rank 0."""
         for seq, token in zip(active, tokens, strict=True):
             self._clock(self._texts[seq])
             if token == ENDED:

@@ -48,6 +48,8 @@ class FusedDecoder:
                 gate_up=[_matrix(w, mlp.gate_up.act) for w in mlp.gate_up.weights],
                 down=_matrix(mlp.down.weight, mlp.down.act),
             )
+        if decoder.group.world == 1:
+            self.weights.set_head(_matrix(decoder.head.weight, decoder.head.act))
 
     def step(self, rows: int, cache: KvCache, step: KvStep, cos: Tensor, sin: Tensor) -> FusedStep | None:
         """One forward of ``rows`` packed rows; None where the ops have to run one by one."""
@@ -83,11 +85,15 @@ class FusedStep:
         out = torch.empty((ids.shape[0], self._hidden), dtype=self._dtype)
         return _run(self._native.forward, ids, out)
 
+    def next_tokens(self, ids: Tensor) -> Tensor:
+        """Token ids (rows,) to the likeliest token after each (rows,), where `forward` could be called."""
+        return _run(self._native.next_tokens, ids, None)
+
 
 def reasons_against(decoder: Decoder) -> list[str]:
     """Why the ops of ``decoder`` have to run one by one; empty when `FusedDecoder` can be made."""
     reasons = []
-    weights = [decoder.embedding.weight, *_weights(decoder)]
+    weights = [decoder.embedding.weight, decoder.head.weight, *_weights(decoder)]
     if any(t.device.type != "cpu" for w in weights for t in w.tensors.values()):
         reasons.append("weights are not on the CPU")
     if decoder.embedding.dtype not in FLOATS:

@@ -68,8 +68,9 @@ class Model:
         writer = Writer(self.tokenizer, self.config.eos_ids, ids, params, start, on_token)
         hidden = self._prefill(ids, cache, progress and self.group.rank == 0)
         active = list(range(len(ids)))
+        chosen = self._sampled(hidden, active, writer)
         while True:
-            tokens = self._next_tokens(hidden, active, writer, budgets)
+            tokens = self._agreed(chosen, active, writer, budgets)
             for seq, token in zip(active, tokens, strict=True):
                 if token == ENDED or len(writer.tokens(seq)) == budgets[seq]:
                     cache.free(seq)
@@ -77,8 +78,7 @@ class Model:
             active = [s for s in active if cache.length(s)]
             if not active:
                 return writer.completions()
-            step = cache.reserve(active, [1] * len(active))
-            hidden = self.decoder.forward(torch.tensor(tokens, device=self.device), step, cache)
+            chosen = self._step(tokens, active, cache, writer, greedy=params.temperature == 0)
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[Sequence[int]], step: int | None = None) -> list[Tensor]:
@@ -161,18 +161,32 @@ class Model:
                 bar.update(len(packed))
         return torch.stack(last)
 
-    def _next_tokens(
-        self, hidden: Tensor, active: list[int], writer: Writer, budgets: list[int]
-    ) -> list[int]:
+    def _step(
+        self, tokens: list[int], active: list[int], cache: PagedKvCache, writer: Writer, *, greedy: bool
+    ) -> list[int] | None:
+        """The next token of each active sequence after ``tokens``; None on ranks that do not sample."""
+        ids, step = torch.tensor(tokens, device=self.device), cache.reserve(active, [1] * len(active))
+        best = self.decoder.next_tokens(ids, step, cache) if greedy else None
+        if best is None:
+            return self._sampled(self.decoder.forward(ids, step, cache), active, writer)
+        return best.tolist()
+
+    def _sampled(self, hidden: Tensor, active: list[int], writer: Writer) -> list[int] | None:
         logits = self.decoder.head(hidden)
-        tokens = None if logits is None else torch.tensor(writer.choose(logits, active, budgets))
+        return None if logits is None else writer.sample(logits, active)
+
+    def _agreed(
+        self, chosen: list[int] | None, active: list[int], writer: Writer, budgets: list[int]
+    ) -> list[int]:
+        """What rank 0 made of the tokens that it chose, on every rank."""
+        tokens = None if chosen is None else writer.take(active, chosen, budgets)
         if self.group.world > 1:
-            tokens = broadcast_tokens(self.group, tokens, len(active))
+            sent = None if tokens is None else torch.tensor(tokens)
+            tokens = broadcast_tokens(self.group, sent, len(active)).tolist()
+            if self.group.rank != 0:
+                writer.record(active, tokens)
         assert tokens is not None
-        chosen: list[int] = tokens.tolist()
-        if self.group.rank != 0:
-            writer.record(active, chosen)
-        return chosen
+        return tokens
 
 
 def chunks(lengths: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]]:

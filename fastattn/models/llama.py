@@ -177,25 +177,30 @@ class Decoder:
         self.schedule = schedule
         #: Whether half-blocks may run as single native calls; the result is the same.
         self.fused = True
-        self._alone: dict[tuple[Callable[[Point], SyncPolicy], str], bool] = {}
+        self._known_alone: dict[tuple[Callable[[Point], SyncPolicy], str], bool] = {}
 
     def forward(self, ids: Tensor, step: KvStep, cache: KvCache) -> Tensor:
         """Normalised hidden states (total, hidden) of packed token ids (total,); appends to the cache."""
         phase: Phase = "prefill" if step.max_new > 1 else "decode"
         shared = self._shared(phase, step, cache)
-        if shared.fused and self.group.world == 1:
-            # Asked once: a policy is a function of the point.
-            key = (self.policy, phase)
-            if key not in self._alone:
-                self._alone[key] = self._sums_alone(phase)
-            if self._alone[key]:
-                return shared.fused.forward(ids)
+        if shared.fused and self._alone(phase):
+            return shared.fused.forward(ids)
         x = self.embedding(ids)
         spans = self.schedule[phase].spans(x.shape[0]) if self.group.world > 1 else ()
         if len(spans) <= 1:
             return woven([self._layers(x, shared)])[0]
         tiles = [self._shared(phase, shared.tile(lo, hi), cache) for lo, hi in spans]
         return torch.cat(woven([self._layers(x[lo:hi], t) for (lo, hi), t in zip(spans, tiles, strict=True)]))
+
+    def next_tokens(self, ids: Tensor, step: KvStep, cache: KvCache) -> Tensor | None:
+        """The likeliest token after each of ``ids``, one new one a sequence, as one native call.
+
+        None, and nothing is done, where that takes `forward`, the head and a sampler.
+        """
+        if step.max_new > 1 or not self._alone("decode"):
+            return None
+        fused = self._shared("decode", step, cache).fused
+        return fused.next_tokens(ids) if fused else None
 
     def _shared(self, phase: Phase, step: KvStep, cache: KvCache) -> Forward:
         cos, sin = self.rope.upto(step.max_used)
@@ -223,6 +228,13 @@ class Decoder:
         from .fused import FusedDecoder, reasons_against  # load the native kernels
 
         return None if reasons_against(self) else FusedDecoder(self)
+
+    def _alone(self, phase: Phase) -> bool:
+        """Whether no other rank and no policy has a say in this phase; asked once for each policy."""
+        key = (self.policy, phase)  # a policy is a function of the point
+        if key not in self._known_alone:
+            self._known_alone[key] = self.group.world == 1 and self._sums_alone(phase)
+        return self._known_alone[key]
 
     def _sums_alone(self, phase: Phase) -> bool:
         """Whether every sync point only adds the partial result, of the only rank, to the residual."""

@@ -136,11 +136,16 @@ def _sums(rows: int, g: TPGroup, item_bytes: int, codecs: Sequence[Codec]) -> It
 def family(c: Candidate) -> tuple[str, ...]:
     """What kind of candidate it is: schedule, policies, inner policies, without their parameters.
 
-    But for a star's hub: the model takes all links for equal, they may not be. And for the number of a
-    weave's tiles: the model takes computing and exchanging for independent, where cores carry the link.
+    But for a star's hub: the model takes all links for equal, they may not be. For `Pairwise`'s scheme: more
+    messages than bytes tell are to be posted. And for the number of a weave's tiles: the model takes
+    computing and exchanging for independent, where cores carry the link.
     """
     policies = (c.attn[0], c.mlp[0])
     inner = [getattr(getattr(p, "of", None), "name", "") for p in policies]
-    hub = str(policies[0].hub) if isinstance(policies[0], Star) and isinstance(c.schedule, Plain) else ""
-    tiles = str(len(c.schedule.tiles)) if isinstance(c.schedule, TokenWeave) else ""
-    return (c.schedule.name, *(p.name for p in policies), *inner, hub, tiles)
+    if isinstance(c.schedule, TokenWeave):
+        own = str(len(c.schedule.tiles))
+    elif isinstance(policies[0], Star):
+        own = str(policies[0].hub)
+    else:
+        own = policies[0].scheme if isinstance(policies[0], Pairwise) else ""
+    return (c.schedule.name, *(p.name for p in policies), *inner, own)

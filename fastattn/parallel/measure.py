@@ -18,7 +18,7 @@ import torch
 from ..collectives.exchange import Lane, Pending, all_gather, all_reduce
 from ..collectives.policy import finish
 from ..collectives.steps import Exchange, Steps
-from ..collectives.sums import Wire
+from ..collectives.wire import Wire
 from ..spec import Epilogue, Link, Point, Produce, Rates, Site, Stream, SyncPolicy, TPGroup
 
 SIZES = tuple(64 * 8**i for i in range(6))  # bytes of a message: 64 B to 2 MB

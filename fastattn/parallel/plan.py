@@ -17,13 +17,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby, product
+from itertools import groupby, pairwise, product
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
 
-from ..collectives.exchange import agree
+from ..collectives.exchange import against_messages, agree
 from ..spec import Phase, Point, Schedule, Site, SyncPlan, SyncPolicy, TPGroup, UnsupportedError
 from .policies import parse, policy_from_json, policy_to_json, schedule_from_json, schedule_to_json
 
@@ -187,7 +187,36 @@ def verify(
         reasons = policy.reasons(point, 1, hidden, dtype, g)
         if reasons:
             raise UnsupportedError(f"{point}: policy {policy.name}: {'; '.join(reasons)}")
+    if reasons := reasons_together(plan, g):
+        raise UnsupportedError("; ".join(reasons))
     agree(g, "the sync plan", json.dumps(to_json(plan), sort_keys=True).encode())
+
+
+def reasons_together(plan: SyncPlan, g: TPGroup) -> list[str]:
+    """Why policies and schedules that work alone do not work together in this group.
+
+    Without messages between ranks a fused norm is a kernel over symmetric memory: in the stream that
+    computes, so no other tile's work hides it, and its scattered residual stays scattered.
+    """
+    reasons: list[str] = []
+    if not (why := "; ".join(against_messages(g))):
+        return reasons
+    layers = 1 + max(p.layer for p in plan.points)
+    for phase in PHASES:
+        order = [Point(n, site, phase) for n, site in product(range(layers), SITES)]
+        if plan.schedule[phase].name != "plain" and any(plan.points[p].scatters for p in order):
+            reasons.append(
+                f"{phase}: {plan.schedule[phase].name} overlaps nothing with fused_norm here, expected "
+                f"one of the two, or exact sums under the schedule ({why})"
+            )
+        for before, after in pairwise(order):
+            if plan.points[before].scatters and plan.points[after].needs_full_residual:
+                reasons.append(
+                    f"{after}: policy {plan.points[after].name} needs the residual that "
+                    f"{plan.points[before].name} scattered at {before}; {why}"
+                )
+                break
+    return reasons
 
 
 def _exact_keys(value: Mapping[str, Any], keys: Sequence[str], where: str) -> None:

@@ -17,8 +17,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..collectives.compressed import CodecWire
-from ..collectives.sums import Plain as PlainWire
-from ..collectives.sums import Wire
+from ..collectives.wire import Plain as PlainWire
+from ..collectives.wire import Wire
 from ..quant.codec import Codec
 from ..spec import Link, Phase, Point, Schedule, Site, SyncPolicy, TPGroup
 from . import measure

@@ -32,6 +32,9 @@ class LinearNeed(NamedTuple):
     bits: int  # of W's codes, 4 or 8
 
 
+#: Strides that Triton knows to be multiples of this are loaded 16 bytes at a time, and ahead.
+_ALIGNED = 16
+
 #: `LinearNeed.rows` of the kernel for many rows.
 MANY = 256
 
@@ -55,14 +58,29 @@ def linear_tile(chip: Chip, need: LinearNeed) -> LinearTile | None:
 
 
 def fit(t: LinearTile, w: PackedWeight) -> LinearTile:
-    """The tile with steps that stay within a group of W, where groups are that wide."""
+    """The tile with steps that stay within a group of W, where groups are that wide.
+
+    Of rows that begin anywhere each value is a load of its own, into registers, where less has room.
+    """
+    if w.shape[1] % _ALIGNED:
+        t = t._replace(block_m=min(t.block_m, 128), block_k=32)
+    if w.g_idx is not None or has_one_group(w):
+        return t
     shared = math.gcd(group_period(w), t.block_k)
-    return t._replace(block_k=shared) if w.g_idx is None and shared >= 32 else t
+    return t._replace(block_k=shared) if shared >= 32 else t
 
 
 def one_group_a_step(t: LinearTile, w: PackedWeight) -> bool:
     """Whether all columns of any step of a fitted tile are of one group."""
-    return w.g_idx is None and group_period(w) % t.block_k == 0
+    return w.g_idx is None and (has_one_group(w) or group_period(w) % t.block_k == 0)
+
+
+def has_one_group(w: PackedWeight) -> bool:
+    """Whether all columns of W are of its first group: every ``(column + group_offset) // group_size`` is 0.
+
+    Steps may then be of any width: what the last one has beyond W's columns is loaded as 0.
+    """
+    return w.group_offset + w.shape[1] <= w.group_size
 
 
 def group_period(w: PackedWeight) -> int:

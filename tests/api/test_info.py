@@ -7,8 +7,9 @@ import argparse
 import pytest
 import torch
 
-from fastattn import dispatch, info, why
+from fastattn import dispatch
 from fastattn.attention import build_args
+from fastattn.cli import info, why
 from fastattn.settings import Settings
 
 from .cases import int32

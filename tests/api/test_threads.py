@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import info, threads
+from fastattn import threads
+from fastattn.cli import info
 from fastattn.threads import Machine, machine
 
 

@@ -15,8 +15,9 @@ import torch
 from ascend_ops import report
 from ascend_ops.report import attention, collective, measure, small
 from ascend_ops.router import Invocation, chip_of
-from fastattn import check_calls, cli, cli_report, dispatch
+from fastattn import check_calls, cli, dispatch
 from fastattn.check_calls import calls
+from fastattn.cli import report as command
 
 from .conftest import ROOT
 from .documented import outputs
@@ -48,7 +49,7 @@ def test_emulated_matrix_is_right(capsys):
 def test_whole_models_are_right(capsys, monkeypatch):
     """The one command of an NPU's owner, less the matrix above."""
     monkeypatch.setattr(report, "run", lambda **_: 0)
-    monkeypatch.setattr(cli_report, "check_every_op", lambda *_: True)
+    monkeypatch.setattr(command, "check_every_op", lambda *_: True)
     status = cli.main(["report", "--backend", "ascend"])
     printed = capsys.readouterr().out
     assert status == 0, printed
@@ -121,8 +122,8 @@ def test_a_group_that_cannot_be_joined_is_a_row(monkeypatch, capsys):
 def test_the_models_are_checked_though_the_matrix_raises(monkeypatch, capsys):
     checked = []
     monkeypatch.setattr(report, "run", broken)
-    monkeypatch.setattr(cli_report, "check_model", lambda *of: checked.append(of) or True)
-    monkeypatch.setattr(cli_report, "check_every_op", lambda *_: True)
+    monkeypatch.setattr(command, "check_model", lambda *of: checked.append(of) or True)
+    monkeypatch.setattr(command, "check_every_op", lambda *_: True)
     assert cli.main(["report", "--backend", "ascend", "--device", "cpu"]) == 1
     assert "ascend_ops: FAILED RuntimeError: aicore error" in capsys.readouterr().out
     assert [form for _, _, form in checked] == ["fp16", "int4"]
@@ -130,7 +131,7 @@ def test_the_models_are_checked_though_the_matrix_raises(monkeypatch, capsys):
 
 def test_one_rank_prints_and_checks_models(monkeypatch, capsys):
     monkeypatch.setattr(report, "run", lambda **_: 1)
-    monkeypatch.setattr(cli_report, "check_model", broken)
+    monkeypatch.setattr(command, "check_model", broken)
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["report", "--backend", "ascend", "--device", "cpu"]) == 1
     assert capsys.readouterr().out == ""
@@ -139,7 +140,7 @@ def test_one_rank_prints_and_checks_models(monkeypatch, capsys):
 def test_a_backend_that_ran_nothing_is_not_right(monkeypatch, capsys):
     """As where every call is one that it refuses."""
     monkeypatch.setattr(dispatch, "use_backend", lambda _: nullcontext())
-    monkeypatch.setattr(cli_report, "check_every_op", lambda *_: True)
+    monkeypatch.setattr(command, "check_every_op", lambda *_: True)
     assert cli.main(["report", "--backend", "sdpa", "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
     assert "no op ran on sdpa" in printed
@@ -148,7 +149,7 @@ def test_a_backend_that_ran_nothing_is_not_right(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_every_op_is_checked_on_the_named_backend(capsys):
-    assert cli_report.check_every_op("cpu", "cpu")
+    assert command.check_every_op("cpu", "cpu")
     printed = capsys.readouterr().out
     for op in dispatch.op_table("cpu"):
         assert f"{op} on cpu: " in printed
@@ -160,14 +161,14 @@ def test_every_op_is_checked_on_the_named_backend(capsys):
 def test_a_backend_that_takes_nothing_is_not_right(backend, capsys):
     if not dispatch.unavailable(backend):
         pytest.skip(f"{backend} runs here")
-    assert not cli_report.check_every_op(backend, "cpu")  # refused, and so nothing is computed
+    assert not command.check_every_op(backend, "cpu")  # refused, and so nothing is computed
     assert "0 calls taken" in capsys.readouterr().out
 
 
 @pytest.mark.emulate("ascend")
 @pytest.mark.toolchain
 def test_every_op_of_the_interpreted_kernels_is_right(capsys):
-    assert cli_report.check_every_op("ascend", "cpu"), capsys.readouterr().out
+    assert command.check_every_op("ascend", "cpu"), capsys.readouterr().out
 
 
 def test_a_wrong_kernel_shows(capsys, monkeypatch):
@@ -178,7 +179,7 @@ def test_a_wrong_kernel_shows(capsys, monkeypatch):
     monkeypatch.setattr(check_calls, "calls", few)
     monkeypatch.setattr(dispatch, "op_table", lambda name: table)
     monkeypatch.setattr(dispatch, "_resolved", {})
-    assert not cli_report.check_every_op("sdpa", "cpu")
+    assert not command.check_every_op("sdpa", "cpu")
     printed = capsys.readouterr().out
     assert "swiglu on sdpa: 1 compared, 1 WRONG" in printed
     assert "FAILED RuntimeError: aicore error" in printed

@@ -75,6 +75,32 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.set_isa(before)
 
 
+def assert_equal_tokens(model: Model) -> None:
+    """Steps of 3, 2 and 1 sequences choose the tokens that head and argmax choose."""
+    decoder, config = model.decoder, model.config
+    decoder.fused = True
+    heads = decoder.blocks[0][0].kv_heads
+    caches = [PagedKvCache(config.num_layers, 24, 4, heads, config.head_dim, dtype=model.dtype) for _ in "ab"]
+    ids = torch.randint(0, config.vocab_size, (9,), generator=torch.Generator().manual_seed(2))
+    for cache in caches:
+        cache.keys.zero_()
+        cache.values.zero_()
+        decoder.forward(ids, cache.reserve(SEQUENCES, (4, 3, 2)), cache)
+    ids = ids[:3]
+    for count in (3, 3, 2, 1, 1):
+        ids, steps = ids[:count], [cache.reserve(SEQUENCES[:count], (1,) * count) for cache in caches]
+        logits = decoder.head(decoder.forward(ids, steps[0], caches[0]))
+        assert logits is not None
+        before = dispatch.calls["cpu", "decoder"]
+        found = decoder.next_tokens(ids, steps[1], caches[1])
+        assert dispatch.calls["cpu", "decoder"] == before + 1
+        assert found is not None
+        assert found.tolist() == logits.float().numpy().argmax(-1).tolist()
+        ids = found
+    assert torch.equal(caches[0].keys, caches[1].keys)
+    assert torch.equal(caches[0].values, caches[1].values)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family(name: str, dtype: str, tmp_path: Path) -> None:
     family, overrides = CONFIGS[name]
@@ -83,13 +109,17 @@ def test_every_family(name: str, dtype: str, tmp_path: Path) -> None:
     # Biases after the sums belong to the sync points, so such a model goes half-block by half-block.
     halves = 2 * model.config.num_layers
     assert_equal_both_ways(model, halves if overrides.get("mlp_bias") else 1)
+    if not overrides.get("mlp_bias"):
+        assert_equal_tokens(model)
 
 
 @pytest.mark.parametrize("quant", ["Q4_0", "Q4_1", "Q8_0", "Q5_1", "BF16"])
 def test_quantized_weights(quant: str, dtype: str, isa: str, tmp_path: Path) -> None:
     theirs = hf_model("llama", hidden_size=256, intermediate_size=512)
     save_gguf(theirs, tmp_path / "model.gguf", quant)
-    assert_equal_both_ways(fastattn.load(tmp_path / "model.gguf", dtype=dtype), 1)
+    model = fastattn.load(tmp_path / "model.gguf", dtype=dtype)
+    assert_equal_both_ways(model, 1)
+    assert_equal_tokens(model)
 
 
 def test_matrices_of_different_formats_side_by_side(dtype: str, tmp_path: Path) -> None:
@@ -148,6 +178,70 @@ def test_other_policies_get_half_blocks(model: Model, monkeypatch: pytest.Monkey
     policy = Halves()
     monkeypatch.setattr(model.decoder, "policy", lambda point: policy)
     assert_equal_both_ways(model, 2 * model.config.num_layers)
+
+
+def test_tokens_are_left_to_the_sampler(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a forward is no single call, or a sequence has several new tokens, nothing is done."""
+    decoder, config = model.decoder, model.config
+
+    def asked(lengths: tuple[int, ...]) -> Tensor | None:
+        heads = decoder.blocks[0][0].kv_heads
+        cache = PagedKvCache(config.num_layers, 4, 4, heads, config.head_dim, dtype=model.dtype)
+        step = cache.reserve(SEQUENCES[: len(lengths)], lengths)
+        return decoder.next_tokens(torch.zeros(sum(lengths), dtype=torch.int64), step, cache)
+
+    decoder.fused = True
+    assert asked((1, 1)) is not None
+    assert asked((2, 1)) is None
+    with fastattn.use_backend("reference"):
+        assert asked((1,)) is None
+    monkeypatch.setattr(decoder, "fused", False)
+    assert asked((1,)) is None
+    monkeypatch.setattr(decoder, "fused", True)
+    policy = Halves()
+    monkeypatch.setattr(decoder, "policy", lambda point: policy)
+    assert asked((1,)) is None
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 16, 1025, 5000])
+def test_the_largest_logit(vocab: int, dtype: str, isa: str) -> None:
+    """As numpy's argmax: the first of equal logits, and NaN above all. The head is what makes the logits."""
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    generator = torch.Generator().manual_seed(vocab)
+    for odd in (None, float("nan"), float("inf"), -float("inf")):
+        wanted = torch.randn(vocab, generator=generator).sub(9).to(kind)  # below zero, and some are equal
+        if odd is not None:
+            wanted[int(torch.randint(vocab, (1,), generator=generator))] = odd
+        assert _chosen(wanted) == int(wanted.float().numpy().argmax())
+
+
+def _chosen(logits: Tensor) -> int:
+    """The token after a step of a decoder whose head has these logits: bias of a head of zeros."""
+    kind, vocab = logits.dtype, len(logits)
+    name, one = str(kind).removeprefix("torch."), torch.ones(16, dtype=kind)
+
+    def zeros(rows: int, bias: Tensor | None = None) -> tuple[Any, ...]:
+        return ("dense", torch.zeros(rows, 16, dtype=kind), None, None, None, 0, 0, 16, bias, False, None)
+
+    decoder = kernels.Decoder(name, 16, 1, 1, 16, False, 1.0, zeros(2), (one, 1e-5))
+    decoder.add_block(
+        norm=(one, 1e-5), qkv=[zeros(48)], q_norm=None, k_norm=None, o=zeros(16), left=-1,
+        mlp_norm=(one, 1e-5), gate_up=[zeros(32)], down=zeros(16),
+    )  # fmt: skip
+    cache, row = torch.zeros(1, 1, 4, 1, 16, dtype=kind), torch.zeros(1, 1, dtype=torch.int32)
+    step = kernels.DecoderStep(
+        decoder, cache, cache.clone(), row, row[0] + 1, torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor([0]), torch.tensor([0]), torch.ones(4, 8), torch.zeros(4, 8),
+    )  # fmt: skip
+    ids, token = torch.tensor([1]), torch.tensor([-1])
+    with pytest.raises(ValueError, match="decoder: no head"):
+        step.next_tokens(ids, token, 1)
+    decoder.set_head(zeros(vocab, logits))
+    for wrong, message in ((torch.tensor([1, 2]), "next: shape"), (torch.ones(1), "next: float32")):
+        with pytest.raises(ValueError, match=message):
+            step.next_tokens(ids, wrong, 1)
+    step.next_tokens(ids, token, 1)
+    return int(token)
 
 
 def test_tiles_of_a_half_block_run_op_by_op(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import torch
 
 from fastattn import dispatch
 from fastattn.attention import build_args
+from fastattn.cli.why import signature_of
 from fastattn.settings import settings
-from fastattn.why import signature_of
 
 from .. import emulation
 

@@ -163,6 +163,27 @@ def test_many_rows_multiply_what_registers_hold(
         assert "mma.sync.aligned.m16n8k16" in report.ptx
 
 
+@pytest.mark.parametrize("name", ["A100", "L40", "H100"])
+@pytest.mark.parametrize(("inn", "group"), [(4097, 4112), (4104, 128)])
+@pytest.mark.parametrize("rows", [1, 64, 1024])
+def test_rows_that_begin_anywhere_are_not_spilled(
+    rows: int, inn: int, group: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their tiles are small enough for registers, where each value of theirs arrives by itself."""
+    from fastattn.triton_ops import device, launch, linear, linear_few, linear_many
+    from fastattn.triton_ops.offline import compile_for
+
+    launches: list[launch.Launch] = []
+    monkeypatch.setattr(launch, "run", lambda made, _: launches.extend(made))
+    for module in (linear, linear_few, linear_many):
+        monkeypatch.setattr(module, "chip", lambda _: device.CHIPS[name])
+    linear.linear(LinearArgs(empty(rows, inn), weight("int8", 4096, inn, group=group)))
+    report = compile_for(launches[0], device.CHIPS[name])
+    assert report.spills == 0
+    assert report.shared_bytes <= device.CHIPS[name].shared_bytes
+    assert re.search(r"wgmma\.mma_async|mma\.sync", report.ptx), "products of tensor cores"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hidden", [576, 8192])
 def test_sums_over_symmetric_memory(dtype: torch.dtype, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:

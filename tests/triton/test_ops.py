@@ -6,10 +6,13 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from fastattn.spec import Op
+from fastattn import reference_ops
+from fastattn.quant.packed import dequantize
+from fastattn.spec import LinearArgs, Op
 from tests.ops import test_linear as test_linear_module
-from tests.ops.runners import FLOATS, random
+from tests.ops.runners import FLOATS, assert_accurate, random
 from tests.ops.test_embedding import (  # noqa: F401
     test_embedding,
     test_ids_outside_are_refused,
@@ -37,6 +40,7 @@ from tests.ops.test_rotary_append import (  # noqa: F401
     test_rotary,
     test_rotary_of_heads_inside_a_fused_projection,
 )
+from tests.ops.weights import make
 
 pytestmark = [pytest.mark.toolchain, pytest.mark.emulate("triton")]
 
@@ -67,6 +71,41 @@ def test_many_rows(ops: Mapping[str, Op], kind: str, monkeypatch: pytest.MonkeyP
         test_linear_module.check(ops, w, random(rows, w.shape[1], seed=rows, dtype=dtype))
         by_slabs = kind in BY_SLABS or "g_idx" in kind or dtype == torch.float32
         assert ran.pop() == ("_through_slabs" if by_slabs else "run_many")
+
+
+@pytest.mark.parametrize("block_m", [64, 128, 256])
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+def test_one_group_of_any_width_is_one_product(fmt: str, block_m: int) -> None:
+    """By tiles as high as a GPU gets them: few programs make the interpreted ones 64 rows."""
+    from fastattn.triton_ops.linear import many_rows_tile, run_many
+
+    for rows, out, inn, offset in ((130, 70, 257, 0), (257, 3, 31, 9), (65, 129, 96, 31), (300, 1, 1, 0)):
+        columns = (inn + 31) // 32 * 32 if fmt == "int4" else inn
+        group = (columns + offset + 15) // 16 * 16
+        w = make(fmt, out, columns, group=group, offset=offset, mins=rows != 65)
+        x = random(rows, columns, seed=rows, dtype=torch.float16)
+        tile = many_rows_tile(x, w)
+        assert tile is not None
+        assert tile.block_k == (32 if columns % 16 else 128), "one group does not cut steps"
+        ours = run_many(x, w, tile._replace(block_m=block_m))
+        plain = (x.float() @ dequantize(w, torch.float32).T).half()
+        assert_accurate(ours, plain, reference_ops.linear(LinearArgs(x, w)))
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8 no mins", "int8 cut at 32"])
+def test_high_tiles_of_many_groups(kind: str) -> None:
+    from fastattn.triton_ops.linear import many_rows_tile, run_many
+
+    options = {"int8 cut at 32": {"group": 64, "offset": 32}}.get(kind, FORMATS.get(kind, {}))
+    w = make(kind.split(maxsplit=1)[0], 130, 160, bias=torch.float32, **options)
+    for rows, dtype in ((257, torch.float16), (129, torch.bfloat16)):
+        x = random(rows, 160, seed=rows, dtype=dtype)
+        tile = many_rows_tile(x, w)
+        assert tile is not None
+        ways = [run_many(x, w, tile._replace(block_m=m)) for m in (64, 128, 256)]
+        plain = F.linear(*(t.float() for t in (x, dequantize(w, torch.float32), w.bias))).to(dtype)
+        for ours in ways:
+            assert_accurate(ours, plain, reference_ops.linear(LinearArgs(x, w)))
 
 
 def test_slabs_fill_the_gpu_or_stay_in_its_cache() -> None:

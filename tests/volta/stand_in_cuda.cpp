@@ -8,6 +8,7 @@ namespace {
 std::string journal;
 void* current = nullptr;
 int version = 12020;
+int shared_per_sm = 96 << 10;
 void* const PRIMARY = reinterpret_cast<void*>(0x1000);
 }  // namespace
 
@@ -23,8 +24,9 @@ extern "C" {
 const char* journal_text() { return journal.c_str(); }
 void journal_clear() { journal.clear(); }
 void set_version(int v) { version = v; }
+void set_shared_per_sm(int bytes) { shared_per_sm = bytes; }
 void forget_context() { current = nullptr; }
-void start_anew() { journal.clear(), version = 12020, current = nullptr; }
+void start_anew() { journal.clear(), version = 12020, shared_per_sm = 96 << 10, current = nullptr; }
 
 int cuInit(unsigned) { return 0; }
 int cuDriverGetVersion(int* v) { *v = version; return 0; }
@@ -37,6 +39,11 @@ int cuGetErrorString(int status, const char** text) {
     return *text ? 0 : 1;
 }
 int cuDeviceGet(int* device, int index) { *device = index; return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+    if (attribute != 81) return 1;
+    *value = shared_per_sm;
+    return 0;
+}
 int cuDevicePrimaryCtxRetain(void** context, int device) { NOTE("retain %d", device); *context = PRIMARY; return 0; }
 int cuCtxPushCurrent_v2(void* context) { current = context; return 0; }
 int cuCtxPopCurrent_v2(void** context) { *context = current; current = nullptr; return 0; }

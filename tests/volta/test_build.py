@@ -61,7 +61,8 @@ def test_one_compilation_gives_machine_code_ptx_and_resources(tmp_path: Path, ar
     assert built.cubin.startswith(b"\x7fELF")
     flags = int.from_bytes(built.cubin[48:52], "little")
     assert flags & 0xFF == int(arch[3:])  # e_flags of a cubin end in its architecture
-    assert f".target {arch}" in built.ptx
+    assert (".target sm_70" in built.ptx) == (arch == "sm_70"), "what newer GPUs run"
+    assert bool(built.ptx) == (arch == "sm_70")
     assert 5 <= built.registers <= 32
     assert (built.stack_bytes, built.spill_bytes, built.shared_bytes) == (0, 0, 512)
 

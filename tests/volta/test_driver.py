@@ -93,6 +93,13 @@ def test_much_shared_memory_is_asked_for(cuda: StandIn, tmp_path: Path) -> None:
     assert cuda.told()[-2:] == ["attribute 8 = 81920", "attribute 9 = 100"]
 
 
+def test_l1_gives_up_what_the_resident_blocks_need(cuda: StandIn, tmp_path: Path) -> None:
+    """In percent of what the SM at hand has: Turing's 64 KB, where half would hold one block of two."""
+    cuda.lib.set_shared_per_sm(64 << 10)
+    CudaKernel(axpy(tmp_path, shared_bytes=24 * 1024), DEVICE, b"cubin")
+    assert cuda.told()[-1] == "attribute 9 = 75"
+
+
 def test_an_empty_grid_launches_nothing(cuda: StandIn, tmp_path: Path) -> None:
     kernel = CudaKernel(axpy(tmp_path), DEVICE, b"cubin")
     cuda.told()

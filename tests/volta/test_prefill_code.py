@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from cuda_volta import runtime
 from cuda_volta.prefill import ANYTHING, HEAD_DIMS, PREFILL, VARIANTS
+from cuda_volta.sass.paths import follow
 from cuda_volta.variant import Variant
-from lib.volta_cases import CASES
-from lib.volta_model import compiled
+from lib.volta_cases import CASES, FOLLOWED
+from lib.volta_model import compiled, launched, shipped
 
 from .sass_code import needs_cuda_12
 
@@ -50,6 +52,32 @@ def test_head_dim_32_is_bound_by_issue() -> None:
     assert found.tally.cycles_per_kmac <= 8.7
     assert found.tally.instructions_per_hmma <= 2.25
     assert found.tally.local_accesses == 0
+
+
+@pytest.mark.parametrize("case", ["plain", "softcap", "alibi"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_rescaling_is_what_a_branch_jumps_over(head_dim: int, case: str) -> None:
+    """`follow(once=True)` takes a forward branch on data from the second time on: here round the rescaling.
+
+    Counted every time, a path is longer by that block alone: O's registers and a lane's sums, times factors.
+    """
+    one = launched(CASE[case], head_dim, FOLLOWED[0])
+    kernel = shipped(one.variant)
+    code = kernel.function.instructions
+    last = kernel.residency.warps - 1
+    once, always = (
+        np.bincount(follow(kernel.program, one.launch, (1, 0, 0), last, once=o).indices, minlength=len(code))
+        for o in (True, False)
+    )
+    (block,) = np.nonzero(once != always)
+    assert set(once[block]) == {1}
+    assert set(always[block]) == {max(always[block])}  # every tile that the warp computes
+    bases = [code[i].base for i in block]
+    wide = one.variant.threads == 256
+    of_o, rows = head_dim // (2 if wide else 1), 2 if wide else 4
+    assert bases.count("FMUL") == of_o + rows
+    assert bases.count("MUFU") == rows  # their factors
+    assert not {"HMMA", "BAR", "LDS", "STS", "LDG"} & set(bases)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

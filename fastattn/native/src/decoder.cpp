@@ -15,8 +15,13 @@ size_t aligned(size_t bytes) { return (bytes + 63) & ~size_t(63); }
 }  // namespace
 
 DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const KernelTable& kernels,
-                       int threads)
-    : d_(decoder), s_(step), kernels_(kernels), threads_(threads), item_(item_size(decoder.dtype)) {
+                       int threads, bool logits)
+    : d_(decoder),
+      s_(step),
+      kernels_(kernels),
+      threads_(threads),
+      logits_wanted_(logits),
+      item_(item_size(decoder.dtype)) {
     int64_t part = 0, inner = 0;
     bool head_norms = false;
     for (const AttentionWeights& w : d_.attention) {
@@ -41,12 +46,14 @@ DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const K
         left = d_.attention[i].left;
         need_scratch(kernels_.attention_workspace(attention_args(i, nullptr, nullptr), threads_));
     }
+    if (logits) need_scratch(d_.head);
     need_scratch(kernels_.ops.dequantize_workspace(embed(nullptr, nullptr), threads_));
     embedded_ = take(d_.hidden);
     hidden_ = take(d_.hidden);
     partial_ = take(d_.hidden);
     streams_[0] = take(d_.hidden);
     streams_[1] = take(d_.hidden);
+    logits_ = take(logits ? d_.head.args.w.out : 0);
     part_ = take(part);
     // One half-block's buffers lie where the other's do.
     const size_t shared = scratch_offset_;
@@ -111,8 +118,9 @@ void DecoderRun::mlp_half(size_t layer, const void* hidden, void* out) const {
     const int64_t width = w.gate_up.width / 2;
     const SwigluArgs gate = {at(gate_up_), at(gated_), d_.dtype, s_.rows, width, w.gate_up.width};
     kernels_.ops.swiglu(gate, threads_for(s_.rows * width, COSTLY, threads_));
-    const bool last = layer + 1 == d_.attention.size();
-    linear(w.down, at(gated_), out, last ? nullptr : &d_.attention[layer + 1].qkv.parts[0]);
+    const Matrix* next = logits_wanted_ ? &d_.head : nullptr;
+    if (layer + 1 < d_.attention.size()) next = &d_.attention[layer + 1].qkv.parts[0];
+    linear(w.down, at(gated_), out, next);
 }
 
 void DecoderRun::forward(const int64_t* ids, void* out) const {
@@ -135,6 +143,12 @@ void DecoderRun::forward(const int64_t* ids, void* out) const {
         const bool last = i + 1 == layers;
         add(last ? d_.norm : d_.attention[i + 1].norm, last ? out : at(hidden_));
     }
+}
+
+void DecoderRun::next_tokens(const int64_t* ids, int64_t* next) const {
+    forward(ids, at(hidden_));
+    linear(d_.head, at(hidden_), at(logits_), &d_.attention[0].qkv.parts[0]);
+    kernels_.ops.argmax({at(logits_), d_.dtype, s_.rows, d_.head.args.w.out, next});
 }
 
 // ------------------------------------------------------------------------------------------------ pieces

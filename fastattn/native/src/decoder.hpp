@@ -52,6 +52,7 @@ struct DecoderArgs {
     std::vector<AttentionWeights> attention;
     std::vector<MlpWeights> mlp;
     NormWeight norm;  // after the last layer
+    Matrix head = {};  // (vocabulary, hidden); without rows: not here
 
     int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
 };
@@ -80,7 +81,9 @@ struct StepArgs {
 
 class DecoderRun {
 public:
-    DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const KernelTable& kernels, int threads);
+    // `logits`: whether `next_tokens` will be called, which the decoder must have its head for.
+    DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const KernelTable& kernels, int threads,
+               bool logits);
 
     // Bytes that `use` needs, aligned to 64.
     size_t workspace() const { return scratch_offset_ + scratch_bytes_; }
@@ -91,6 +94,8 @@ public:
     void mlp_half(size_t layer, const void* hidden, void* out) const;
     // Token ids (rows,) to normalised hidden states (rows, hidden), where no other rank shares the sums.
     void forward(const int64_t* ids, void* out) const;
+    // Token ids (rows,) to the likeliest token after each (rows,).
+    void next_tokens(const int64_t* ids, int64_t* next) const;
 
 private:
     struct Buffer {
@@ -118,10 +123,11 @@ private:
     const StepArgs& s_;
     const KernelTable& kernels_;
     int threads_;
+    bool logits_wanted_;
     size_t item_;  // bytes of an activation
     char* memory_ = nullptr;
     size_t scratch_offset_ = 0, scratch_bytes_ = 0;
-    Buffer embedded_, hidden_, partial_, streams_[2];
+    Buffer embedded_, hidden_, partial_, streams_[2], logits_;
     Buffer qkv_, part_, q_norm_, k_norm_, q_, mixed_, gate_up_, gated_;
 };
 

@@ -71,6 +71,12 @@ public:
         args_.mlp.push_back(std::move(m));
     }
 
+    void set_head(const Weight& head) {
+        const Matrix m = matrix_of(head, args_.hidden, "head");
+        if (!m.args.w.out) throw bad("head", "no rows", "one a token");
+        args_.head = m;
+    }
+
     const DecoderArgs& args() const { return args_; }
 
 private:
@@ -195,6 +201,17 @@ public:
         rows(out, "out");
         run(threads, [&](const DecoderRun& r) { r.forward(ids.as<int64_t>(), out.data); });
     }
+    void next_tokens(py::object ids_, py::object next_, int threads) const {
+        const DecoderArgs& d = decoder_->args();
+        const Tensor ids = tensor(ids_, "ids"), next = tensor(next_, "next");
+        check_indices(ids, "ids", args_.rows, 0, d.embedding.out);
+        expect_shape(next, "next", {args_.rows});
+        expect_dtype(next, "next", {DType::i64});
+        expect_contiguous(next, "next");
+        if (!d.head.args.w.out) throw bad("decoder", "no head", "set_head before");
+        const auto body = [&](const DecoderRun& r) { r.next_tokens(ids.as<int64_t>(), next.as<int64_t>()); };
+        run(threads, body, true);
+    }
 
 private:
     CacheSide side(const Tensor& t, const char* name, const DecoderArgs& d) const {
@@ -225,10 +242,10 @@ private:
     }
 
     template <class Body>
-    void run(int threads, const Body& body) const {
+    void run(int threads, const Body& body, bool logits = false) const {
         if (!args_.rows) return;
         threads = usable_threads(threads);
-        DecoderRun r(decoder_->args(), args_, kernels(), threads);
+        DecoderRun r(decoder_->args(), args_, kernels(), threads, logits);
         r.use(workspace(r.workspace()));
         Running running(threads);
         body(r);
@@ -250,7 +267,8 @@ void bind_decoder(py::module_& m) {
              arg("dtype"), arg("hidden"), arg("heads"), arg("kv_heads"), arg("head_dim"), arg("interleaved"),
              arg("scale"), arg("embedding"), arg("norm"))
         .def("add_block", &Decoder::add_block, arg("norm"), arg("qkv"), arg("q_norm"), arg("k_norm"),
-             arg("o"), arg("left"), arg("mlp_norm"), arg("gate_up"), arg("down"));
+             arg("o"), arg("left"), arg("mlp_norm"), arg("gate_up"), arg("down"))
+        .def("set_head", &Decoder::set_head, arg("head"));
     py::class_<DecoderStep>(m, "DecoderStep", "One forward of packed rows over a paged KV cache.")
         .def(py::init<std::shared_ptr<Decoder>, py::object, py::object, py::object, py::object, py::object,
                       py::object, py::object, py::object, py::object>(),
@@ -258,7 +276,8 @@ void bind_decoder(py::module_& m) {
              arg("cu_seqlens"), arg("positions"), arg("slots"), arg("cos"), arg("sin"))
         .def("attention", &DecoderStep::attention, arg("layer"), arg("hidden"), arg("out"), arg("threads"))
         .def("mlp", &DecoderStep::mlp, arg("layer"), arg("hidden"), arg("out"), arg("threads"))
-        .def("forward", &DecoderStep::forward, arg("ids"), arg("out"), arg("threads"));
+        .def("forward", &DecoderStep::forward, arg("ids"), arg("out"), arg("threads"))
+        .def("next_tokens", &DecoderStep::next_tokens, arg("ids"), arg("next"), arg("threads"));
 }
 
 }  // namespace fastattn

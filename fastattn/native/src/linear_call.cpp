@@ -1,21 +1,33 @@
 #include "linear_call.hpp"
 
+#include <algorithm>
+
 #include "host.hpp"
 
 namespace fastattn {
 
-// Measured on Zen 4. By what the kernel for few rows computes with: floats, bytes, integers of two or three.
+namespace {
+
+// Rows of x from which the GEMM beats multiplying W as it is read, in floats or in integers of one to three
+// bytes. Measured on Zen 4.
+int64_t gemm_rows_of_floats(const LinearArgs& a) { return a.dtype == DType::bf16 ? 8 : 14; }
 int64_t gemm_rows(const LinearArgs& a) {
     const bool bf16 = a.dtype == DType::bf16;
-    if (a.w.kind == WeightKind::dense || a.w.g_idx) return bf16 ? 8 : 14;
+    if (a.w.kind == WeightKind::dense) return gemm_rows_of_floats(a);
+    if (a.w.g_idx) return bf16 ? 20 : 20;
     if (a.act_int8) return bf16 ? 16 : 64;
     return bf16 ? 13 : a.dtype == DType::f16 ? 32 : 16;
 }
 
+}  // namespace
+
 LinearCall::LinearCall(const LinearArgs& args, const int64_t* x_perm, const KernelTable& kernels, int threads)
-    : args_(args), x_perm_(x_perm), ops_(kernels.ops), by_gemm_(args.rows >= gemm_rows(args)) {
+    : args_(args), x_perm_(x_perm), ops_(kernels.ops) {
     const int64_t values = args.w.out * args.w.in;
-    threads_ = threads_for(by_gemm_ ? args.rows * values : values, CHEAP, threads);
+    if (args.rows >= gemm_rows(args)) kernel_ = Kernel::gemm;
+    // Whether a g_idx suits integers shows when it is read.
+    else if (args.w.g_idx && args.rows >= gemm_rows_of_floats(args)) kernel_ = Kernel::integers_or_gemm;
+    threads_ = threads_for(kernel_ == Kernel::few_rows ? values : args.rows * values, CHEAP, threads);
 }
 
 size_t LinearCall::sorted_bytes() const {
@@ -25,7 +37,9 @@ size_t LinearCall::sorted_bytes() const {
 }
 
 size_t LinearCall::workspace() const {
-    const size_t bytes = (by_gemm_ ? ops_.gemm_workspace : ops_.linear_workspace)(args_, threads_);
+    size_t bytes = 0;
+    if (kernel_ != Kernel::gemm) bytes = ops_.linear_workspace(args_, threads_);
+    if (kernel_ != Kernel::few_rows) bytes = std::max(bytes, ops_.gemm_workspace(args_, threads_));
     return sorted_bytes() + ((bytes + 63) & ~size_t(63));
 }
 
@@ -37,7 +51,10 @@ void LinearCall::run(void* memory) const {
         a.x = memory;
         a.x_stride = a.w.in;
     }
-    (by_gemm_ ? ops_.gemm : ops_.linear)(a, threads_, static_cast<char*>(memory) + sorted_bytes());
+    void* scratch = static_cast<char*>(memory) + sorted_bytes();
+    if (kernel_ == Kernel::few_rows) return ops_.linear(a, threads_, scratch);
+    if (kernel_ == Kernel::integers_or_gemm && ops_.integer_linear(a, threads_, scratch)) return;
+    ops_.gemm(a, threads_, scratch);
 }
 
 }  // namespace fastattn

@@ -7,9 +7,6 @@
 
 namespace fastattn {
 
-// Rows of x from which the GEMM beats the kernel that multiplies W as it is read.
-int64_t gemm_rows(const LinearArgs& a);
-
 class LinearCall {
 public:
     // x_perm: column i of W multiplies column x_perm[i] of x; null: column i. `threads`: at most.
@@ -26,7 +23,7 @@ private:
     LinearArgs args_;
     const int64_t* x_perm_;
     const OpsTable& ops_;
-    bool by_gemm_;
+    enum class Kernel { few_rows, integers_or_gemm, gemm } kernel_ = Kernel::few_rows;
     int threads_;
 };
 

@@ -68,13 +68,12 @@ public:
     bool plan(const WeightArgs& w) {
         if (!aligned_) find_runs(w);
         count_ = 0;
-        int64_t run = 0;
         GroupCursor groups(w);
         for (int64_t b = 0; b < blocks_; b++) {
             of_block_[b] = int32_t(count_);
             if (aligned_)
                 add_whole(groups, b);
-            else if (!add_all(b, run))
+            else if (!add_all(w, b))
                 return false;
         }
         of_block_[blocks_] = int32_t(count_);
@@ -96,11 +95,18 @@ private:
     static int64_t group_of(const WeightArgs& w, int64_t column) {
         return w.g_idx ? w.g_idx[column] : (column + w.group_offset) / w.group_size;
     }
+    // Plain loops over arrays here and below: compilers make vectors of them, and a call plans anew.
+    static bool all_equal(const int32_t* g, int32_t group) {
+        int32_t differ = 0;
+        for (int i = 0; i < 16; i++) differ |= g[i] ^ group;
+        return !differ;
+    }
     void find_runs(const WeightArgs& w) {
         run_count_ = 0;
         for (int64_t c = 0; c < columns_;) {
-            const int64_t begin = c, group = group_of(w, c);
-            while (++c < columns_ && group_of(w, c) == group) {}
+            const int64_t begin = c, group = group_of(w, c++);
+            while (w.g_idx && c + 16 <= columns_ && all_equal(w.g_idx + c, int32_t(group))) c += 16;
+            while (c < columns_ && group_of(w, c) == group) c++;
             runs_[run_count_++] = {int32_t(begin), int32_t(c), int32_t(group)};
         }
     }
@@ -116,43 +122,52 @@ private:
     }
 
     // Passes until each column of the block has been in one: groups in order, SPREAD of them at a time, one
-    // of each lane. `run`: that of the block's first column; moves on to the next block's.
-    bool add_all(int64_t b, int64_t& run) {
+    // of each lane.
+    bool add_all(const WeightArgs& w, int64_t b) {
         constexpr int32_t DONE = INT32_MAX;
-        int32_t left[BYTES];  // the group of the column at each byte of the operands
-        for (int32_t& g : left) g = DONE;
+        int32_t left[4 * OPERANDS][W];  // the group of the column at each byte of each lane
+        for (auto& lanes : left)
+            for (int32_t& g : lanes) g = DONE;
         const int64_t begin = b * Codes::COLUMNS;
-        for (int c = 0; c < Codes::COLUMNS && begin + c < columns_; c++) {
-            while (runs_[run].end <= begin + c) run++;
-            left[Codes::place(c)] = runs_[run].group;
+        for (int c = 0; c < Codes::COLUMNS && begin + c < columns_; c += 16) {  // 16 bytes, side by side
+            const int at = Codes::place(c), n = columns_ - begin - c < 16 ? int(columns_ - begin - c) : 16;
+            int32_t(*lanes)[W] = left + at / BLOCK_BYTES * 4;
+            for (int i = 0; i < n; i++)
+                lanes[i % 4][at % BLOCK_BYTES / 4 + i / 4] = int32_t(group_of(w, begin + c + i));
         }
         for (;;) {
             int32_t lowest[W], base = DONE;
-            for (int lane = 0; lane < W; lane++) {
-                lowest[lane] = DONE;
-                for (int i = 0; i < 4 * OPERANDS; i++) {
-                    const int32_t g = left[i / 4 * BLOCK_BYTES + 4 * lane + i % 4];
-                    lowest[lane] = g < lowest[lane] ? g : lowest[lane];
-                }
-                base = lowest[lane] < base ? lowest[lane] : base;
-            }
+            for (int lane = 0; lane < W; lane++) lowest[lane] = left[0][lane];
+            for (int k = 1; k < 4 * OPERANDS; k++)
+                for (int lane = 0; lane < W; lane++)
+                    lowest[lane] = left[k][lane] < lowest[lane] ? left[k][lane] : lowest[lane];
+            for (int lane = 0; lane < W; lane++) base = lowest[lane] < base ? lowest[lane] : base;
             if (base == DONE) return true;
             if (count_ == room(blocks_, false)) return false;
-            int8_t* mask = masks_ + count_ * BYTES;
             block_[count_] = int32_t(b);
             first_[count_] = base;
             for (int lane = 0; lane < W; lane++) {
-                const bool within = lowest[lane] != DONE && lowest[lane] - base < SPREAD;
+                const bool within = lowest[lane] - base < SPREAD;
                 lanes_[count_ * W + lane] = within ? lowest[lane] - base : 0;
-                for (int i = 0; i < 4 * OPERANDS; i++) {
-                    const int at = i / 4 * BLOCK_BYTES + 4 * lane + i % 4;
-                    const bool taken = within && left[at] == lowest[lane];
-                    mask[at] = taken ? -1 : 0;
-                    if (taken) left[at] = DONE;
-                }
+                lowest[lane] = within ? lowest[lane] : -1;  // no column's group
+            }
+            for (int operand = 0; operand < OPERANDS; operand++) {
+                uint32_t mask[W] = {};
+                for (int i = 0; i < 4; i++)
+                    for (int lane = 0; lane < W; lane++) {
+                        int32_t& g = left[4 * operand + i][lane];
+                        const bool taken = g == lowest[lane];
+                        mask[lane] |= taken ? 0xffu << byte_shift(i) : 0;
+                        g = taken ? DONE : g;
+                    }
+                memcpy(masks_ + count_ * BYTES + operand * BLOCK_BYTES, mask, BLOCK_BYTES);
             }
             count_++;
         }
+    }
+    // Of byte i in memory.
+    static constexpr int byte_shift(int i) {
+        return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 8 * i : 24 - 8 * i;
     }
 
     int64_t blocks_, columns_, count_ = 0, run_count_ = 0;

@@ -56,6 +56,13 @@ struct GatherArgs {
     int64_t rows, width, x_stride;
 };
 
+struct ArgmaxArgs {
+    const void* x;  // (rows, width), contiguous
+    DType dtype;
+    int64_t rows, width;
+    int64_t* out;  // (rows,)
+};
+
 enum class WeightKind : int { dense, int8, int4 };
 
 struct WeightArgs {
@@ -133,8 +140,11 @@ struct OpsTable {
     void (*swiglu)(const SwigluArgs&, int threads);
     void (*rotary)(const RotaryArgs&, int threads);
     void (*gather)(const GatherArgs&, int threads);
+    void (*argmax)(const ArgmaxArgs&);
     size_t (*linear_workspace)(const LinearArgs&, int threads);
     void (*linear)(const LinearArgs&, int threads, void* workspace);
+    // The same by integer products; false, and nothing is written, where W or x is no matter of integers.
+    bool (*integer_linear)(const LinearArgs&, int threads, void* workspace);
     size_t (*gemm_workspace)(const LinearArgs&, int threads);
     void (*gemm)(const LinearArgs&, int threads, void* workspace);
     size_t (*dequantize_workspace)(const DequantizeArgs&, int threads);

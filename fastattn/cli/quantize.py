@@ -7,11 +7,11 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from .cli_common import read_text
-from .parallel import group as ranks
+from ..parallel import group as ranks
+from .common import read_text
 
 if TYPE_CHECKING:
-    from .models.quantize import Report
+    from ..models.quantize import Report
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -47,8 +47,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Quantizes; errors of the user or the machine are one line on stderr, and status 1."""
     # Models bring safetensors, tokenizers and more.
-    from .models.quantize import quantize
-    from .quant.recipe import Recipe
+    from ..models.quantize import quantize
+    from ..quant.recipe import Recipe
 
     try:
         ranks.set_threads(ranks.single(), args.threads)

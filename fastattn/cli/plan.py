@@ -7,19 +7,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli_common import add_rank_arguments, on_ranks, read_text
-from .parallel import group as ranks
-from .spec import Link, TPGroup
+from ..parallel import group as ranks
+from ..spec import Link, TPGroup
+from .common import add_rank_arguments, on_ranks, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .models.generate import Model
-    from .models.planning import Findings
-    from .models.quality import Quality
-    from .models.trial import Trials
-    from .parallel.forecast import Costs
-    from .parallel.planner import Choice
+    from ..models.generate import Model
+    from ..models.planning import Findings
+    from ..models.quality import Quality
+    from ..models.trial import Trials
+    from ..parallel.forecast import Costs
+    from ..parallel.planner import Choice
 
 
 _CONTEXT = 512  # tokens of a chunk of --text
@@ -59,11 +59,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, group: TPGroup) -> None:
-    from .models.checkpoint import open_checkpoint
-    from .models.load import load
-    from .models.planning import Planner
-    from .models.trial import Trials
-    from .parallel import plan as plans
+    from ..models.checkpoint import open_checkpoint
+    from ..models.load import load
+    from ..models.planning import Planner
+    from ..models.trial import Trials
+    from ..parallel import plan as plans
 
     first = group.rank == 0
     if first and not Path(args.out).absolute().parent.is_dir():  # before minutes of measuring
@@ -88,8 +88,8 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
 
 
 def _quality(args: argparse.Namespace, model: Model, text: str | None) -> Quality:
-    from .models.perplexity import chunks
-    from .models.quality import Quality
+    from ..models.perplexity import chunks
+    from ..models.quality import Quality
 
     if text is None:
         return Quality(model, None, args.max_increase)
@@ -129,7 +129,7 @@ def _link(link: Link) -> str:
 
 
 def _rates(costs: Costs, rows: int) -> str:
-    from .parallel.forecast import communication_share
+    from ..parallel.forecast import communication_share
 
     sites = [
         f"{site} {1e3 * r.half_block(rows):.3f} ms ({1e3 * r.fixed_s:.3f} + {1e6 * r.row_s:.2f} us a row)"

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import dispatch, info
-from .settings import settings
+from .. import dispatch
+from ..settings import settings
+from . import info
 
 PROMPT = list(range(40, 57))
 NEW_TOKENS = 4
@@ -71,8 +72,8 @@ def check_every_op(backend: str, device: str) -> bool:
     """
     import torch
 
-    from .check import check
-    from .check_calls import calls
+    from ..check import check
+    from ..check_calls import calls
 
     taken, wrong = 0, 0
     print("| call | dtype | result |\n|---|---|---|")
@@ -100,10 +101,10 @@ def check_model(backend: str, device: str, form: str) -> bool:
 
     Logits are compared with those of the CPU backend in float16, to what two such computations may differ by.
     """
-    from .check import check
-    from .models import random_llama
-    from .models.load import load
-    from .models.sampling import SamplingParams
+    from ..check import check
+    from ..models import random_llama
+    from ..models.load import load
+    from ..models.sampling import SamplingParams
 
     with tempfile.TemporaryDirectory() as folder:
         made = random_llama.RandomLlama(2, 256, form, queries_per_kv=2)

@@ -1,4 +1,4 @@
-"""The command line: ``fastattn generate``, ``plan``, ``quantize``, ``tune``, ``report`` and ``info``."""
+"""The command ``fastattn generate``: complete texts with a model."""
 
 from __future__ import annotations
 
@@ -7,56 +7,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from . import __version__, cli_plan, cli_quantize, cli_report, cli_tune, info
-from .cli_common import add_rank_arguments, on_ranks
-from .parallel import group as ranks
-from .spec import TPGroup
+from ..parallel import group as ranks
+from ..spec import TPGroup
+from .common import add_rank_arguments, on_ranks
 
 if TYPE_CHECKING:
-    from .models.tokenizer import Tokenizer
+    from ..models.tokenizer import Tokenizer
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status.
-
-    Errors of the user or the machine are one line on stderr and end the process with status 1. Ctrl-C and a
-    reader of our output that has gone end it as the shell would report their signals, with 130 and 141.
-    """
-    args = parser().parse_args(argv)
-    try:
-        status = args.run(args)
-        if sys.stdout is not None:  # closed by the caller
-            sys.stdout.flush()
-    except (KeyboardInterrupt, BrokenPipeError) as end:
-        # Without an orderly exit: that would wait for exchanges, and flush to whom nobody listens.
-        os._exit(130 if isinstance(end, KeyboardInterrupt) else 141)
-    return status
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line; what it parses has ``run``, a function of it that returns the exit status."""
-    whole = argparse.ArgumentParser(prog="fastattn", description=__doc__)
-    whole.add_argument("--version", action="version", version=f"fastattn {__version__}")
-    commands = whole.add_subparsers(dest="command", required=True)
-    for name, text, add_arguments, run in (
-        ("generate", "complete a text with a model", _add_generate, _generate),
-        ("plan", "measure the ranks and plan their sums", cli_plan.add_arguments, cli_plan.main),
-        ("quantize", "make a GPTQ checkpoint of a model", cli_quantize.add_arguments, cli_quantize.main),
-        ("tune", "measure tiles of GPU kernels and remember them", cli_tune.add_arguments, cli_tune.main),
-        ("report", "check a device, op by op, and whole models", cli_report.add_arguments, cli_report.main),
-        ("info", "what runs here, and why the rest does not", info.add_arguments, info.main),
-    ):
-        command = commands.add_parser(name, help=text)
-        add_arguments(command)
-        command.set_defaults(run=run)
-    return whole
-
-
-def _add_generate(p: argparse.ArgumentParser) -> None:
+def add_arguments(p: argparse.ArgumentParser) -> None:
     p.description = (
         "Complete a text with a model. Under torchrun, the ranks share the model in tensor parallelism."
     )
@@ -90,7 +52,7 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
 
 
-def _generate(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
     if not args.prompt and os.environ.get("RANK", "0") == "0":
         try:
             args.prompt = [_read_stdin()]  # before other ranks begin to wait for us
@@ -111,9 +73,9 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
     # Models bring safetensors, tokenizers and more, which `fastattn info` does not need.
     from contextlib import nullcontext
 
-    from .dispatch import use_backend
-    from .models.load import load
-    from .models.sampling import SamplingParams
+    from ..dispatch import use_backend
+    from ..models.load import load
+    from ..models.sampling import SamplingParams
 
     first = group.rank == 0
     threads = ranks.set_threads(group, args.threads)

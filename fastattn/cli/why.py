@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from . import dispatch
-from .attention import build_args
-from .settings import settings
-from .spec import AttentionSignature
+from .. import dispatch
+from ..attention import build_args
+from ..settings import settings
+from ..spec import AttentionSignature
 
 
 class _Device(NamedTuple):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import dispatch
+from .. import dispatch
 
 if TYPE_CHECKING:
-    from .triton_ops.tune import Found
-    from .triton_ops.tune_linear import Found as LinearFound
+    from ..triton_ops.tune import Found
+    from ..triton_ops.tune_linear import Found as LinearFound
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -40,9 +40,9 @@ def main(args: argparse.Namespace) -> int:
         present = torch.cuda.device_count()
         print(f"fastattn tune: --device {args.device}, expected less than {present}", file=sys.stderr)
         return 1
-    from .triton_ops import tune, tune_linear, tuned
-    from .triton_ops.device import chip
-    from .triton_ops.linear_tiles import MANY
+    from ..triton_ops import tune, tune_linear, tuned
+    from ..triton_ops.device import chip
+    from ..triton_ops.linear_tiles import MANY
 
     device = torch.device("cuda", args.device)
     here = chip(device)

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from . import __version__, dispatch, why
-from .settings import Settings
-from .threads import OPENMP_VARIABLES, Machine, machine
+from .. import __version__, dispatch
+from ..settings import Settings
+from ..threads import OPENMP_VARIABLES, Machine, machine
+from . import why
 from .why import aligned
 
 #: CPU features that the kernels, or torch's, make use of; as Linux names them.

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from .parallel import group as ranks
-from .spec import CacheFull, SyncError, TPGroup
+from ..parallel import group as ranks
+from ..spec import CacheFull, SyncError, TPGroup
 
 
 def add_rank_arguments(p: argparse.ArgumentParser) -> None:

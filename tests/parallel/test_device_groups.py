@@ -1,0 +1,60 @@
+"""What groups over NCCL and HCCL refuse: no messages travel there between pairs of ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastattn.collectives import exchange
+from fastattn.collectives.exact import Exact
+from fastattn.models.planning import Planner
+from fastattn.parallel import plan as plans
+from fastattn.parallel.group import single
+from fastattn.spec import TPGroup, UnsupportedError
+
+LAYERS = 3
+TWO = TPGroup(None, 0, 2, 1.0, (0.75, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("fused_norm", ""),
+        ("token_weave", ""),
+        ("tiled", ""),
+        ("token_weave+fused_norm", "token_weave overlaps nothing with fused_norm"),
+    ],
+)
+def test_a_weave_hides_no_symmetric_memory(text: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over gloo everything combines; over NCCL a fused norm is a kernel in the stream that computes."""
+    plan = plans.uniform(text, "model", LAYERS, TWO, 2)
+    assert plans.reasons_together(plan, single()) == []
+    over_nccl(monkeypatch)
+    found = plans.reasons_together(plan, TWO)
+    assert len(found) == (2 if reason else 0)  # one a phase
+    assert all(reason in line and "nccl" in line for line in found)
+
+
+def test_a_scattered_residual_is_gathered_by_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    over_nccl(monkeypatch)
+    plan = plans.uniform({"prefill": "fused_norm", "decode": "exact"}, "model", LAYERS, TWO, 2)
+    mixed = {p: Exact() if p.phase == "prefill" and p.site == "mlp" else q for p, q in plan.points.items()}
+    (found,) = plans.reasons_together(plan._replace(points=mixed), TWO)
+    assert "policy exact needs the residual that fused_norm scattered" in found
+    at_end = {p: Exact() if p.layer == 0 and p.site == "attn" else q for p, q in plan.points.items()}
+    assert plans.reasons_together(plan._replace(points=at_end), TWO) == []
+
+
+def test_no_plan_is_measured_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of time, and the clock, are of messages between CPUs."""
+    over_nccl(monkeypatch)
+    with pytest.raises(UnsupportedError, match="travel over gloo, not nccl"):
+        Planner(SimpleNamespace(group=TWO), "model", None)  # type: ignore[arg-type]
+
+
+def over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has groups say that they exchange through NCCL, of which this machine has none."""
+    monkeypatch.setattr(exchange, "device_of", lambda group: torch.device("cuda"))
+    monkeypatch.setattr(exchange.dist, "get_backend", lambda group: "nccl")
