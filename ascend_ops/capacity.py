@@ -8,8 +8,8 @@ The compiler tries twice. First with two buffers of everything that moves, and t
 into two slices of rows; then, if any memory overflows, with one buffer and no slices. A tile that needs the
 second try loses the overlap of transfer and computation: `fits` tells the two apart.
 
-The 950's compiler (bishengir-compile-a5) leaves whole rows to one vector core, and packs its memory more
-tightly than a sum of buffers: `whole_rows` bounds it from above.
+The 950's compiler (bishengir-compile-a5) does not halve a block's rows between the vector cores, and packs
+their memory more tightly than a sum of buffers: `whole_rows` bounds it from above.
 """
 
 from __future__ import annotations

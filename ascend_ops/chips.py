@@ -22,7 +22,7 @@ class Chip(NamedTuple):
     l0a: int = 64 * KIB
     l0b: int = 64 * KIB
     l0c: int = 128 * KIB
-    whole_rows: bool = False  # the compiler gives a block to one of the two vector cores, not half to each
+    whole_rows: bool = False  # the compiler does not halve a block's rows between the two vector cores
 
 
 _910B = {"910B1": 24, "910B2": 24, "910B2C": 24, "910B3": 20, "910B4": 20, "910B4-1": 20}

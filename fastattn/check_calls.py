@@ -82,25 +82,30 @@ def _attention(made: _Values) -> Iterator[Call]:
     yield call("left padding and lengths", cache_leftpad=made.int32(3, 0), cache_seqlens=made.int32(30, 21))
     yield call("rows of a cache", cache_batch_idx=made.int32(1, 0))
     yield call("positions", causal=True, q_pos0=made.int32(5, 40), k_pos0=made.int32(0, 9))
-    scales = {name: torch.tensor([0.5, 2.0], device=made.device) for name in ("k_scale", "v_scale")}
-    yield call("scales of k and v", **scales)
+    scale = torch.tensor([0.5, 2.0], device=made.device)
+    yield call("scales of k and v", k_scale=scale, v_scale=scale)
     yield call("decode", queries=1, keys=300, causal=True)
     yield call("decode with sinks", queries=1, keys=300, causal=True, sinks=made(HEADS, dtype=torch.float32))
 
     ends = made.int32(0, 20, 20, 2 * TOKENS)
     q, k, v = (made(2 * TOKENS, h, HEAD_DIM) for h in (HEADS, KV_HEADS, KV_HEADS))
-    packing = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 54, "max_seqlen_k": 54}
+    packing: dict[str, Any] = {
+        "cu_seqlens_q": ends,
+        "cu_seqlens_k": ends,
+        "max_seqlen_q": 54,
+        "max_seqlen_k": 54,
+    }
     yield Call("packed", "attention", build_args(q, k, v, causal=True, **packing))
     for page in (16, 128):
         pages = tuple(made(6, page, KV_HEADS, HEAD_DIM) for _ in range(2))
-        where = {"block_table": made.int32(4, 1, 5, 0, 3, 2).view(2, 3)}
+        where: dict[str, Any] = {"block_table": made.int32(4, 1, 5, 0, 3, 2).view(2, 3)}
         where["cache_seqlens"] = made.int32(3 * page - 3, 2 * page + 7)
         for name, queries in (("prefill", 11), ("decode", 1)):
             args = build_args(made(BATCH, queries, HEADS, HEAD_DIM), *pages, causal=True, **where)
             yield Call(f"{name} from pages of {page}", "attention", args)
 
 
-def _angles(made: _Values) -> dict[str, Tensor]:
+def _angles(made: _Values) -> dict[str, Any]:
     phase = torch.arange(50)[:, None] * 10000.0 ** (-torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
     positions = made.integers(50, TOKENS)
     return {"cos": phase.cos().to(made.device), "sin": phase.sin().to(made.device), "positions": positions}
@@ -112,12 +117,12 @@ def _cache(made: _Values) -> Iterator[Call]:
         name = "of pairs" if pairs else "of halves"
         turn = RotaryArgs(made(TOKENS, HEADS, HEAD_DIM), **angles, interleaved=pairs)
         yield Call(f"rotary {name}", "rotary", turn)
-    for name, rotation in (("append", {}), ("append with rotary", angles)):
-        caches = (made(6, 16, KV_HEADS, HEAD_DIM) for _ in range(2))
-        rows = (made(TOKENS, KV_HEADS, HEAD_DIM) for _ in range(2))
+    for name, rotation in (("append", dict[str, Any]()), ("append with rotary", angles)):
+        keys, values = (made(6, 16, KV_HEADS, HEAD_DIM) for _ in range(2))
+        k, v = (made(TOKENS, KV_HEADS, HEAD_DIM) for _ in range(2))
         slots = made.permutation(96)[:TOKENS]
         slots[0] = -1
-        yield Call(name, "append_kv", AppendKvArgs(*caches, *rows, slots, **rotation))
+        yield Call(name, "append_kv", AppendKvArgs(keys, values, k, v, slots, **rotation))
 
 
 def _rows(made: _Values) -> Iterator[Call]:
@@ -162,8 +167,8 @@ def _messages(made: _Values) -> Iterator[Call]:
     for element, block in (("e2m1", 32), ("e4m3", 16), ("int8", 32)):
         pack = MxPackArgs(made(TOKENS, HIDDEN), element, block)
         yield Call(f"MX {element} of {block}", "mx_pack", pack)
-        codes = stored(*reference_mx.mx_pack(pack._replace(x=pack.x.cpu())))
-        unpack = MxUnpackArgs(*codes, element, block, HIDDEN, made.dtype)
+        codes, scales = stored(*reference_mx.mx_pack(pack._replace(x=pack.x.cpu())))
+        unpack = MxUnpackArgs(codes, scales, element, block, HIDDEN, made.dtype)
         yield Call(f"back from MX {element} of {block}", "mx_unpack", unpack)
         encode = EncodeArgs(made(TOKENS, HIDDEN), element, block)
         yield Call(f"message of {element}", "encode", encode)
