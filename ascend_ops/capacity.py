@@ -67,8 +67,9 @@ def whole_rows(s: PrefillShape) -> Needs:
     keys, edge_keys = s.block_k * s.block_d * HALF, s.edge_k * (s.block_d + s.block_dv) * HALF
     operands = s.block_q * s.block_d * HALF + keys + s.block_q * s.block_k * HALF + edge_keys
     product = s.block_q * max(s.block_k, s.block_dv) * SINGLE
-    # Keys and values of an edge block are filled with zeros in the Unified Buffer, before a part is loaded.
-    return Needs(int(max(softmax, masked, edge_keys)) + 36 * s.block_q + 4 * s.edge_k, operands, product)
+    # Keys and values of an edge block are zeros in the Unified Buffer first; decoding has no such block.
+    filled = edge_keys if s.edge_tiles else 0
+    return Needs(int(max(softmax, masked, filled)) + 36 * s.block_q + 4 * s.edge_k, operands, product)
 
 
 def double_buffered(s: PrefillShape) -> Needs:
