@@ -7,6 +7,9 @@ the few bytes a row or a key are statistics and masks, fitted to the planner's o
 The compiler tries twice. First with two buffers of everything that moves, and the scores of a full block cut
 into two slices of rows; then, if any memory overflows, with one buffer and no slices. A tile that needs the
 second try loses the overlap of transfer and computation: `fits` tells the two apart.
+
+The 950's compiler (bishengir-compile-a5) does not halve a block's rows between the vector cores, and packs
+their memory more tightly than a sum of buffers: `whole_rows` bounds it from above.
 """
 
 from __future__ import annotations
@@ -49,6 +52,24 @@ class PrefillShape(NamedTuple):
     # keys.
     edge_tiles: float = 0.0
     softcap: bool = False
+
+
+def first_try(s: PrefillShape, chip: Chip) -> Needs:
+    """What the tiles need to be accepted at the compiler's first try; on a 950 at most."""
+    return whole_rows(s) if chip.whole_rows else double_buffered(s)
+
+
+def whole_rows(s: PrefillShape) -> Needs:
+    """The 950: scores and products come to the Unified Buffer, weights go to L1, none through memory."""
+    scores, edge, acc = (s.block_q * n * SINGLE for n in (s.block_k, s.edge_k, s.block_dv))
+    softmax = (3 if s.softcap else 2.5) * scores + 2 * acc  # float32 twice, and weights in half precision
+    masked = max(s.edge_tiles, 1.5) * edge + max(edge + 3 * acc, 2 * edge + acc)
+    keys, edge_keys = s.block_k * s.block_d * HALF, s.edge_k * (s.block_d + s.block_dv) * HALF
+    operands = s.block_q * s.block_d * HALF + keys + s.block_q * s.block_k * HALF + edge_keys
+    product = s.block_q * max(s.block_k, s.block_dv) * SINGLE
+    # Keys and values of an edge block are zeros in the Unified Buffer first; decoding has no such block.
+    filled = edge_keys if s.edge_tiles else 0
+    return Needs(int(max(softmax, masked, filled)) + 36 * s.block_q + 4 * s.edge_k, operands, product)
 
 
 def double_buffered(s: PrefillShape) -> Needs:

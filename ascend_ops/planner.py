@@ -12,7 +12,7 @@ from __future__ import annotations
 from itertools import product
 from typing import NamedTuple
 
-from .capacity import Needs, PrefillShape, double_buffered, single_buffered
+from .capacity import Needs, PrefillShape, first_try, single_buffered
 from .chips import Chip
 
 _QUERIES = (256, 128, 64, 32, 16)
@@ -45,8 +45,9 @@ def padded(n: int) -> int:
 
 def fits(shape: PrefillShape, chip: Chip) -> tuple[bool, Needs]:
     """Whether the compiler accepts the tiles at all, and what they need at its last try."""
-    needs = single_buffered(shape)
-    return not needs.overflows(chip) or not double_buffered(shape).overflows(chip), needs
+    first = first_try(shape, chip)
+    needs = first if chip.whole_rows else single_buffered(shape)
+    return not needs.overflows(chip) or not first.overflows(chip), needs
 
 
 def edge_tiles(
@@ -85,7 +86,7 @@ def prefill_tiles(
             continue
         tiles = PrefillTiles(block_q, block_k, block_k if biased else min(EDGE, block_k))
         shape = PrefillShape(*tiles, padded(head_dim), padded(v_head_dim), edge, softcap)
-        if not double_buffered(shape).overflows(chip):
+        if not first_try(shape, chip).overflows(chip):
             able.append(tiles)
     return max(able, key=lambda tiles: (tiles.block_q * tiles.block_k, tiles.block_q))
 
@@ -97,8 +98,8 @@ def decode_tiles(
     block_r = padded(rows)
     block_k = (_DECODE_BIASED_SCORES if biased else _DECODE_SCORES) // block_r
     block_k = min(block_k, 512, _divisor(page) if page else 512)
-    while double_buffered(
-        PrefillShape(block_r, block_k, block_k, padded(head_dim), padded(v_head_dim))
+    while first_try(
+        PrefillShape(block_r, block_k, block_k, padded(head_dim), padded(v_head_dim)), chip
     ).overflows(chip):
         block_k //= 2
     return DecodeTiles(block_r, block_k)

@@ -13,7 +13,19 @@ from torch import Tensor
 from ascend_ops.router.atb import nz_view
 
 from .quant import packed
-from .spec import AppendKvArgs, EmbeddingArgs, LinearArgs, PackedWeight, RmsNormArgs, RotaryArgs, SwigluArgs
+from .spec import (
+    AppendKvArgs,
+    DecodeSumArgs,
+    EmbeddingArgs,
+    EncodeArgs,
+    LinearArgs,
+    MxPackArgs,
+    MxUnpackArgs,
+    PackedWeight,
+    RmsNormArgs,
+    RotaryArgs,
+    SwigluArgs,
+)
 
 
 class Sample(NamedTuple):
@@ -145,6 +157,51 @@ def _embedding(a: EmbeddingArgs, result: Tensor, draw: Draw) -> list[Compared]:
     return [("rows", result[rows].cpu(), plain.embedding(part), exact.embedding(part))]
 
 
+def _bytes(what: str, ours: Tensor, exact: Tensor) -> Compared:
+    """Of a codec, which is the oracle's bit for bit: any other byte is an error of 1 or more."""
+    return what, ours.cpu().float(), exact.float(), exact.double()
+
+
+def _mx_pack(a: MxPackArgs, result: tuple[Tensor, Tensor], draw: Draw) -> list[Compared]:
+    from . import reference_mx
+
+    rows = draw.some(a.x.shape[:-1].numel(), draw.sample.rows)
+    exact = reference_mx.mx_pack(a._replace(x=_rows_of(a.x, rows).cpu()))
+    triples = zip(("codes", "scales"), result, exact, strict=True)
+    return [_bytes(what, _rows_of(ours, rows), true) for what, ours, true in triples]
+
+
+def _mx_unpack(a: MxUnpackArgs, result: Tensor, draw: Draw) -> list[Compared]:
+    from . import reference_mx
+
+    rows = draw.some(a.codes.shape[:-1].numel(), draw.sample.rows)
+    part = a._replace(codes=_rows_of(a.codes, rows).cpu(), scales=_rows_of(a.scales, rows).cpu())
+    exact = reference_mx.mx_unpack(part)
+    return [("rows", _rows_of(result, rows).cpu(), exact.to(a.dtype), exact)]
+
+
+def _encode(a: EncodeArgs, result: Tensor, draw: Draw) -> list[Compared]:
+    """All of it, or the first rows' codes: a message has those of all rows before scales and outliers."""
+    from . import reference_mx
+
+    few = min(a.x.shape[0], draw.sample.rows)
+    exact = reference_mx.encode(a._replace(x=a.x[:few].cpu()))
+    if few == a.x.shape[0]:
+        return [_bytes("message", result, exact)]
+    bits = (a.x.shape[1] - len(a.outliers)) * reference_mx.mx_bits(a.element)
+    codes = few * -(-bits // 8)
+    return [_bytes("codes of the first rows", result[:codes], exact[:codes])]
+
+
+def _decode_sum(a: DecodeSumArgs, result: Tensor, draw: Draw) -> list[Compared]:
+    """Rows of the sum; the oracle decodes whole messages, which have no rows of their own."""
+    from . import reference_mx
+
+    exact = reference_mx.decode_sum(a._replace(messages=tuple(m.cpu() for m in a.messages), out=None))
+    rows = draw.some(a.rows, draw.sample.rows)
+    return [("rows", result[rows].cpu(), exact[rows].to(a.dtype), exact[rows].double())]
+
+
 SAMPLES: dict[str, Callable[[Any, Any, Draw], list[Compared]]] = {
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
@@ -152,4 +209,8 @@ SAMPLES: dict[str, Callable[[Any, Any, Draw], list[Compared]]] = {
     "append_kv": _append_kv,
     "linear": _linear,
     "embedding": _embedding,
+    "mx_pack": _mx_pack,
+    "mx_unpack": _mx_unpack,
+    "encode": _encode,
+    "decode_sum": _decode_sum,
 }

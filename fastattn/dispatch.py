@@ -1,8 +1,9 @@
 """Which backend runs a call: the first of the device's list with no reason against it.
 
 A backend that the caller names (argument, `use_backend`, FASTATTN_BACKEND) is used or refused, never
-replaced. Resolution happens inside the torch op and is cached per static signature, so that tracing
-never sees it. An exception inside a kernel is a bug and propagates.
+replaced; of several, "volta,triton", the first that can. Resolution happens inside the torch op and is
+cached per static signature, so that tracing never sees it. An exception inside a kernel is a bug and
+propagates.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BACKENDS = (*AUTOMATIC, "reference")
 #: How often each (backend, op) ran in this process.
 calls: Counter[tuple[str, str]] = Counter()
 
-if settings.backend and settings.backend not in BACKENDS:
+if settings.backend and not {*settings.backend.split(",")} <= {*BACKENDS}:
     raise ValueError(
         f"environment variable FASTATTN_BACKEND={settings.backend!r}: expected one of {', '.join(BACKENDS)}"
     )
@@ -45,11 +46,12 @@ _observer: ContextVar[Observer | None] = ContextVar("fastattn_observer", default
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, every op runs on the backend ``name`` or is refused with the reason.
 
-    Raises ValueError when there is no such backend. The ``backend=`` argument of a call wins over it.
+    Several names, ``"volta,triton,sdpa"``, are tried in that order. Raises ValueError when there is no such
+    backend. The ``backend=`` argument of a call wins over it.
     Compiled code obeys the block that it is called in; the block itself cannot be inside a function that
     is compiled with ``fullgraph=True`` (torch says so), where ``backend=`` does the same.
     """
-    token = _forced.set(_known(name))
+    token = _forced.set(",".join(order(name)))
     try:
         yield
     finally:
@@ -78,6 +80,12 @@ def cpu_comes_first(backend: str) -> bool:
     Ops whose kernel takes everything skip the record and the signature then, a third of the cost of a call.
     """
     return not backend and not by_op() and not unavailable("cpu")
+
+
+@cache
+def order(name: str) -> tuple[str, ...]:
+    """The backends to try for a name, or several joined by commas; ``""``: the automatic ones."""
+    return tuple(map(_known, name.split(","))) if name else AUTOMATIC
 
 
 @cache
@@ -118,12 +126,17 @@ def reasons_against(name: str, op: str, signature: Any) -> list[str]:
     return reasons + kernel.reasons(signature)
 
 
-def pages(device_type: str, head_dim: int, dtype: torch.dtype) -> Pages:
-    """How the first backend that runs on such a device wants the pages of a KV cache of ``dtype``."""
-    for name in (named(),) if named() else AUTOMATIC:
+def pages(
+    device_type: str, head_dim: int, dtype: torch.dtype, features: frozenset[str] = frozenset()
+) -> Pages:
+    """How the first backend that runs on such a device wants the pages of a KV cache of ``dtype``.
+
+    ``features`` are those of the attention calls that will read it, beside causality and pages.
+    """
+    for name in order(named()):
         if device_type in load_backend(name).device_types and not unavailable(name):
-            return load_backend(name).pages(head_dim, dtype)
-    return small_pages(head_dim, dtype)
+            return load_backend(name).pages(head_dim, dtype, features)
+    return small_pages(head_dim, dtype, features)
 
 
 def explain(op: str, args: OpArgs) -> dict[str, list[str]]:
@@ -134,9 +147,8 @@ def explain(op: str, args: OpArgs) -> dict[str, list[str]]:
 
 def resolve(op: str, signature: Any, backend: str = "") -> tuple[str, Op]:
     """(backend name, kernel) for a call. Raises UnsupportedError with every backend's reasons."""
-    candidates = (_known(backend),) if backend else AUTOMATIC
     against = {}
-    for name in candidates:
+    for name in order(backend):
         against[name] = reasons_against(name, op, signature)
         if not against[name]:
             return name, op_table(name)[op]
@@ -147,7 +159,7 @@ def resolve(op: str, signature: Any, backend: str = "") -> tuple[str, Op]:
 
 
 def named() -> str:
-    """The backend that `use_backend` or FASTATTN_BACKEND asks for; "" when neither does."""
+    """What `use_backend` or FASTATTN_BACKEND asks for, as `order` takes it; "" when neither does."""
     return _forced.get() or settings.backend
 
 

@@ -393,7 +393,7 @@ class Pages(NamedTuple):
     layout: str = "nhd"  # or "npu_nz"
 
 
-def small_pages(head_dim: int, dtype: torch.dtype) -> Pages:
+def small_pages(head_dim: int, dtype: torch.dtype, features: frozenset[str]) -> Pages:
     """Pages of a backend that takes any: small ones waste little behind a sequence's end."""
     return Pages()
 
@@ -406,8 +406,8 @@ class Backend(NamedTuple):
     available: Callable[[], list[str]]  # [] = usable here; heavy imports happen inside
     ops: Callable[[], Mapping[str, Op]]  # called once, only when available
     describe: Callable[[], Mapping[str, str]]  # versions, build flags, features, for `fastattn info`
-    # Of a KV cache, by head_dim and dtype; called only when available.
-    pages: Callable[[int, torch.dtype], Pages] = small_pages
+    # Of a KV cache, by head_dim, dtype and features of the calls that read it; called only when available.
+    pages: Callable[[int, torch.dtype, frozenset[str]], Pages] = small_pages
 
 
 # --------------------------------------------------------------------------------------------- weights

@@ -22,7 +22,7 @@ CHUNK, CHUNK_V2 = "_npu_paged_attention_splitfuse", "_npu_paged_attention_splitf
 DECODE = "_npu_paged_attention"
 # MASK_TYPE_NORM_COMPRESS: the two operations count their mask types apart.
 _COMPRESSED = {PREFILL_V3: 3, CHUNK_V2: 5}
-LONGEST_MASK = 16384  # queries and keys: a mask of 512 MiB
+LARGEST_MASK = 1 << 28  # scores of a mask as large as they are: 512 MiB
 _NEVER = (
     "softcap", "alibi_slopes", "sinks", "attn_mask", "cache_batch_idx", "cache_leftpad", "q_pos0", "k_pos0",
     "k_scale", "v_scale",
@@ -69,8 +69,12 @@ def reasons(call: AttentionCall, lens: Lengths, chip: Chip) -> list[str]:
         out.append(f"batch: {len(lens.q)}, at most 2000")
     if not call.page_size and lens.q != lens.k:
         out.append("k: other lengths than q; ATB's prefill needs them equal")
-    if _operator(call, lens, chip) in (PREFILL, CHUNK) and max(lens.k) > LONGEST_MASK:
-        out.append(f"k: {max(lens.k)} keys, a mask as large as the scores is made for at most {LONGEST_MASK}")
+    rows = {PREFILL: max(lens.q), CHUNK: sum(lens.q)}.get(_operator(call, lens, chip), 0)
+    if rows * max(lens.k) > LARGEST_MASK:
+        out.append(
+            f"k: {rows} queries of {max(lens.k)} keys, a mask as large as the scores is made for at most "
+            f"{LARGEST_MASK}: prefill in chunks"
+        )
     if call.page_size and any(sq > sk for sq, sk in zip(lens.q, lens.k, strict=True)):
         out.append("q: more queries than keys")
     return out

@@ -88,7 +88,10 @@ class Chip(NamedTuple):
 
     @property
     def compiles_triton(self) -> bool:
-        """Whether our kernels are planned for it: 910B and A3."""
+        """Whether triton-ascend's release compiles our kernels for it: 910B and A3.
+
+        Its settings for the 950 are switched off when the wheel is built (3.2.0).
+        """
         return self.family in ("910b", "910_93")
 
     def lacks(self, operator: str) -> list[str]:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from .plan import is_950
+
 MIX_MODE = re.compile(r', mix_mode\s*=\s*"[^"]*"')
 
 
@@ -30,7 +32,9 @@ def lower(kernel: str, signature: Mapping[str, str], constants: Mapping[str, Any
     module, name = kernel.split(":")
     target = GPUTarget("npu", chip, 0)
     backend = vendor.AscendBackend(target)
-    options = backend.parse_options({})
+    # The wheel is built for the other chips: a build for the 950 has these settings by default.
+    for_950 = {"compile_on_910_95": True, "enable_select_analysis": True}
+    options = backend.parse_options(for_950 if is_950(chip) else {})
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)

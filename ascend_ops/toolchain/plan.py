@@ -7,28 +7,32 @@ the module that it leaves behind.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 #: The compiler's names of the memories, and ours.
 SPACES = {"ub": "UB", "cbuf": "L1", "cc": "L0C"}
 _OPTIONS = (
-    "--enable-auto-multi-buffer=true",
-    "--enable-auto-bind-sub-block=true",
     "--enable-hfusion-compile=true",
     "--enable-hivm-compile=true",
     "--enable-triton-kernel-compile=true",
 )
+# What triton-ascend asks for: on a 950 neither two buffers nor rows split over the Vector cores.
+_OVERLAP = "--enable-auto-multi-buffer={0}", "--enable-auto-bind-sub-block={0}"
 _ELEMENT_BITS = {"i1": 1, "i8": 8, "f16": 16, "bf16": 16, "i16": 16, "f32": 32, "i32": 32, "i64": 64}
 _OVERFLOW = re.compile(r"(\w+) overflow, requires (\d+) bits while (\d+) bits available")
-_CONSTANT = re.compile(r"(%\w+) = arith\.constant (\d+) : i64")
+# bishengir-compile writes addresses in the one way, bishengir-compile-a5 in the other.
+_CONSTANT = re.compile(r"(%\w+) = (?:arith\.constant (\d+)|llvm\.mlir\.constant\((\d+)) : i64")
 _ADDRESS = re.compile(r"pointer_cast\(([^)]*)\).*: memref<([^,>]+), #hivm\.address_space<(\w+)>>")
 _WORKSPACE = re.compile(r"@\w+_infer_workspace_shape_function\(\).*?constant (\d+) : index", re.DOTALL)
 _CHIP = re.compile(r'dl_entry<"(\w+)", (\d+) : i32>')
+_LABEL = re.compile(r"\^bb(\d+)")
 _SYNC = re.compile(r"sync_block_(?:set|wait)\[")
 
 
@@ -55,24 +59,55 @@ def plan(linalg: str, chip: str, options: tuple[str, ...] = ()) -> Plan:
     import ascendnpuir
 
     folder = Path(ascendnpuir.__file__).parent / "bin"
-    compiler = folder / ("bishengir-compile-a5" if "950" in chip else "bishengir-compile")
+    if is_950(chip):
+        return _plan_950(linalg, folder / "bishengir-compile-a5", chip, options)
+    overlap = [option.format("true") for option in _OVERLAP]
+    module, log = _compile(linalg, folder / "bishengir-compile", [f"--target={chip}", *overlap, *options])
+    return read_plan(module, log, retried="retrying compilation" in log)
+
+
+def is_950(chip: str) -> bool:
+    """Whether a chip has a compiler, and a front end's settings, of its own."""
+    return chip.startswith(("Ascend950", "Ascend910_950"))
+
+
+def _plan_950(linalg: str, compiler: Path, chip: str, options: tuple[str, ...]) -> Plan:
+    """This compiler does not say that it tried again: one try is asked for first, then what tries there are.
+
+    Nor does it leave its plan behind and stop when CANN's last step is absent, but starts over with less:
+    `true` stands in for that step.
+    """
+    settings = [f"--target={chip}", *(option.format("false") for option in _OVERLAP), *options]
+    with tempfile.TemporaryDirectory() as last_step:
+        Path(last_step, "hivmc-a5").symlink_to(shutil.which("true") or "/bin/true")
+        path = f"{last_step}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        module, log = _compile(linalg, compiler, [*settings, "--enable-tuning-mode"], path)
+        if module:
+            return read_plan(module, log, retried=False)
+        return read_plan(*_compile(linalg, compiler, settings, path), retried=True)
+
+
+def _compile(
+    linalg: str, compiler: Path, settings: Sequence[str], path: str | None = None
+) -> tuple[str, str]:
+    """(planned module or "", log); ``path`` is the PATH of the compiler's process, None: this one's."""
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         source, dumps = temporary / "kernel.mlir", temporary / "dumps"
         source.write_text(linalg)
         dumps.mkdir()
         command = [
-            str(compiler), str(source), f"--target={chip}", *_OPTIONS, f"--save-temps={dumps}",
-            "-o", str(temporary / "kernel"), *options,
+            str(compiler), str(source), *_OPTIONS, f"--save-temps={dumps}", "-o", str(temporary / "kernel"),
+            *settings,
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        environ = None if path is None else {**os.environ, "PATH": path}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environ)
         planned = dumps / "module.hivm.opt.mlir"
-        return read_plan(planned.read_text() if planned.exists() else "", done.stderr)
+        return planned.read_text() if planned.exists() else "", done.stderr
 
 
-def read_plan(module: str, log: str) -> Plan:
+def read_plan(module: str, log: str, *, retried: bool) -> Plan:
     """The plan in the planned ``module`` ("" if there is none) and the compiler's ``log``."""
-    retried = "retrying compilation" in log
     if not module:
         overflow = {
             SPACES.get(space.lower(), space): (int(needed) // 8, int(available) // 8)
@@ -98,7 +133,7 @@ def _occupancy(module: str) -> dict[str, int]:
     """The end of the highest buffer in each memory; addresses are constants of their function."""
     highest: dict[str, int] = {}
     for _, body in _functions(module):
-        constants = {name: int(value) for name, value in _CONSTANT.findall(body)}
+        constants = {name: int(one or other) for name, one, other in _CONSTANT.findall(body)}
         for addresses, shape, space in _ADDRESS.findall(body):
             if space not in SPACES:
                 continue
@@ -122,8 +157,11 @@ def _syncs(body: str) -> Iterator[int]:
     """For each loop over blocks of keys, the synchronisations of one trip.
 
     Such a loop contains some, and lies in the loop over the core's work. The compiler may have split it into
-    stages that are loops in it: each runs once for every block.
+    stages that are loops in it: each runs once for every block. The 950's has branches instead of loops.
     """
+    if "scf.for" not in body:
+        yield from _syncs_of_branches(body)
+        return
     loops: list[tuple[int, int]] = []  # (indentation, synchronisations) of the open loops
     for line in body.splitlines():
         depth = len(line) - len(line.lstrip())
@@ -135,3 +173,22 @@ def _syncs(body: str) -> Iterator[int]:
             _, count = loops.pop()
             if count and len(loops) == 1:
                 yield count
+
+
+def _syncs_of_branches(body: str) -> Iterator[int]:
+    """As `_syncs`, of basic blocks: a branch to an earlier block closes a loop, the innermost ones count."""
+    at, counts, ends = 0, {0: 0}, list[tuple[int, int]]()
+    for line in body.splitlines():
+        text = line.strip()
+        if text.startswith("^bb"):
+            at = int(text[3:].partition("(")[0].partition(":")[0])
+            counts[at] = 0
+        elif _SYNC.search(text):
+            counts[at] += 1
+        elif text.startswith("cf."):
+            ends += [(int(to), at) for to in _LABEL.findall(text) if int(to) <= at]
+    for first, last in ends:
+        inner = any(first <= to and at <= last and (to, at) != (first, last) for to, at in ends)
+        count = sum(n for block, n in counts.items() if first <= block <= last)
+        if count and not inner:
+            yield count

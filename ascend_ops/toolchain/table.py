@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +15,19 @@ import torch
 
 from .. import ops
 from ..attention import attention
+from ..chips import CHIPS, Chip
 from .client import call_all
 from .instances import Instance, recording
 
 #: One of each generation: all 910B plan alike, and so do all A3.
 TARGETS = ("Ascend910B3", "Ascend910_9391")
+#: The 950 has a compiler, tiles and a shorter table of its own: each head_dim, and each kind of edge block.
+TARGET_950 = "Ascend950PR_9579"
+CALLS_950 = (
+    *(f"{kind}, D={head_dim}" for head_dim in (64, 128, 256) for kind in ("causal", "decode")),
+    "causal, softcap", "causal, packed", "causal, pages of 128", "causal, ALiBi, D=128",
+    "causal, bool mask, D=128",
+)  # fmt: skip
 #: Constants of kernels that are sizes of tiles.
 _SIZES = ("BLOCK", "BLOCK_Q", "BLOCK_R", "BLOCK_M", "BLOCK_N", "BLOCK_K", "EDGE_K", "HEADS")
 HEADER = (
@@ -41,8 +49,8 @@ class Call(NamedTuple):
     packed: bool = False
     options: Mapping[str, Any] = {}
 
-    def instances(self) -> list[Instance]:
-        """The kernels that the call launches, with their constants."""
+    def instances(self, chip: Chip) -> list[Instance]:
+        """The kernels that the call launches, with their constants: the tiles are the chip's."""
         heads = 2 * self.group
         q = torch.empty(2, self.queries, heads, self.head_dim, dtype=self.dtype)
         rows = (4, self.page) if self.page else (2, 64)
@@ -56,7 +64,7 @@ class Call(NamedTuple):
             ends = torch.zeros(3, dtype=torch.int32)
             options.update(cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=self.queries, max_seqlen_k=64)
         with recording() as seen:
-            attention(q, k, v, scale=1.0, **options)
+            attention(q, k, v, scale=1.0, chip=chip, **options)
         return seen
 
 
@@ -66,8 +74,8 @@ class SmallCall(NamedTuple):
     name: str
     launch: Callable[[], object]
 
-    def instances(self) -> list[Instance]:
-        """The kernels that it launches."""
+    def instances(self, chip: Chip) -> list[Instance]:
+        """The kernels that it launches, the same on every chip."""
         with recording() as seen:
             self.launch()
         return seen
@@ -157,12 +165,18 @@ def _biases() -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def plans(python: Path, root: Path) -> list[tuple[str, Instance, dict[str, Any]]]:
-    """(name of the call, kernel, target -> fields of its `plan.Plan`) of the whole table."""
+def plans(
+    python: Path, root: Path, *targets: str, only: Container[str] | None = None
+) -> list[tuple[str, Instance, dict[str, Any]]]:
+    """(name of the call, kernel, target -> fields of its `plan.Plan`) of the table, or of ``only`` its calls.
+
+    The tiles are those of the first target.
+    """
     kinds: list[Call | SmallCall] = [*calls(), *small_calls()]
-    found = [(kind.name, kernel) for kind in kinds for kernel in kind.instances()]
+    asked = [kind for kind in kinds if only is None or kind.name in only]
+    found = [(kind.name, kernel) for kind in asked for kernel in kind.instances(CHIPS[targets[0]])]
     distinct = list(dict.fromkeys(kernel for _, kernel in found))
-    requests = [kernel.planning(*TARGETS) for kernel in distinct]
+    requests = [kernel.planning(*targets) for kernel in distinct]
     answers = call_all(python, [root], "ascend_ops.toolchain.worker:plan_kernel", requests)
     planned = dict(zip(distinct, answers, strict=True))
     return [(name, kernel, planned[kernel]) for name, kernel in found]
@@ -180,13 +194,15 @@ def row(call: str, kernel: Instance, plan: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Prints the table of the first target."""
+    """Prints the table of a chip."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", type=Path, required=True, help="of the environment with triton-ascend")
+    parser.add_argument("--chip", choices=sorted(CHIPS), default=TARGETS[0])
     options = parser.parse_args()
+    only = CALLS_950 if options.chip == TARGET_950 else None
     print(*HEADER, sep="\n")
-    for call, kernel, planned in plans(options.python, Path(__file__).parents[2]):
-        plan = planned[TARGETS[0]]
+    for call, kernel, planned in plans(options.python, Path(__file__).parents[2], options.chip, only=only):
+        plan = planned[options.chip]
         if not plan["accepted"]:
             raise SystemExit(f"{call}: {kernel.kernel} refused: {plan['overflow'] or plan['error']}")
         print(row(call, kernel, plan) + ("  retried" if plan["retried"] else ""), flush=True)

@@ -18,12 +18,15 @@ from typing import Any
 def plan_kernel(
     kernel: str, signature: Mapping[str, str], constants: Mapping[str, Any], chips: list[str]
 ) -> dict[str, Any]:
-    """Lowers ``"module:function"`` once and plans it for each chip: chip -> fields of `plan.Plan`."""
+    """Lowers ``"module:function"`` and plans it for each chip: chip -> fields of `plan.Plan`."""
     from .lower import lower
-    from .plan import plan
+    from .plan import is_950, plan
 
-    linalg = lower(kernel, signature, constants, chips[0])
-    return {chip: plan(linalg, chip)._asdict() for chip in chips}
+    linalg: dict[bool, str] = {}  # one text for all chips but the 950
+    for chip in chips:
+        if is_950(chip) not in linalg:
+            linalg[is_950(chip)] = lower(kernel, signature, constants, chip)
+    return {chip: plan(linalg[is_950(chip)], chip)._asdict() for chip in chips}
 
 
 def main() -> None:

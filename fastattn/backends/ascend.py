@@ -22,6 +22,8 @@ from ..spec import AttentionArgs, AttentionSignature, Backend, Op, Pages, Unsupp
 from .interpreter import reasons_against_emulating
 
 _EMULATED = "ascend" in settings.emulate
+#: Keys on the left of a window in a call that stands for all of its signature.
+_BITES_LATE = 1 << 30
 
 
 def _available() -> list[str]:
@@ -134,10 +136,12 @@ def _stand_in(s: AttentionSignature) -> router.AttentionCall:
         o["seqused_k"] = torch.tensor([16])
     for name in s.features & {"cache_batch_idx", "cache_leftpad", "q_pos0", "k_pos0", "k_scale", "v_scale"}:
         o[name] = values(1)
+    if "window" in s.features:
+        o["left"] = _BITES_LATE
     if "softcap" in s.features:
         o["softcap"] = 1.0
-    if "alibi_slopes" in s.features:
-        o["alibi_slopes"] = values(s.num_heads)
+    for name in s.features & {"alibi_slopes", "sinks"}:
+        o[name] = values(s.num_heads, dtype=torch.float32)
     if s.mask_dtype is not None:
         o["attn_mask"] = values(1, 1, 16, page or 16, dtype=s.mask_dtype)
     return router.AttentionCall(
@@ -152,21 +156,20 @@ def _ops() -> Mapping[str, Op]:
     return {"attention": Op(_run_attention, features, attention_reasons), **ascend_small.OPS}
 
 
-def _pages(head_dim: int, dtype: torch.dtype) -> Pages:
+def _pages(head_dim: int, dtype: torch.dtype, features: frozenset[str]) -> Pages:
     """128 tokens: FIA takes no less, and no block of our kernels that fits is cut short.
 
-    In NZ, which no other backend reads, where ATB can fill the pages and attend to them.
+    In NZ, which no other backend reads, where ATB can fill the pages and run all of the calls that read them.
     """
     if _EMULATED or router.current().kv_layout == "nhd" or settings.ascend == "kernels":
         return Pages(128)
     size = max(16, min(128, 128 * 128 // head_dim // 16 * 16))
-    page = torch.empty((1, size, 1, head_dim), dtype=dtype, device="meta")
-    table = torch.empty((1, 1), dtype=torch.int32, device="meta")
-    call = router.AttentionCall(
-        page, page, page, 1.0, right=0, block_table=table, seqused_k=torch.tensor([size]), kv_layout="npu_nz"
+    asked = features | {"causal", "block_table", "seqused_k"}
+    signature = AttentionSignature(
+        torch.device("meta"), dtype, dtype, head_dim, head_dim, 1, 1, size, None, "npu_nz", asked
     )
     chip = router.current()
-    against = [*router.route(call, chip).unsupported(), *chip.lacks("_npu_reshape_and_cache")]
+    against = router.route(_stand_in(signature), chip).unsupported() + chip.lacks("_npu_reshape_and_cache")
     return Pages(128) if against else Pages(size, "npu_nz")
 
 

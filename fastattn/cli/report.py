@@ -6,7 +6,8 @@ import argparse
 import os
 import tempfile
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .. import dispatch
@@ -20,14 +21,13 @@ NEW_TOKENS = 4
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The arguments of ``fastattn report``."""
     p.description = (
-        "Check a device: on an NPU every operator and kernel of ascend_ops (and, under torchrun, sums over "
-        "ranks); on any device two small models as a whole, each op against float64. Prints Markdown."
+        "Check a backend on its device: one call of each kind of every op, and two small models as a whole, "
+        "each against float64; on an NPU also every operator and kernel of ascend_ops with its time (and, "
+        "under torchrun, sums over ranks). Prints Markdown."
     )
-    p.add_argument(
-        "--backend", required=True, choices=dispatch.BACKENDS, help="that runs the ops of the models"
-    )
+    p.add_argument("--backend", required=True, choices=dispatch.BACKENDS, help="the one to check")
     p.add_argument("--device", help="npu, cuda, cpu; default: the backend's")
-    p.add_argument("--full", action="store_true", help="also long sequences, up to 32768")
+    p.add_argument("--full", action="store_true", help="on an NPU also long sequences, up to 32768")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -37,28 +37,63 @@ def main(args: argparse.Namespace) -> int:
     first = os.environ.get("RANK", "0") == "0"
     if first:
         print(f"```\n{info.report()}\n```\n")
-    status = 0
+    right = True
     if args.backend == "ascend":
         from ascend_ops import report
 
-        try:
-            status = report.run(full=args.full, emulate=emulated)
-        except Exception as failure:  # noqa: BLE001 (whatever it is, it belongs into the report)
-            print(f"\nascend_ops: FAILED {type(failure).__name__}: {failure}")
-            status = 1
-    if not first:  # the models are one process's
-        return status
+        matrix = partial(report.run, full=args.full, emulate=emulated)
+        right &= _tried("ascend_ops", lambda: matrix() == 0, says_so=first)
+    if not first:  # the rest is one process's
+        return 0 if right else 1
+    print(f"\n## ops of {args.backend}, device {device}\n")
+    right &= _tried("ops", lambda: check_every_op(args.backend, device))
     print(f"\n## models on {args.backend}, device {device}")
     for form, name in (("fp16", "float16"), ("int4", "4 bits with act-order")):
-        try:
-            right = check_model(args.backend, device, form)
-        except Exception as failure:  # noqa: BLE001 (whatever it is, it belongs into the report)
-            print(f"\n{name}: FAILED {type(failure).__name__}: {failure}")
-            right = False
-        else:
-            print(f"\n{name}: {'right' if right else 'WRONG'}", flush=True)
-        status |= not right
-    return status
+        right &= _tried(name, partial(check_model, args.backend, device, form))
+    return 0 if right else 1
+
+
+def _tried(name: str, part: Callable[[], bool], *, says_so: bool = True) -> bool:
+    """Prints what came of a part of the report; whatever it raises belongs there as well, of every rank."""
+    try:
+        right = part()
+    except Exception as failure:  # noqa: BLE001
+        print(f"\n{name}: FAILED {type(failure).__name__}: {failure}", flush=True)
+        return False
+    if says_so:
+        print(f"\n{name}: {'right' if right else 'WRONG'}", flush=True)
+    return right
+
+
+def check_every_op(backend: str, device: str) -> bool:
+    """Prints a table of `check_calls.calls`; whether the backend took some of them, and all those are right.
+
+    A call that the backend refuses has its reasons in the table: there another backend runs.
+    """
+    import torch
+
+    from ..check import check
+    from ..check_calls import calls
+
+    taken, wrong = 0, 0
+    print("| call | dtype | result |\n|---|---|---|")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for name, op, args in calls(torch.device(device), dtype):
+            against = dispatch.reasons_against(backend, op, args.signature())
+            if against:
+                found = f"refused: {'; '.join(against)}"
+            else:
+                taken += 1
+                try:
+                    report = check(dispatch.run, op, args, backend)
+                    found, right = str(report), report.ok
+                except Exception as failure:  # noqa: BLE001 (whatever it is, it belongs into the report)
+                    found, right = f"FAILED {type(failure).__name__}: {str(failure).splitlines()[0]}", False
+                wrong += not right
+            cell = found.replace("\n", "; ").replace("|", "\\|")
+            print(f"| {name} | {str(dtype).removeprefix('torch.')} | {cell} |", flush=True)
+    print(f"\n{taken} calls taken, {wrong} wrong")
+    return taken > 0 and not wrong
 
 
 def check_model(backend: str, device: str, form: str) -> bool:
@@ -76,8 +111,8 @@ def check_model(backend: str, device: str, form: str) -> bool:
         path = str(random_llama.write(made, Path(folder)))
         with dispatch.use_backend("cpu"):
             expected = load(path, dtype="float16").logits([PROMPT])[0]
-        # On a device the backend comes first, and what it has no kernel for runs on torch's.
-        with dispatch.use_backend(backend) if device == "cpu" else nullcontext():
+        # What the backend has no kernel for is left to the others, as without a report.
+        with dispatch.use_backend(",".join(dict.fromkeys((backend, *dispatch.AUTOMATIC)))):
             model = load(path, dtype="float16", device=device)
             before = Counter(dispatch.calls)
             report = check(model.generate, [PROMPT], SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))

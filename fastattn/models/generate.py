@@ -136,7 +136,8 @@ class Model:
 
     def kv_cache(self, lengths: Sequence[int]) -> PagedKvCache:
         """Room for sequences of so many tokens, in pages as the backend wants them. Raises CacheFull."""
-        wanted = pages(self.device.type, self.config.head_dim, self.dtype)
+        features = frozenset({"window"} if any(self.config.windows) else ())
+        wanted = pages(self.device.type, self.config.head_dim, self.dtype, features)
         return PagedKvCache(
             self.config.num_layers, sum(-(-n // wanted.size) for n in lengths), wanted.size,
             self.decoder.blocks[0][0].kv_heads, self.config.head_dim, dtype=self.dtype, device=self.device,

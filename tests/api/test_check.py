@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import dispatch, ops
+from fastattn import dispatch, ops, reference_mx
 from fastattn.quant import packed
-from fastattn.spec import Op
+from fastattn.spec import DecodeSumArgs, EncodeArgs, MxPackArgs, MxUnpackArgs, Op
 from tests.api.cases import LAYOUTS, random_case
 from tests.ops.test_rotary_append import angles
 from tests.ops.weights import make
@@ -37,6 +37,8 @@ def call_of_each_op() -> dict[str, object]:
     heads = torch.randn(9, 2, 16)
     slots, positions = torch.tensor([0, -1, 3, 3, 7, 2, 11, 9, 8]), torch.arange(9)
     w = make("int4", 40, 64, bias=torch.float32)
+    codes = reference_mx.mx_pack(MxPackArgs(x, "e2m1", 32))
+    message = reference_mx.encode(EncodeArgs(x, "e2m1", 32))
     q, kv = torch.randn(2, 5, 4, 16), torch.randn(2, 7, 2, 16)
     return {
         "attention": lambda: fastattn.attention(q, kv, kv, causal=True, return_lse=True),
@@ -48,12 +50,16 @@ def call_of_each_op() -> dict[str, object]:
         ),
         "linear": lambda: ops.linear(x, w),
         "embedding": lambda: ops.embedding(torch.tensor([3, 1, 3]), w, torch.float32),
+        "mx_pack": lambda: dispatch.run("mx_pack", MxPackArgs(x, "e2m1", 32)),
+        "mx_unpack": lambda: dispatch.run("mx_unpack", MxUnpackArgs(*codes, "e2m1", 32, 64, torch.float32)),
+        "encode": lambda: dispatch.run("encode", EncodeArgs(x, "e2m1", 32)),
+        "decode_sum": lambda: dispatch.run(
+            "decode_sum", DecodeSumArgs((message, message), 9, 64, torch.float32, "e2m1", 32)
+        ),
     }
 
 
-@pytest.mark.parametrize(
-    "op", ["attention", "rms_norm", "swiglu", "rotary", "append_kv", "linear", "embedding"]
-)
+@pytest.mark.parametrize("op", sorted(call_of_each_op()))
 def test_right_and_wrong_answers(op, monkeypatch):
     call = call_of_each_op()[op]
     report = fastattn.check(call)
@@ -64,10 +70,10 @@ def test_right_and_wrong_answers(op, monkeypatch):
     right = table[op]
 
     def wrong(args):
-        """One element off by a hundredth: what a fused operator's bug looks like in the mildest case."""
+        """Some elements off by a hundredth: what a fused operator's bug looks like in the mildest case."""
         result = right.run(args)
         spoiled = args.k_cache if op == "append_kv" else result[0] if isinstance(result, tuple) else result
-        spoiled.view(-1)[:: max(1, spoiled.numel() // 40)] += 0.01
+        spoiled.view(-1)[:: max(1, spoiled.numel() // 40)] += 0.01 if spoiled.is_floating_point() else 1
         return result
 
     table[op] = Op(wrong, right.features, right.reasons)
@@ -93,12 +99,6 @@ def test_a_uniform_average_is_wrong():
     exact = report.result
     average = v.mean(1, keepdim=True).expand_as(exact)
     assert float((average - exact).abs().max()) > 100 * report.findings[0].limit
-
-
-def test_ops_without_an_oracle_are_named():
-    report = fastattn.check(ops.mx_pack, torch.randn(4, 64), "e2m1", 32)
-    assert not report.ok
-    assert str(report) == "mx_pack on cpu: 1 not compared"
 
 
 def test_calls_with_nothing_to_compare_are_named():

@@ -77,9 +77,21 @@ def test_pages_are_in_nz_where_atb_reads_them(on_chip, family):
     """sdpa takes the rest, and reads no NZ."""
     on_chip(family)
     for d, size in ((64, 128), (80, 128), (128, 128), (192, 80), (256, 64)):
-        assert ascend.BACKEND.pages(d, torch.float16) == (size, "npu_nz")
+        for features in (frozenset(), frozenset({"window"})):
+            assert ascend.BACKEND.pages(d, torch.float16, features) == (size, "npu_nz")
     for d, dtype in ((128, torch.bfloat16), (128, torch.float32), (72, torch.float16), (512, torch.float16)):
-        assert ascend.BACKEND.pages(d, dtype) == (128, "nhd")
+        assert ascend.BACKEND.pages(d, dtype, frozenset()) == (128, "nhd")
+    for feature in ("softcap", "alibi_slopes", "sinks", "k_scale", "return_lse"):
+        assert ascend.BACKEND.pages(128, torch.float16, frozenset({feature})) == (128, "nhd")
+
+
+@pytest.mark.parametrize("feature", ["softcap", "alibi_slopes", "sinks"])
+def test_what_atb_lacks_is_refused_before_the_call(on_chip, feature):
+    """So that dispatch goes on to the next backend."""
+    on_chip("310p")
+    values = {"softcap": 5.0, "alibi_slopes": torch.ones(4), "sinks": torch.ones(4)}
+    assert feature in reasons(args(causal=True, page=64, **{feature: values[feature]}))
+    assert "window" in reasons(args(causal=True, window=(4, None)))
 
 
 def test_pages_are_not_in_nz_without_the_operators(on_chip, monkeypatch):
@@ -88,7 +100,7 @@ def test_pages_are_not_in_nz_without_the_operators(on_chip, monkeypatch):
     for absent in ("_npu_reshape_and_cache", "_npu_paged_attention"):
         old = chip._replace(operators=chip.operators - {absent})
         monkeypatch.setattr(ascend.router, "current", lambda old=old: old)
-        assert ascend.BACKEND.pages(128, torch.float16).layout == "nhd"
+        assert ascend.BACKEND.pages(128, torch.float16, frozenset()).layout == "nhd"
 
 
 def test_small_ops_without_a_compiler_refuse_what_only_kernels_do(on_chip):

@@ -14,7 +14,7 @@ from ascend_ops.chips import CHIPS
 from ascend_ops.planner import PrefillTiles
 from ascend_ops.toolchain.client import ToolchainError, Worker, call_all
 from ascend_ops.toolchain.instances import recording
-from ascend_ops.toolchain.table import HEADER, TARGETS, plans, row
+from ascend_ops.toolchain.table import CALLS_950, HEADER, TARGET_950, TARGETS, plans, row
 
 from .conftest import ROOT
 
@@ -34,18 +34,23 @@ def request(
     return kernel.planning(*chips)
 
 
-def test_tile_table(vendor_python: Path) -> None:
-    """Accepted for 910B and A3, at the first try; memories, workspace and syncs as docs/ascend.md says."""
-    documented = (ROOT / "docs" / "ascend.md").read_text()
-    table = documented[documented.index(HEADER[0]) :].split("\n\n")[0].splitlines()[2:]
-    found = plans(vendor_python, ROOT)
+@pytest.mark.parametrize(
+    ("number", "targets", "only"), [(0, TARGETS, None), (1, (TARGET_950,), CALLS_950)], ids=["910", "950"]
+)
+def test_tile_tables(
+    vendor_python: Path, number: int, targets: tuple[str, ...], only: tuple[str, ...] | None
+) -> None:
+    """Accepted for 910B, A3 and 950 at the first try; memories, workspace, syncs as docs/ascend.md says."""
+    documented = (ROOT / "docs" / "ascend.md").read_text().split(HEADER[0])[1:]
+    table = documented[number].split("\n\n")[0].splitlines()[2:]
+    found = plans(vendor_python, ROOT, *targets, only=only)
     for call, kernel, planned in found:
-        for target in TARGETS:
+        for target in targets:
             plan = planned[target]
             assert plan["accepted"], f"{call} {kernel} on {target}: {plan['overflow']} {plan['error']}"
             assert not plan["retried"], f"{call} {kernel} on {target} lost its double buffers"
-            assert row(call, kernel, plan) == row(call, kernel, planned[TARGETS[0]])
-    assert [row(call, kernel, planned[TARGETS[0]]) for call, kernel, planned in found] == table
+            assert row(call, kernel, plan) == row(call, kernel, planned[targets[0]])
+    assert [row(call, kernel, planned[targets[0]]) for call, kernel, planned in found] == table
 
 
 def test_oversized_tiles_are_refused_alike(vendor_python: Path) -> None:

@@ -1,4 +1,4 @@
-"""``python -m ascend_ops report``, as far as it goes without an NPU."""
+"""``fastattn report`` and ``python -m ascend_ops report``, as far as they go without a device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 from ascend_ops import report
 from ascend_ops.report import attention, collective, measure, small
 from ascend_ops.router import Invocation, chip_of
-from fastattn import cli, dispatch
+from fastattn import check_calls, cli, dispatch
+from fastattn.check_calls import calls
 from fastattn.cli import report as command
 
 from .conftest import ROOT
@@ -48,6 +49,7 @@ def test_emulated_matrix_is_right(capsys):
 def test_whole_models_are_right(capsys, monkeypatch):
     """The one command of an NPU's owner, less the matrix above."""
     monkeypatch.setattr(report, "run", lambda **_: 0)
+    monkeypatch.setattr(command, "check_every_op", lambda *_: True)
     status = cli.main(["report", "--backend", "ascend"])
     printed = capsys.readouterr().out
     assert status == 0, printed
@@ -121,6 +123,7 @@ def test_the_models_are_checked_though_the_matrix_raises(monkeypatch, capsys):
     checked = []
     monkeypatch.setattr(report, "run", broken)
     monkeypatch.setattr(command, "check_model", lambda *of: checked.append(of) or True)
+    monkeypatch.setattr(command, "check_every_op", lambda *_: True)
     assert cli.main(["report", "--backend", "ascend", "--device", "cpu"]) == 1
     assert "ascend_ops: FAILED RuntimeError: aicore error" in capsys.readouterr().out
     assert [form for _, _, form in checked] == ["fp16", "int4"]
@@ -135,12 +138,52 @@ def test_one_rank_prints_and_checks_models(monkeypatch, capsys):
 
 
 def test_a_backend_that_ran_nothing_is_not_right(monkeypatch, capsys):
-    """Unless it was forced, as on a device."""
+    """As where every call is one that it refuses."""
     monkeypatch.setattr(dispatch, "use_backend", lambda _: nullcontext())
+    monkeypatch.setattr(command, "check_every_op", lambda *_: True)
     assert cli.main(["report", "--backend", "sdpa", "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
     assert "no op ran on sdpa" in printed
     assert "float16: WRONG" in printed
+
+
+@pytest.mark.slow
+def test_every_op_is_checked_on_the_named_backend(capsys):
+    assert command.check_every_op("cpu", "cpu")
+    printed = capsys.readouterr().out
+    for op in dispatch.op_table("cpu"):
+        assert f"{op} on cpu: " in printed
+    assert "| embedding, 4 bits, permuted | float16 | refused: x_perm is not supported |" in printed
+    assert "WRONG" not in printed
+
+
+@pytest.mark.parametrize("backend", ["volta", "triton"])
+def test_a_backend_that_takes_nothing_is_not_right(backend, capsys):
+    if not dispatch.unavailable(backend):
+        pytest.skip(f"{backend} runs here")
+    assert not command.check_every_op(backend, "cpu")  # refused, and so nothing is computed
+    assert "0 calls taken" in capsys.readouterr().out
+
+
+@pytest.mark.emulate("ascend")
+@pytest.mark.toolchain
+def test_every_op_of_the_interpreted_kernels_is_right(capsys):
+    assert command.check_every_op("ascend", "cpu"), capsys.readouterr().out
+
+
+def test_a_wrong_kernel_shows(capsys, monkeypatch):
+    table = dict(dispatch.op_table("sdpa"))
+    table["swiglu"] = table["swiglu"]._replace(run=lambda a: a.x[:, : a.x.shape[1] // 2] + 1)
+    table["rotary"] = table["rotary"]._replace(run=broken)
+    few = lambda *of: (c for c in calls(*of) if c.op in ("swiglu", "rotary", "rms_norm"))  # noqa: E731
+    monkeypatch.setattr(check_calls, "calls", few)
+    monkeypatch.setattr(dispatch, "op_table", lambda name: table)
+    monkeypatch.setattr(dispatch, "_resolved", {})
+    assert not command.check_every_op("sdpa", "cpu")
+    printed = capsys.readouterr().out
+    assert "swiglu on sdpa: 1 compared, 1 WRONG" in printed
+    assert "FAILED RuntimeError: aicore error" in printed
+    assert printed.endswith(" 9 wrong\n")  # of three dtypes: the gate, both rotations
 
 
 def test_wrong_and_failing_operators_show():

@@ -175,8 +175,8 @@ def test_limits_are_reasons(name):
         (paged(right=0), "pages on 310p are NZ"),
         (paged(right=0, kv_layout="npu_nz", page=256), "page size: 256"),
         (
-            paged(right=0, left=99, kv_layout="npu_nz", pages=300, lens=(16400, 9)),
-            "16400 keys, a mask as large as the scores is made for at most 16384",
+            paged(right=0, left=99, kv_layout="npu_nz", pages=300, sq=20000, lens=(20000, 9)),
+            "20000 keys, a mask as large as the scores is made for at most 268435456: prefill in chunks",
         ),
         (paged(right=0, kv_layout="npu_nz", lens=(9,) * 2001, pages=1), "batch: 2001, at most 2000"),
     ],
@@ -192,8 +192,15 @@ def test_310p_needs_no_large_mask_for_long_prompts():
     pages = paged(right=0, kv_layout="npu_nz", pages=300, lens=(16400, 9))
     for call, shape in ((plain_call, (1, 128, 2048, 16)), (pages, (2048, 2048))):
         assert route(call, CHIPS["310p"]).invocation().kwargs["mask"].shape == shape
-        with pytest.raises(ValueError, match="at most 16384"):
-            route(call, CHIPS["310p before"]).invocation()
+    with pytest.raises(ValueError, match="16400 queries of 16400 keys"):
+        route(plain_call, CHIPS["310p before"]).invocation()
+
+
+@pytest.mark.parametrize("chip", ["310p before", "910a"])
+def test_older_operators_take_long_prompts_in_chunks(chip):
+    """Their mask is as large as the scores of the chunk: 8 queries, padded to 16, of 16400 keys."""
+    pages = paged(right=0, kv_layout="npu_nz", pages=300, lens=(16400, 9))
+    assert route(pages, CHIPS[chip]).invocation().kwargs["mask"].shape == (1, 1025, 16, 16)
 
 
 def test_910a_reads_pages_only():
