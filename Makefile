@@ -78,7 +78,7 @@ test-all: setup cross-tools $(GPU_STAMP) ## also slow tests, network namespaces,
 	    echo "WARNING: $(ASCEND) could not be made (see above)."; \
 	    echo "WARNING: Ascend's kernels will NOT be checked against the vendor's compiler and operators."; }
 	$(PYTEST) $(PARALLEL) -m 'not net' $(PYTEST_FLAGS)
-	$(PYTEST) -m net $(PYTEST_FLAGS)
+	$(PYTEST) -m net $(PYTEST_FLAGS) || test $$? -eq 5  # 5: PYTEST_FLAGS name none of these
 
 # triton-ascend installs as `triton`, hence the venv of its own. torch_npu cannot be imported without CANN's libraries
 # and so lies beside it, for the tests that bring stubs of those.
