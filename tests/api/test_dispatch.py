@@ -272,7 +272,9 @@ def test_environment_variable_refuses() -> None:
 
 def test_environment_variable_of_no_backend() -> None:
     result = python("import fastattn", FASTATTN_BACKEND="cuda")
-    expected = "environment variable FASTATTN_BACKEND='cuda': expected backends' names, separated by commas, of"
+    expected = (
+        "environment variable FASTATTN_BACKEND='cuda': expected backends' names, separated by commas, of"
+    )
     assert f"{expected} volta," in result.stderr
 
 

@@ -24,17 +24,6 @@ def args(dtype: torch.dtype = torch.float16, d: int = 64, page: int = 0, **optio
     return build_args(q, k, k, **options)
 
 
-@pytest.fixture
-def on_chip(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Pretends that this process has an NPU of the family; nothing runs on it."""
-
-    def be(family: str) -> None:
-        monkeypatch.setattr(ascend.router, "current", lambda: chip_of(family))
-        monkeypatch.setattr(ascend, "_EMULATED", False)
-
-    return be
-
-
 def reasons(a: AttentionArgs) -> str:
     return "; ".join(ascend.attention_reasons(a.signature()))
 
