@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ascend_ops import launch
 from ascend_ops.router import chip_of
 from fastattn.backends import ascend
 from fastattn.backends.interpreter import reasons_against_emulating
@@ -33,9 +34,10 @@ def vendor_python() -> Path:
 
 @pytest.fixture
 def on_chip(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Pretends that this process has an NPU of the family; nothing runs on it."""
+    """Pretends that this process has an NPU of the family, and triton-ascend; nothing runs on it."""
 
     def be(family: str) -> None:
+        monkeypatch.setattr(launch, "has_triton_ascend", lambda: True)
         monkeypatch.setattr(ascend.router, "current", lambda: chip_of(family))
         monkeypatch.setattr(ascend, "_EMULATED", False)
 
