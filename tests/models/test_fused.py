@@ -23,6 +23,7 @@ from fastattn.models.fused import FusedDecoder, reasons_against
 from fastattn.models.generate import Model
 from fastattn.models.llama import Decoder
 from fastattn.native import kernels
+from fastattn.ops import linear
 from fastattn.parallel.act_order import Align
 from fastattn.parallel.linear import ColumnLinear
 from fastattn.parallel.vocab import VocabParallelEmbedding
@@ -123,6 +124,26 @@ def test_quantized_weights(quant: str, act: str, dtype: str, isa: str, tmp_path:
     model = fastattn.load(tmp_path / "model.gguf", dtype=dtype, act=act)
     assert_equal_both_ways(model, 1)
     assert_equal_tokens(model)
+
+
+def test_the_head_takes_integers_where_it_may(tmp_path: Path) -> None:
+    """With the likeliest tokens of a head whose input is rounded, which are not always those of one exact."""
+    save_gguf(hf_model("llama", hidden_size=256, intermediate_size=512), tmp_path / "model.gguf", "Q8_0")
+    model = fastattn.load(tmp_path / "model.gguf", act="int8")
+    decoder, config = model.decoder, model.config
+    heads = decoder.blocks[0][0].kv_heads
+    changed = 0
+    for batch in torch.arange(config.vocab_size).split(32):
+        cache = PagedKvCache(config.num_layers, 32, 4, heads, config.head_dim, dtype=model.dtype)
+        for turn in range(4):
+            ids, step = batch.roll(turn * turn), cache.reserve(range(len(batch)), [1] * len(batch))
+            hidden = decoder.forward(ids, step, cache)
+            rounded, exact = (linear(hidden, decoder.head.weight, act=act).argmax(-1) for act in ("int8", ""))
+            found = decoder.next_tokens(ids, step, cache)  # appends the same keys again
+            assert found is not None
+            assert torch.equal(found, rounded)
+            changed += int((rounded != exact).sum())
+    assert changed
 
 
 def test_matrices_of_different_formats_side_by_side(dtype: str, tmp_path: Path) -> None:
