@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
+from ascend_ops.toolchain import table
 from ascend_ops.toolchain.instances import Instance
 from ascend_ops.toolchain.plan import Plan, read_plan
-from ascend_ops.toolchain.table import HEADER, row
+from ascend_ops.toolchain.table import CALLS_950, HEADER, row
 
 SET, WAIT = "  hivm.hir.sync_block_set[x]", "  hivm.hir.sync_block_wait[x]"
 
@@ -49,3 +54,14 @@ def test_a_refusal_is_a_row() -> None:
     assert line.count("|") == HEADER[0].count("|")
     crashed = Plan(False, True, {}, {}, 0, {}, {}, "error: it crashed\nmore")._asdict()
     assert "| refused: error: it crashed | |" in row("causal", kernel, crashed)
+
+
+@pytest.mark.parametrize(("chip", "only"), [("Ascend950DT_9581", CALLS_950), ("Ascend910B3", None)])
+def test_every_950_has_the_table_of_its_compiler(
+    chip: str, only: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(table, "plans", lambda *of, only: asked.append((of[-1], only)) or [])
+    monkeypatch.setattr("sys.argv", ["table", "--python", "python", "--chip", chip])
+    table.main()
+    assert asked == [(chip, only)]
