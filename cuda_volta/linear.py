@@ -110,8 +110,13 @@ def _has_one_group(w: GroupedWeight) -> bool:
 
 
 def num_splits(blocks: int, columns: int, sms: int) -> int:
-    """Into how many ranges of W's columns each of ``blocks`` is cut, to give every SM one."""
-    return max(1, min(sms // max(blocks, 1), columns // 512))
+    """Into how many ranges of W's columns each of ``blocks`` is cut, to give every SM two.
+
+    Partial sums of 16 rows, 4 bytes written and read, cost a split what 256 columns of 4-bit codes do. While
+    all blocks are resident, the last of n splits takes ``columns / (n * (n - 1))`` off every block: in ranges
+    of at least 512 columns, more than twice as much for all of them together.
+    """
+    return max(1, min(2 * sms // max(blocks, 1), columns // 512))
 
 
 def _few_rows(x: Tensor, w: GroupedWeight, variant: Variant) -> Tensor:
