@@ -31,7 +31,7 @@ needs_cuda_12 = pytest.mark.skipif(not _found(), reason="NVRTC 12, nvdisasm or c
 
 
 def assert_tight(found: Static, plain: bool) -> None:
-    """A prefill kernel's main loop meets the bounds that tilings are chosen by; ``plain`` ones are tighter."""
+    """A prefill loop meets the bounds that tilings are chosen by, which are tighter of ``plain`` calls."""
     cycles, instructions = BOUNDS[not plain]
     assert found.tally.cycles_per_kmac <= cycles
     assert found.tally.instructions_per_hmma <= instructions
