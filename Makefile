@@ -73,12 +73,13 @@ bench: setup ## run the real model and print the benchmark table (under 2 minute
 test: setup ## everything that needs only the CPU (under 10 minutes)
 	$(PYTEST) $(PARALLEL) $(PYTEST_FLAGS)
 
+# pytest's status 5: PYTEST_FLAGS select none of those tests.
 test-all: setup cross-tools $(GPU_STAMP) ## also slow tests, network namespaces, cross builds, GPU and NPU kernels emulated
 	@$(MAKE) --no-print-directory ascend-tools || { \
 	    echo "WARNING: $(ASCEND) could not be made (see above)."; \
 	    echo "WARNING: Ascend's kernels will NOT be checked against the vendor's compiler and operators."; }
 	$(PYTEST) $(PARALLEL) -m 'not net' $(PYTEST_FLAGS)
-	$(PYTEST) -m net $(PYTEST_FLAGS)
+	$(PYTEST) -m net $(PYTEST_FLAGS) || test $$? -eq 5
 
 # triton-ascend installs as `triton`, hence the venv of its own. torch_npu cannot be imported without CANN's libraries
 # and so lies beside it, for the tests that bring stubs of those.

@@ -6,10 +6,11 @@ the few bytes a row or a key are statistics and masks, fitted to the planner's o
 
 The compiler tries twice. First with two buffers of everything that moves, and the scores of a full block cut
 into two slices of rows; then, if any memory overflows, with one buffer and no slices. A tile that needs the
-second try loses the overlap of transfer and computation: `fits` tells the two apart.
+second try loses the overlap of transfer and computation: the planner takes none.
 
 The 950's compiler (bishengir-compile-a5) does not halve a block's rows between the vector cores, and packs
-their memory more tightly than a sum of buffers: `whole_rows` bounds it from above.
+their memory more tightly than a sum of buffers: `whole_rows` bounds it from above, but for tiles that need
+more than twice the memory.
 """
 
 from __future__ import annotations
@@ -48,14 +49,13 @@ class PrefillShape(NamedTuple):
     edge_k: int
     block_d: int  # head_dim of q and k, padded
     block_dv: int
-    #: Edge blocks: how many score matrices are alive at once, 0 for a call that masks no more than the last
-    # keys.
+    #: How many score matrices are alive at once in an edge block; 0: a decoding kernel, which has none.
     edge_tiles: float = 0.0
     softcap: bool = False
 
 
 def first_try(s: PrefillShape, chip: Chip) -> Needs:
-    """What the tiles need to be accepted at the compiler's first try; on a 950 at most."""
+    """What the tiles need to be accepted at the compiler's first try; on a 950 a bound (`whole_rows`)."""
     return whole_rows(s) if chip.whole_rows else double_buffered(s)
 
 

@@ -9,13 +9,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .router import Chip
+
 #: From "module:function" to what ``[grid](*arguments)`` launches.
 Executor = Callable[[str], Any]
+
+
+def no_compiler(chip: Chip) -> str:
+    """Why kernels do not run on an NPU of this kind here; "" where they do."""
+    if not chip.compiles_triton:
+        return f"no compiler for {chip.family}"
+    return "" if has_triton_ascend() else "triton-ascend is not installed"
+
+
+@cache
+def has_triton_ascend() -> bool:
+    """Whether the `triton` of this environment is triton-ascend, which installs under that name."""
+    spec = find_spec("triton")
+    # Looked up as a file: to import Triton here would settle whether it interprets.
+    folders = map(Path, (spec and spec.submodule_search_locations) or ())
+    return any((folder / "backends" / "ascend").is_dir() for folder in folders)
 
 
 def interpreted(name: str) -> Any:

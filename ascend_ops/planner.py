@@ -1,10 +1,11 @@
 """Tiles for a chip and a call: the fewest Cube-Vector synchronisations that the memories hold.
 
-Cube and Vector cores of an Ascend chip exchange data through global memory, and wait for each other at each
-of three crossings a block: scores one way, weights back, products one way again. So the first-level tile is
-the one with the most scores in it (arXiv 2410.16663), of those that fit with two buffers of everything
-(`capacity`); among equals the one with the most queries, which reads K and V the fewest times. The second
-level, the cuts for L0A, L0B and the vector registers, is the vendor compiler's.
+Cube and Vector cores of an Ascend chip exchange data through global memory (a 950's from memory to memory on
+chip), and wait for each other at each of three crossings a block: scores one way, weights back, products one
+way again. So the first-level tile is the one with the most scores in it (arXiv 2410.16663), of those that the
+compiler accepts at its first try (`capacity`: with two buffers of everything, but for the 950); among equals
+the one with the most queries, which reads K and V the fewest times. The second level, the cuts for L0A, L0B
+and the vector registers, is the vendor compiler's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from itertools import product
 from typing import NamedTuple
 
-from .capacity import Needs, PrefillShape, first_try, single_buffered
+from .capacity import PrefillShape, first_try
 from .chips import Chip
 
 _QUERIES = (256, 128, 64, 32, 16)
@@ -41,13 +42,6 @@ class DecodeTiles(NamedTuple):
 def padded(n: int) -> int:
     """The power of two, 16 or more, that a dimension is padded to."""
     return max(16, 1 << (n - 1).bit_length())
-
-
-def fits(shape: PrefillShape, chip: Chip) -> tuple[bool, Needs]:
-    """Whether the compiler accepts the tiles at all, and what they need at its last try."""
-    first = first_try(shape, chip)
-    needs = first if chip.whole_rows else single_buffered(shape)
-    return not needs.overflows(chip) or not first.overflows(chip), needs
 
 
 def edge_tiles(

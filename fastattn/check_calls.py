@@ -1,4 +1,4 @@
-"""One small call of each kind of every op: what `fastattn report` runs on a backend and checks."""
+"""Small calls that ask for every feature of every op: what `fastattn report` runs on a backend and checks."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ from .spec import (
 )
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, TOKENS, BATCH = 4, 2, 64, 256, 37, 2
+#: (element, block, scale, search) of the codec.
+_FORMATS = (
+    ("e2m1", 32, "floor", False), ("e4m3", 16, "floor", False), ("int8", 32, "floor", False),
+    ("e3m2", 32, "even", False), ("e2m1", 32, "ceil", True), ("e2m1", 16, "e4m3", True),
+    ("int4", 32, "fp16", False),
+)  # fmt: skip
+_TREATED: dict[str, Any] = {"rotate": 64, "outliers": (3, 70, 255)}
 
 
 class Call(NamedTuple):
@@ -57,7 +64,7 @@ class _Values:
 
 
 def calls(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
-    """Every kind of call in ``dtype``, its tensors on ``device``."""
+    """Every kind of call in ``dtype``, its tensors on ``device``; some call asks for each feature."""
     made = _Values(device, dtype)
     for kinds in (_attention, _cache, _rows, _matrices, _messages):
         yield from kinds(made)
@@ -96,13 +103,14 @@ def _attention(made: _Values) -> Iterator[Call]:
         "max_seqlen_k": 54,
     }
     yield Call("packed", "attention", build_args(q, k, v, causal=True, **packing))
-    for page in (16, 128):
+    for page, layout in ((16, "nhd"), (128, "nhd"), (128, "npu_nz")):
         pages = tuple(made(6, page, KV_HEADS, HEAD_DIM) for _ in range(2))
-        where: dict[str, Any] = {"block_table": made.int32(4, 1, 5, 0, 3, 2).view(2, 3)}
+        where: dict[str, Any] = {"block_table": made.int32(4, 1, 5, 0, 3, 2).view(2, 3), "kv_layout": layout}
         where["cache_seqlens"] = made.int32(3 * page - 3, 2 * page + 7)
         for name, queries in (("prefill", 11), ("decode", 1)):
             args = build_args(made(BATCH, queries, HEADS, HEAD_DIM), *pages, causal=True, **where)
-            yield Call(f"{name} from pages of {page}", "attention", args)
+            suffix = " in NZ" if layout == "npu_nz" else ""
+            yield Call(f"{name} from pages of {page}{suffix}", "attention", args)
 
 
 def _angles(made: _Values) -> dict[str, Any]:
@@ -117,12 +125,20 @@ def _cache(made: _Values) -> Iterator[Call]:
         name = "of pairs" if pairs else "of halves"
         turn = RotaryArgs(made(TOKENS, HEADS, HEAD_DIM), **angles, interleaved=pairs)
         yield Call(f"rotary {name}", "rotary", turn)
-    for name, rotation in (("append", dict[str, Any]()), ("append with rotary", angles)):
+    scales = {f"{t}_scale": torch.tensor([0.5, 2.0], device=made.device) for t in "kv"}
+    appends: dict[str, dict[str, Any]] = {
+        "append": {},
+        "append with rotary": angles,
+        "append with rotary of pairs": {**angles, "interleaved": True},
+        "append with scales": scales,
+        "append to NZ": {"kv_layout": "npu_nz"},
+    }
+    for name, options in appends.items():
         keys, values = (made(6, 16, KV_HEADS, HEAD_DIM) for _ in range(2))
         k, v = (made(TOKENS, KV_HEADS, HEAD_DIM) for _ in range(2))
         slots = made.permutation(96)[:TOKENS]
         slots[0] = -1
-        yield Call(name, "append_kv", AppendKvArgs(keys, values, k, v, slots, **rotation))
+        yield Call(name, "append_kv", AppendKvArgs(keys, values, k, v, slots, **options))
 
 
 def _rows(made: _Values) -> Iterator[Call]:
@@ -145,6 +161,9 @@ def _weights(made: _Values, out: int) -> Iterator[tuple[str, PackedWeight]]:
     shuffled = made.permutation(HIDDEN)
     yield "4 bits, permuted", packed.pack_int4(nibbles, scales, mins, group, x_perm=shuffled)
     yield "4 bits with bias", packed.pack_int4(nibbles, scales, mins, group, bias=made(out))
+    scales, mins = (t[:, : groups // 2].contiguous() for t in (scales, mins))
+    wide = packed.pack_int4(nibbles, scales, mins, 2 * group)
+    yield "4 bits, cut inside a group", packed.slice_in(wide, group, HIDDEN)
 
 
 def _matrices(made: _Values) -> Iterator[Call]:
@@ -152,7 +171,11 @@ def _matrices(made: _Values) -> Iterator[Call]:
     ids = made.integers(out, TOKENS)
     for name, weight in _weights(made, out):
         for rows in (1, 2 * TOKENS):
-            yield Call(f"linear, {name}, {rows} rows", "linear", LinearArgs(made(rows, HIDDEN), weight))
+            linear = LinearArgs(made(rows, weight.shape[1]), weight)
+            yield Call(f"linear, {name}, {rows} rows", "linear", linear)
+            if name in ("8 bits", "4 bits"):
+                in_8_bits = linear._replace(act="int8")
+                yield Call(f"linear, {name}, {rows} rows in 8 bits", "linear", in_8_bits)
         if weight.bias is None:
             yield Call(f"embedding, {name}", "embedding", EmbeddingArgs(ids, weight, made.dtype))
 
@@ -164,14 +187,18 @@ def _messages(made: _Values) -> Iterator[Call]:
     def stored(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.to(made.device) for t in tensors)
 
-    for element, block in (("e2m1", 32), ("e4m3", 16), ("int8", 32)):
-        pack = MxPackArgs(made(TOKENS, HIDDEN), element, block)
-        yield Call(f"MX {element} of {block}", "mx_pack", pack)
+    for element, block, scale, search in _FORMATS:
+        name = f"{element} of {block}, {scale}"
+        pack = MxPackArgs(made(TOKENS, HIDDEN), element, block, scale, search)
+        yield Call(f"MX {name}", "mx_pack", pack)
         codes, scales = stored(*reference_mx.mx_pack(pack._replace(x=pack.x.cpu())))
-        unpack = MxUnpackArgs(codes, scales, element, block, HIDDEN, made.dtype)
-        yield Call(f"back from MX {element} of {block}", "mx_unpack", unpack)
-        encode = EncodeArgs(made(TOKENS, HIDDEN), element, block)
-        yield Call(f"message of {element}", "encode", encode)
-        messages = stored(*(reference_mx.encode(encode._replace(x=made(TOKENS, HIDDEN).cpu())) for _ in "ab"))
-        summed = DecodeSumArgs(messages, TOKENS, HIDDEN, made.dtype, element, block)
-        yield Call(f"sum of messages of {element}", "decode_sum", summed)
+        unpack = MxUnpackArgs(codes, scales, element, block, HIDDEN, made.dtype, scale)
+        yield Call(f"back from MX {name}", "mx_unpack", unpack)
+        for treated, options in (("", dict[str, Any]()), (", rotated, with outliers", _TREATED)):
+            encode = EncodeArgs(made(TOKENS, HIDDEN), element, block, scale, search, **options)
+            yield Call(f"message of {name}{treated}", "encode", encode)
+            messages = stored(
+                *(reference_mx.encode(encode._replace(x=made(TOKENS, HIDDEN).cpu())) for _ in "ab")
+            )
+            summed = DecodeSumArgs(messages, TOKENS, HIDDEN, made.dtype, element, block, scale, **options)
+            yield Call(f"sum of messages of {name}{treated}", "decode_sum", summed)

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ascend_ops.router.atb import nz_view
@@ -145,7 +146,21 @@ def _linear(a: LinearArgs, result: Tensor, draw: Draw) -> list[Compared]:
     lo = draw.random.randint(0, a.weight.shape[0] - width)
     part = _cpu(a._replace(x=a.x[rows], weight=packed.slice_out(a.weight, lo, lo + width)))
     ours = result[rows, lo : lo + width].cpu()
-    return [(f"outputs {lo} to {lo + width}", ours, plain.linear(part), exact.linear(part))]
+    usual = plain.linear(part)
+    if a.act and a.weight.format != "dense":
+        usual = exact.linear(part._replace(x=_in_8_bits(part))).to(ours.dtype)
+    return [(f"outputs {lo} to {lo + width}", ours, usual, exact.linear(part))]
+
+
+def _in_8_bits(a: LinearArgs) -> Tensor:
+    """x as ``act="int8"`` allows: 32 columns of the weight's at a time, to 127ths of the largest."""
+    x, columns = a.x.float().clone(), a.x.shape[1]
+    order = slice(None) if a.weight.x_perm is None else a.weight.x_perm.long()
+    chunks = F.pad(x[:, order], (0, -columns % 32)).unflatten(1, (-1, 32))
+    step = chunks.abs().amax(-1, keepdim=True) / 127
+    rounded = torch.where(step > 0, (chunks / step).round() * step, chunks)
+    x[:, order] = rounded.flatten(1)[:, :columns]
+    return x
 
 
 def _embedding(a: EmbeddingArgs, result: Tensor, draw: Draw) -> list[Compared]:

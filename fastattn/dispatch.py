@@ -31,7 +31,8 @@ calls: Counter[tuple[str, str]] = Counter()
 
 if settings.backend and not {*settings.backend.split(",")} <= {*BACKENDS}:
     raise ValueError(
-        f"environment variable FASTATTN_BACKEND={settings.backend!r}: expected one of {', '.join(BACKENDS)}"
+        f"environment variable FASTATTN_BACKEND={settings.backend!r}: expected backends' names, separated by "
+        f"commas, of {', '.join(BACKENDS)}"
     )
 
 _forced: ContextVar[str] = ContextVar("fastattn_backend", default="")
@@ -51,7 +52,7 @@ def use_backend(name: str) -> Iterator[None]:
     Compiled code obeys the block that it is called in; the block itself cannot be inside a function that
     is compiled with ``fullgraph=True`` (torch says so), where ``backend=`` does the same.
     """
-    token = _forced.set(",".join(order(name)))
+    token = _forced.set(",".join(map(_known, name.split(","))))
     try:
         yield
     finally:

@@ -266,10 +266,11 @@ def decode_sum(a: DecodeSumArgs) -> Tensor:
     return out
 
 
-_SCALES = frozenset({"even", "ceil", "e4m3", "fp16"})
+_STORED = frozenset({"e4m3", "fp16"})  # scales of other bytes; the other names are roundings
+_SCALES = frozenset({"even", "ceil"}) | _STORED
 OPS: dict[str, Op] = {
     "mx_pack": Op(mx_pack, _SCALES | {"search"}),
-    "mx_unpack": Op(lambda a: mx_unpack(a).to(a.dtype), _SCALES),
+    "mx_unpack": Op(lambda a: mx_unpack(a).to(a.dtype), _STORED),
     "encode": Op(encode, _SCALES | {"search", "rotate", "outliers"}),
-    "decode_sum": Op(decode_sum, _SCALES | {"rotate", "outliers"}),
+    "decode_sum": Op(decode_sum, _STORED | {"rotate", "outliers"}),
 }

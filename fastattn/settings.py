@@ -42,7 +42,11 @@ class Settings:
     """Process-wide defaults; an argument of a call always wins over them."""
 
     backend: str = _variable(
-        "", "FASTATTN_BACKEND", str, "a backend's name", "use this backend or refuse, for every op"
+        "",
+        "FASTATTN_BACKEND",
+        str,
+        "backends' names, separated by commas",
+        "use the first of these backends that can run an op, or refuse",
     )
     cpu_isa: str = _variable(
         "", "FASTATTN_CPU_ISA", str, "a name listed by `fastattn info`", "instruction set of the CPU kernels"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..launch import no_compiler
 from ..router import Chip, Invocation
 
 
@@ -61,8 +62,8 @@ def row(
         if isinstance(choice, Invocation):
             operator = choice.name
             theirs, right = measure(lambda: result(vendor()()), expected, setting)  # type: ignore[operator]
-    if ours is not None and not setting.chip.compiles_triton:
-        mine = f"no compiler for {setting.chip.family}"
+    if ours is not None and setting.device.type == "npu" and no_compiler(setting.chip):
+        mine = no_compiler(setting.chip)
     elif ours is not None and setting.kernels:
         mine, exact = measure(ours, expected, setting)
         right &= exact

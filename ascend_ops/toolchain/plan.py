@@ -68,7 +68,7 @@ def plan(linalg: str, chip: str, options: tuple[str, ...] = ()) -> Plan:
 
 def is_950(chip: str) -> bool:
     """Whether a chip has a compiler, and a front end's settings, of its own."""
-    return chip.startswith(("Ascend950", "Ascend910_950"))
+    return chip.startswith("Ascend950")
 
 
 def _plan_950(linalg: str, compiler: Path, chip: str, options: tuple[str, ...]) -> Plan:
@@ -176,8 +176,11 @@ def _syncs(body: str) -> Iterator[int]:
 
 
 def _syncs_of_branches(body: str) -> Iterator[int]:
-    """As `_syncs`, of basic blocks: a branch to an earlier block closes a loop, the innermost ones count."""
-    at, counts, ends = 0, {0: 0}, list[tuple[int, int]]()
+    """As `_syncs`, of basic blocks: a branch to an earlier block closes a loop.
+
+    Of loops with synchronisations the innermost count; of the ways through one, that with the most.
+    """
+    at, counts, branches = 0, {0: 0}, list[tuple[int, int]]()
     for line in body.splitlines():
         text = line.strip()
         if text.startswith("^bb"):
@@ -186,9 +189,18 @@ def _syncs_of_branches(body: str) -> Iterator[int]:
         elif _SYNC.search(text):
             counts[at] += 1
         elif text.startswith("cf."):
-            ends += [(int(to), at) for to in _LABEL.findall(text) if int(to) <= at]
-    for first, last in ends:
-        inner = any(first <= to and at <= last and (to, at) != (first, last) for to, at in ends)
-        count = sum(n for block, n in counts.items() if first <= block <= last)
-        if count and not inner:
+            branches += [(at, int(to)) for to in _LABEL.findall(text)]
+    loops = {(to, end): _longest(to, end, counts, branches) for end, to in branches if to <= end}
+    some = {span: count for span, count in loops.items() if count}
+    for (first, last), count in some.items():
+        if not any(first <= to and end <= last and (to, end) != (first, last) for to, end in some):
             yield count
+
+
+def _longest(first: int, last: int, counts: Mapping[int, int], branches: Sequence[tuple[int, int]]) -> int:
+    """The most synchronisations on a way from block ``first`` forwards to ``last``."""
+    most = {first: counts[first]}
+    for block, to in sorted(branches):
+        if block in most and block < to <= last:
+            most[to] = max(most.get(to, 0), most[block] + counts[to])
+    return most.get(last, 0)

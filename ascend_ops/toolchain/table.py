@@ -18,6 +18,7 @@ from ..attention import attention
 from ..chips import CHIPS, Chip
 from .client import call_all
 from .instances import Instance, recording
+from .plan import is_950
 
 #: One of each generation: all 910B plan alike, and so do all A3.
 TARGETS = ("Ascend910B3", "Ascend910_9391")
@@ -188,6 +189,10 @@ def row(call: str, kernel: Instance, plan: Mapping[str, Any]) -> str:
     sizes = [str(constants[n]) for n in _SIZES if n in constants]
     used = [f"{plan['occupancy'].get(memory, 0) / 1024:.1f} K" for memory in ("UB", "L1", "L0C")]
     name = kernel.kernel.split(":")[1].removesuffix("_kernel")
+    if not plan["accepted"]:
+        needs = (f"{m} {n / 1024:.1f} K of {has / 1024:.1f} K" for m, (n, has) in plan["overflow"].items())
+        why = plan["error"].partition("\n")[0] or ", ".join(needs)
+        return f"| {call} | {name} | {' x '.join(sizes)} | refused: {why} | | | | |"
     syncs = ", ".join(map(str, plan["syncs"].get("aic", ()))) or "0"
     cells = (call, name, " x ".join(sizes), *used, f"{plan['workspace'] / 1024:.0f} K", syncs)
     return f"| {' | '.join(cells)} |"
@@ -199,12 +204,10 @@ def main() -> None:
     parser.add_argument("--python", type=Path, required=True, help="of the environment with triton-ascend")
     parser.add_argument("--chip", choices=sorted(CHIPS), default=TARGETS[0])
     options = parser.parse_args()
-    only = CALLS_950 if options.chip == TARGET_950 else None
+    only = CALLS_950 if is_950(options.chip) else None
     print(*HEADER, sep="\n")
     for call, kernel, planned in plans(options.python, Path(__file__).parents[2], options.chip, only=only):
         plan = planned[options.chip]
-        if not plan["accepted"]:
-            raise SystemExit(f"{call}: {kernel.kernel} refused: {plan['overflow'] or plan['error']}")
         print(row(call, kernel, plan) + ("  retried" if plan["retried"] else ""), flush=True)
 
 

@@ -82,8 +82,9 @@ struct Prefill {
         const bool whole = !ANYTHING && visibility.whole(key0);
         const bool nothing = !whole && visibility.nothing(key0);
         Products sum;
-        clear(sum);  // not only where it is used: the assembler would keep what one path leaves unset all along
-        if (!nothing) multiply_keys(sum, q, key_base);
+        // Unset on one path, the assembler would keep its registers for it throughout the loop.
+        if (nothing) clear(sum);
+        else multiply_keys(sum, q, key_base);
         barrier();
         mover.store(k_tile, stage);
         v_source.load(stage, rows, mover);

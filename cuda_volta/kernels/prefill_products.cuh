@@ -44,6 +44,7 @@ VOLTA_DEVICE void clear(Products& sum) {
 }
 
 VOLTA_DEVICE void multiply_keys(Products& sum, const Queries& q, u32 key_base) {
+    clear(sum);
 #pragma unroll
     for (int u = 0; u < HELD; ++u) {
         multiply_step(sum, q.held[u][0], q.held[u][1], step_address(key_base, SHARED_STEPS + u));

@@ -76,6 +76,14 @@ template <typename T>
 VOLTA_DEVICE T ldg(const T* p) { return *p; }
 template <typename T>
 VOLTA_DEVICE void stg(T* p, T v) { *p = v; }
+// Whole: the compiler would split a struct and does not always join its words again.
+VOLTA_DEVICE void stg(Word2* p, Word2 v) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+VOLTA_DEVICE void stg(Word4* p, Word4 v) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
 // Read once, kept out of L1: the streams of keys, values and weights.
 VOLTA_DEVICE Word4 ldg128_stream(const void* p) {
     Word4 v;

@@ -1,6 +1,7 @@
 """Ascend NPUs: torch_npu's operators where one can run the call, our Triton-Ascend kernels for the rest.
 
-310P and 910A have no compiler for the kernels, so there a call that torch_npu cannot run is refused.
+310P and 910A have no compiler for the kernels, and elsewhere triton-ascend may not be installed: a call that
+torch_npu cannot run is refused there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascend_ops import router
+from ascend_ops import launch, router
 from ascend_ops.attention import DTYPES, MAX_HEAD_DIM
 from ascend_ops.capture import capturing
 
@@ -83,9 +84,9 @@ def _by_kernels(a: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 def kernel_reasons(s: AttentionSignature) -> list[str]:
     """Why our kernels cannot run the call."""
-    if not compiles_kernels():
-        return [f"no compiler for {router.current().family}"]
-    out = []
+    out = no_compiler()
+    if out:
+        return out
     if s.dtype not in DTYPES:
         out.append(f"dtype {s.dtype}, they take float16 and bfloat16")
     elif s.kv_dtype != s.dtype:
@@ -102,9 +103,15 @@ def emulated() -> bool:
     return _EMULATED
 
 
+def no_compiler() -> list[str]:
+    """Why our kernels do not run in this process; empty where they are compiled or interpreted."""
+    why_not = "" if _EMULATED else launch.no_compiler(router.current())
+    return [why_not] if why_not else []
+
+
 def compiles_kernels() -> bool:
     """Whether Triton kernels run on this process's NPU, or are interpreted."""
-    return _EMULATED or router.current().compiles_triton
+    return not no_compiler()
 
 
 def attention_reasons(s: AttentionSignature) -> list[str]:
@@ -184,7 +191,7 @@ def _describe() -> Mapping[str, str]:
     return {
         "torch_npu": torch_npu.__version__,
         "chip": f"{torch_npu.npu.get_device_name()} ({chip.family})",
-        "kernels": "compiled" if chip.compiles_triton else f"no compiler for {chip.family}",
+        "kernels": launch.no_compiler(chip) or "compiled",
         "operators": ", ".join(sorted(chip.operators)),
     }
 

@@ -26,7 +26,7 @@ from ..spec import (
     SwigluArgs,
     UnsupportedError,
 )
-from .ascend import compiles_kernels, emulated
+from .ascend import compiles_kernels, emulated, no_compiler
 from .torch_ops import check_indices
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,7 +43,8 @@ def _run(choose: Callable[[router.Chip], small_ops.Choice], kernel: Callable[[],
         if isinstance(choice, router.Invocation):
             return choice()
     if settings.ascend == "torch_npu" or not compiles_kernels():
-        raise UnsupportedError(f"on {router.current().family}: torch_npu: {choice}; our kernel: not compiled")
+        why_not = "; ".join(no_compiler()) or "FASTATTN_ASCEND=torch_npu"
+        raise UnsupportedError(f"on {router.current().family}: torch_npu: {choice}; our kernel: {why_not}")
     return kernel()
 
 
@@ -164,7 +165,7 @@ def _without_kernels(s: OpSignature, choose: Callable[[router.Chip], small_ops.C
     if against or compiles_kernels():
         return against
     choice = choose(router.current())
-    return [] if isinstance(choice, router.Invocation) else [choice]
+    return [] if isinstance(choice, router.Invocation) else [choice, *no_compiler()]
 
 
 def _norm_reasons(s: OpSignature) -> list[str]:
@@ -183,8 +184,12 @@ def _rotary_reasons(s: OpSignature) -> list[str]:
 
 
 def _kernel_only(s: OpSignature) -> list[str]:
-    compiled = [] if compiles_kernels() else [f"no compiler for {router.current().family}"]
-    return compiled + _float_reasons(s)
+    return no_compiler() + _float_reasons(s)
+
+
+def _gate_reasons(s: OpSignature) -> list[str]:
+    x = _meta(s.dtype, 1, int(s.dims[0]))
+    return _without_kernels(s, lambda chip: small_ops.swiglu(x, chip))
 
 
 def _linear_reasons(s: OpSignature) -> list[str]:
@@ -213,7 +218,7 @@ OPS: dict[str, Op] = {
     "append_kv": Op(append_kv, APPEND_FEATURES, _append_reasons),
     "rotary": Op(rotary, frozenset({"interleaved"}), _rotary_reasons),
     "rms_norm": Op(rms_norm, frozenset({"residual"}), _norm_reasons),
-    "swiglu": Op(swiglu, reasons=_kernel_only),
+    "swiglu": Op(swiglu, reasons=_gate_reasons),
     "linear": Op(linear, frozenset({"g_idx", "x_perm", "bias", "group_offset"}), _linear_reasons),
     "embedding": Op(embedding, frozenset({"g_idx", "x_perm"}), _kernel_only),
 }

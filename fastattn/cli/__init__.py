@@ -14,8 +14,9 @@ from . import generate, info, plan, quantize, report, tune
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status.
 
-    Errors of the user or the machine are one line on stderr and end the process with status 1. Ctrl-C and a
-    reader of our output that has gone end it as the shell would report their signals, with 130 and 141.
+    Errors of the user or the machine are one message on stderr and end the process with status 1, those of
+    the command line itself with 2. Ctrl-C and a reader of our output that has gone end it as the shell would
+    report their signals, with 130 and 141.
     """
     args = parser().parse_args(argv)
     try:

@@ -22,7 +22,7 @@ def on_ranks(
 ) -> int:
     """``work(args, group)`` on the ranks that the launcher describes; returns the exit status 0.
 
-    An error of the user or the machine is one line on stderr and ends the process with status 1.
+    An error of the user or the machine is one message on stderr and ends the process with status 1.
     """
     group = ranks.single()
     try:

@@ -126,5 +126,5 @@ def main(args: argparse.Namespace) -> int:
         print(report() if args.why is None else why.why(args.why))
     except ValueError as error:
         print(f"fastattn info: {error}", file=sys.stderr)
-        return 2
+        return 1
     return 0

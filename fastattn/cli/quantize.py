@@ -45,7 +45,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Quantizes; errors of the user or the machine are one line on stderr, and status 1."""
+    """Quantizes; errors of the user or the machine are one message on stderr, and status 1."""
     # Models bring safetensors, tokenizers and more.
     from ..models.quantize import quantize
     from ..quant.recipe import Recipe

@@ -30,7 +30,8 @@ from .sums import Partial, row_spans, two_step
 
 @dataclass(frozen=True)
 class FusedNorm:
-    """``of`` says how values travel: `Direct` as they are, `Compressed` in fewer bits.
+    """``of`` says how values travel: `Direct` as they are, `Compressed` in fewer bits. Its ``scheme`` is not
+    used: the sum always takes two steps.
 
     The normalised rows travel in the same form as the partial results, and every rank reads the same
     messages: all have the same bits.

@@ -7,7 +7,8 @@ of hops decides where latency dominates, the bytes of the busiest rank where ban
 A message leaves when its receiver has announced room for it, which takes a hop of its own. So receives are
 posted before ``x`` is computed, and the announcement travels meanwhile (MPI's eager protocol); those of more
 than `EAGER_BYTES` after that, as in MPI's rendezvous. The ranks that are ready first would send them while
-others compute, whose cores then move frames: that delays the last rank, for which all wait.
+others compute, whose cores then move frames: that delays the last rank, for which all wait. A star's hub
+answers only after the others have sent, so these post their receives before computing, whatever the size.
 
 =============  ====  ==========================  =======================================================
 algorithm      hops  bytes a rank sends (of x)
@@ -175,6 +176,7 @@ def star(lane: Lane, x: Partial, wire: Wire, hub: int) -> Steps[Tensor]:
     """
     cut, whole = pieces(x.rows, wire, x.hidden), x.empty()
     if lane.group.rank != hub:
+        # Before computing, whatever their size: the hub answers only after this rank has sent.
         answers = [Gather(lane, whole, {hub: span}, wire, PIECES + i) for i, span in enumerate(cut)]
         values = x.compute()
         sent = [lane.swap({hub: wire.encode(values[lo:hi])}, {}, i) for i, (lo, hi) in enumerate(cut)]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..dispatch import named, unavailable
+from ..dispatch import named, order, unavailable
 from ..spec import Epilogue, Stream, TPGroup
 from .exchange import all_gather, device_of
 from .sums import row_spans
@@ -78,7 +78,7 @@ def reasons_against(c: Call, e: Epilogue) -> list[str]:
     if c.device.type != "cuda":
         return [f"tensors are on {c.device.type!r}, symmetric memory is of GPUs"]
     reasons = []
-    if named() not in ("", "triton"):
+    if "triton" not in order(named()):
         reasons.append(f"the backend {named()!r} was asked for, the kernel is Triton's")
     if c.dtype not in _DTYPES:
         reasons.append(f"dtype {c.dtype}, the kernel takes {', '.join(map(str, _DTYPES))}")

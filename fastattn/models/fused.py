@@ -86,7 +86,9 @@ class FusedStep:
         return _run(self._native.forward, ids, out)
 
     def next_tokens(self, ids: Tensor) -> Tensor:
-        """Token ids (rows,) to the likeliest token after each (rows,), where `forward` could be called."""
+        """Token ids (rows,) int64 to the likeliest token after each, (rows,) int64, where `forward` could be
+        called.
+        """
         return _run(self._native.next_tokens, ids, None)
 
 

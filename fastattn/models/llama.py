@@ -193,7 +193,8 @@ class Decoder:
         return torch.cat(woven([self._layers(x[lo:hi], t) for (lo, hi), t in zip(spans, tiles, strict=True)]))
 
     def next_tokens(self, ids: Tensor, step: KvStep, cache: KvCache) -> Tensor | None:
-        """The likeliest token after each of ``ids``, one new one a sequence, as one native call.
+        """The likeliest token after each of ``ids``, one new one a sequence, as one native call: (rows,)
+        int64 to (rows,) int64.
 
         None, and nothing is done, where that takes `forward`, the head and a sampler.
         """
@@ -231,9 +232,11 @@ class Decoder:
 
     def _alone(self, phase: Phase) -> bool:
         """Whether no other rank and no policy has a say in this phase; asked once for each policy."""
+        if self.group.world > 1:
+            return False  # nor is its policy kept
         key = (self.policy, phase)  # a policy is a function of the point
         if key not in self._known_alone:
-            self._known_alone[key] = self.group.world == 1 and self._sums_alone(phase)
+            self._known_alone[key] = self._sums_alone(phase)
         return self._known_alone[key]
 
     def _sums_alone(self, phase: Phase) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..collectives.compressed import Compressed
-from ..collectives.exchange import against_messages
 from ..parallel import measure
 from ..parallel.candidates import Candidate, codec_of, untiled, with_codec
 from ..parallel.candidates import candidates as found_by
@@ -18,7 +17,7 @@ from ..parallel.forecast import Costs
 from ..parallel.plan import PHASES, points_of
 from ..parallel.planner import MARGIN, Choice, Trial, choose, costs, forecasts
 from ..quant.codec import Codec
-from ..spec import Link, Phase, SyncPlan, UnsupportedError
+from ..spec import Link, Phase, SyncPlan
 from .formats import FORMATS, Formats
 from .generate import Model
 from .perplexity import Perplexity
@@ -41,9 +40,6 @@ class Planner:
 
     ``fingerprint``: of the model's checkpoint. ``quality``: what lossy formats cost; None: exact sums only.
     ``budget_s``: about what measuring the candidates of a phase may take. ``say`` hears of formats measured.
-
-    For ranks that exchange messages over gloo: over NCCL and HCCL neither the model of time holds nor most
-    candidates exist, and a clock of the host does not time a device (UnsupportedError).
     """
 
     def __init__(
@@ -57,10 +53,6 @@ class Planner:
     ) -> None:
         if not 0 < budget_s < float("inf"):
             raise ValueError(f"budget_s: {budget_s}, expected seconds > 0")
-        if reasons := against_messages(model.group):
-            raise UnsupportedError(
-                f"a plan cannot be measured: {'; '.join(reasons)}; name policies (exact, tiled, fused_norm)"
-            )
         self.model, self.group, self.trials = model, model.group, trials
         self.fingerprint, self.budget_s = fingerprint, budget_s
         self.formats = None if quality is None else Formats(quality, say)

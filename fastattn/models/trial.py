@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
+from ..collectives.exchange import against_messages
 from ..parallel.measure import Alone
 from ..parallel.plan import PHASES
 from ..parallel.schedule import Plain
-from ..spec import Phase, Point, Schedule, SyncPolicy
+from ..spec import Phase, Point, Schedule, SyncPolicy, UnsupportedError
 from .generate import PREFILL_TOKENS, Model
 
 
@@ -19,9 +20,16 @@ class Trials:
 
     Token ids are drawn at random, the same on every rank: the arithmetic does not depend on them. Raises
     ValueError for sizes that do not fit the model's context, `CacheFull` for those that do not fit memory.
+
+    For ranks that exchange messages over gloo: over NCCL and HCCL neither the model of time holds nor most
+    candidates exist, and a clock of the host does not time a device (UnsupportedError).
     """
 
     def __init__(self, model: Model, prefill_tokens: int, batch: int) -> None:
+        if reasons := against_messages(model.group):
+            raise UnsupportedError(
+                f"a plan cannot be measured: {'; '.join(reasons)}; name exact or tiled+exact instead"
+            )
         config = model.config
         most = config.max_position - 1
         if not 2 <= prefill_tokens <= most:

@@ -112,7 +112,7 @@ def candidates(
     sums = list(_sums(rows, g, item_bytes, codecs))
     whole: list[SyncPolicy] = [*sums]
     if rows >= g.world:
-        whole += [FusedNorm(s) for s in sums if isinstance(s, Pairwise)]
+        whole += [FusedNorm(replace(s, scheme="auto")) for s in sums if isinstance(s, Pairwise)]
     found: list[tuple[SyncPolicy, Schedule]] = [(p, Plain()) for p in whole]
     for count in (n for n in WEAVES if rows >= n * (1 if n == 2 else 16)):
         weave = TokenWeave(max(2, rows // 2), (1.0,) * count, multiple=16 if rows >= 64 else 1)
@@ -141,9 +141,10 @@ def overlaps(c: Candidate) -> bool:
 def family(c: Candidate) -> tuple[str, ...]:
     """What kind of candidate it is: schedule, policies, inner policies, without their parameters.
 
-    But for a star's hub: the model takes all links for equal, they may not be. For `Pairwise`'s scheme: more
-    messages than bytes tell are to be posted. And for the number of a weave's tiles: the model takes
-    computing and exchanging for independent, where cores carry the link.
+    Under the plain schedule also a star's hub (the model takes all links for equal) and `Pairwise`'s scheme
+    (posting a message costs time that its bytes do not show). Under a weave the number of tiles instead (the
+    model takes computing and exchanging for independent, where cores carry the link). Of inner policies the
+    name only.
     """
     policies = (c.attn[0], c.mlp[0])
     inner = [getattr(getattr(p, "of", None), "name", "") for p in policies]

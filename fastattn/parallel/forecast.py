@@ -39,8 +39,8 @@ class _Stage(NamedTuple):
     """A half-block and its sync point."""
 
     compute_s: float
-    busy_s: float  # of the link
-    latency_s: float  # behind that
+    busy_s: float  # of the link: what would be left without latency
+    latency_s: float  # behind that, while another tile's bytes may travel
 
 
 def seconds(c: Candidate, rows: int, costs: Costs) -> float:
@@ -65,9 +65,11 @@ def seconds(c: Candidate, rows: int, costs: Costs) -> float:
 
 def _stage(site: Site, policy: SyncPolicy, rows: int, costs: Costs) -> _Stage:
     rate = costs.rate(site, policy)
-    total = policy.seconds(rows, costs.hidden, costs.link, rate)
-    latency = min(max(0.0, policy.seconds(0, costs.hidden, costs.link, rate)), max(0.0, total))
-    return _Stage(rate.half_block(rows), total - latency, latency)
+    link = costs.link
+    without = link._replace(latency_s=0.0, all_reduce_s=None if link.all_reduce_s is None else 0.0)
+    total = policy.seconds(rows, costs.hidden, link, rate)
+    busy = max(0.0, policy.seconds(rows, costs.hidden, without, rate))
+    return _Stage(rate.half_block(rows), busy, max(0.0, total - busy))
 
 
 def wire_bytes(c: Candidate, rows: int, hidden: int, world: int) -> int:

@@ -84,6 +84,18 @@ def test_right_and_wrong_answers(op, monkeypatch):
     assert "WRONG" in str(report)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", ["int4", "int8 cut at 5"])
+def test_activations_in_8_bits_are_right(kind, dtype):
+    """The caller asked for their rounding: that much is allowed, and no more."""
+    w = make(kind, 40, 96)
+    x = torch.randn(1, w.shape[1], dtype=dtype)
+    report = fastattn.check(ops.linear, x, w, act="int8")
+    assert report.ok, str(report)
+    exact = fastattn.check(ops.linear, x, w)
+    assert exact.findings[0].limit < report.findings[0].limit < 0.1 * float(exact.result.abs().max())
+
+
 def test_nan_is_wrong(monkeypatch):
     right = dispatch.op_table("cpu")["attention"]
     table = {"attention": right._replace(run=lambda a: (right.run(a)[0] * torch.nan, right.run(a)[1]))}

@@ -137,8 +137,19 @@ def test_unknown_name() -> None:
         ValueError, match="no backend 'cuda'; there are: volta, ascend, triton, cpu, sdpa, reference"
     ):
         fastattn.attention(Q, Q, Q, backend="cuda")
-    with pytest.raises(ValueError, match="no backend 'cuda'"), fastattn.use_backend("cuda"):
-        pass
+    for unknown, name in (("cuda", "cuda"), ("", ""), ("cpu,", ""), ("cpu,cuda", "cuda")):
+        with pytest.raises(ValueError, match=f"no backend '{name}'"), fastattn.use_backend(unknown):
+            pass
+
+
+def test_of_several_names_the_first_that_can_runs() -> None:
+    plain, with_sinks = ({"backend": "sdpa,cpu", **o} for o in ({}, {"sinks": torch.ones(2)}))
+    assert ran(lambda: fastattn.attention(Q, Q, Q, **plain)) == [("sdpa", "attention")]
+    assert ran(lambda: fastattn.attention(Q, Q, Q, **with_sinks)) == [("cpu", "attention")]
+    with fastattn.use_backend("triton,sdpa"):
+        assert ran(lambda: fastattn.attention(Q, Q, Q)) == [("sdpa", "attention")]
+        with pytest.raises(UnsupportedError, match=r"'triton,sdpa'(.|\n)*triton: (.|\n)*sdpa: sinks is not"):
+            fastattn.attention(Q, Q, Q, sinks=torch.ones(2))
 
 
 def test_use_backend_nests_and_ends() -> None:
@@ -248,6 +259,11 @@ def test_environment_variable_forces() -> None:
     assert "('reference', 'attention')" in result.stdout, result.stderr
 
 
+def test_environment_variable_of_several_names() -> None:
+    result = python(ATTEND, FASTATTN_BACKEND="triton,reference")
+    assert "('reference', 'attention')" in result.stdout, result.stderr
+
+
 def test_environment_variable_refuses() -> None:
     result = python(ATTEND, FASTATTN_BACKEND="triton")
     assert result.returncode
@@ -256,7 +272,10 @@ def test_environment_variable_refuses() -> None:
 
 def test_environment_variable_of_no_backend() -> None:
     result = python("import fastattn", FASTATTN_BACKEND="cuda")
-    assert "environment variable FASTATTN_BACKEND='cuda': expected one of volta," in result.stderr
+    expected = (
+        "environment variable FASTATTN_BACKEND='cuda': expected backends' names, separated by commas, of"
+    )
+    assert f"{expected} volta," in result.stderr
 
 
 STRICT = """

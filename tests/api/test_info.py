@@ -118,7 +118,7 @@ def test_why_of_a_device_that_is_absent() -> None:
 def test_bad_spec(spec: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     info.add_arguments(parser)
-    assert info.main(parser.parse_args(["--why", spec])) == 2
+    assert info.main(parser.parse_args(["--why", spec])) == 1
     captured = capsys.readouterr()
     assert message in captured.err
     assert not captured.out

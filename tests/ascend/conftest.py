@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ascend_ops import launch
+from ascend_ops.router import chip_of
+from fastattn.backends import ascend
 from fastattn.backends.interpreter import reasons_against_emulating
 
 ROOT = Path(__file__).parents[2]
@@ -26,3 +30,15 @@ def vendor_python() -> Path:
             "NOT CHECKED AGAINST THE VENDOR'S COMPILER: no .venv-ascend (`make ascend-tools` creates it)"
         )
     return python
+
+
+@pytest.fixture
+def on_chip(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pretends that this process has an NPU of the family, and triton-ascend; nothing runs on it."""
+
+    def be(family: str) -> None:
+        monkeypatch.setattr(launch, "has_triton_ascend", lambda: True)
+        monkeypatch.setattr(ascend.router, "current", lambda: chip_of(family))
+        monkeypatch.setattr(ascend, "_EMULATED", False)
+
+    return be

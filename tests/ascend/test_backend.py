@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 
 import fastattn
-from ascend_ops.router import chip_of
+from ascend_ops import launch
+from ascend_ops.router import Invocation, chip_of
 from fastattn import dispatch
 from fastattn.attention import build_args
 from fastattn.backends import ascend, ascend_small
 from fastattn.settings import Settings
 from fastattn.spec import AttentionArgs, UnsupportedError
+from tests.ops.weights import make
 
 
 def args(dtype: torch.dtype = torch.float16, d: int = 64, page: int = 0, **options: Any) -> AttentionArgs:
@@ -22,17 +25,6 @@ def args(dtype: torch.dtype = torch.float16, d: int = 64, page: int = 0, **optio
         k = torch.zeros(3, page, 2, d, dtype=dtype)
         options |= {"block_table": torch.zeros(2, 1, dtype=torch.int32), "cache_seqlens": 6}
     return build_args(q, k, k, **options)
-
-
-@pytest.fixture
-def on_chip(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Pretends that this process has an NPU of the family; nothing runs on it."""
-
-    def be(family: str) -> None:
-        monkeypatch.setattr(ascend.router, "current", lambda: chip_of(family))
-        monkeypatch.setattr(ascend, "_EMULATED", False)
-
-    return be
 
 
 def reasons(a: AttentionArgs) -> str:
@@ -106,7 +98,41 @@ def test_pages_are_not_in_nz_without_the_operators(on_chip, monkeypatch):
 def test_small_ops_without_a_compiler_refuse_what_only_kernels_do(on_chip):
     on_chip("310p")
     x = torch.zeros(2, 8, dtype=torch.float16)
-    assert "no compiler" in ascend_small.OPS["swiglu"].reasons(fastattn.spec.SwigluArgs(x).signature())[0]
+    why_not = ascend_small.OPS["swiglu"].reasons(fastattn.spec.SwigluArgs(x).signature())
+    assert why_not == ["npu_swiglu does not exist on 310p", "no compiler for 310p"]
+
+
+def test_without_triton_ascend_only_torch_npu_runs(on_chip, monkeypatch):
+    """An environment as pyproject.toml's extra makes it: NVIDIA's Triton, or none."""
+    absent = "triton-ascend is not installed"
+    on_chip("910b")
+    monkeypatch.setattr(launch, "has_triton_ascend", lambda: False)
+    x, cos = torch.zeros(2, 3, 128, dtype=torch.float16), torch.zeros(9, 64)
+    where, pages = torch.tensor([0, 1]), torch.zeros(2, 16, 3, 128, dtype=torch.float16)
+    able = {
+        "rotary": fastattn.spec.RotaryArgs(x, cos, cos, where),
+        "append_kv": fastattn.spec.AppendKvArgs(pages, pages, x, x, where),
+        "swiglu": fastattn.spec.SwigluArgs(x),
+    }
+    for name, call in able.items():
+        assert ascend_small.OPS[name].reasons(call.signature()) == []
+    assert isinstance(ascend_small.append_choice(able["append_kv"], chip_of("910b")), Invocation)
+    w = make("int4", 8, 128)
+    linear = fastattn.spec.LinearArgs(torch.zeros(1, 128, dtype=torch.float16), w)
+    assert ascend_small.OPS["linear"].reasons(linear.signature()) == [absent]
+    assert reasons(args()) == ""
+    assert absent in reasons(args(softcap=5.0))
+
+
+def test_triton_ascend_is_told_from_triton(monkeypatch, tmp_path):
+    """Both install as `triton`; here is NVIDIA's."""
+    look = launch.has_triton_ascend.__wrapped__
+    assert not look()
+    (tmp_path / "triton" / "backends" / "ascend").mkdir(parents=True)
+    (tmp_path / "triton" / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert look()
 
 
 def test_what_torch_npu_cannot_do_there_is_left_to_other_backends(on_chip):

@@ -56,7 +56,7 @@ def test_prediction_error_in_bytes() -> None:
 
 def test_verdicts_agree_on_a_950() -> None:
     """At the first try. The model is an upper bound, but for tiles of more than twice the memory."""
-    assert len(RECORDED_950) >= 60
+    assert len(RECORDED_950) >= 133
     for point in RECORDED_950:
         needs = whole_rows(shape_of(point))
         assert bool(needs.overflows(CHIP_950)) != (point["accepted"] and not point["retried"]), point
@@ -128,6 +128,6 @@ def test_a_smaller_memory_gets_smaller_tiles() -> None:
     for chip in (CHIP, CHIP_950):
         whole = prefill_tiles(chip, 128, 128)
         for memory in ("ub", "l1", "l0c"):
-            small = chip._replace(**{memory: getattr(chip, memory) // 8})
+            small = chip._replace(**{memory: getattr(chip, memory) // (8 if chip.whole_rows else 4)})
             tiles = prefill_tiles(small, 128, 128)
             assert tiles.block_q * tiles.block_k < whole.block_q * whole.block_k, memory

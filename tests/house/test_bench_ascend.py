@@ -44,3 +44,11 @@ def test_without_a_compiler(
     records = json.loads(report.read_text())
     assert {r["claim"] for r in records} == {"measured", "modelled"}
     assert all(r["ratio"] >= 1 for r in records)
+
+
+def test_a_950_has_other_rules(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of its blocks crosses through global memory: what is modelled here is not of it."""
+    assert bench_ascend.parser().parse_args(["--chip", "Ascend910B3"]).chip == "Ascend910B3"
+    with pytest.raises(SystemExit):
+        bench_ascend.parser().parse_args(["--chip", "Ascend950PR_9579"])
+    assert "invalid choice: 'Ascend950PR_9579'" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from fastattn.models.fused import FusedDecoder, reasons_against
 from fastattn.models.generate import Model
 from fastattn.models.llama import Decoder
 from fastattn.native import kernels
+from fastattn.ops import linear
 from fastattn.parallel.act_order import Align
 from fastattn.parallel.linear import ColumnLinear
 from fastattn.parallel.vocab import VocabParallelEmbedding
@@ -113,13 +114,36 @@ def test_every_family(name: str, dtype: str, tmp_path: Path) -> None:
         assert_equal_tokens(model)
 
 
-@pytest.mark.parametrize("quant", ["Q4_0", "Q4_1", "Q8_0", "Q5_1", "BF16"])
-def test_quantized_weights(quant: str, dtype: str, isa: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("quant", "act"),
+    [*((q, "") for q in ("Q4_0", "Q4_1", "Q8_0", "Q5_1", "BF16")), ("Q4_1", "int8"), ("Q8_0", "int8")],
+)
+def test_quantized_weights(quant: str, act: str, dtype: str, isa: str, tmp_path: Path) -> None:
     theirs = hf_model("llama", hidden_size=256, intermediate_size=512)
     save_gguf(theirs, tmp_path / "model.gguf", quant)
-    model = fastattn.load(tmp_path / "model.gguf", dtype=dtype)
+    model = fastattn.load(tmp_path / "model.gguf", dtype=dtype, act=act)
     assert_equal_both_ways(model, 1)
     assert_equal_tokens(model)
+
+
+def test_the_head_takes_integers_where_it_may(tmp_path: Path) -> None:
+    """With the likeliest tokens of a head whose input is rounded, which are not always those of one exact."""
+    save_gguf(hf_model("llama", hidden_size=256, intermediate_size=512), tmp_path / "model.gguf", "Q8_0")
+    model = fastattn.load(tmp_path / "model.gguf", act="int8")
+    decoder, config = model.decoder, model.config
+    heads = decoder.blocks[0][0].kv_heads
+    changed = 0
+    for batch in torch.arange(config.vocab_size).split(32):
+        cache = PagedKvCache(config.num_layers, 32, 4, heads, config.head_dim, dtype=model.dtype)
+        for turn in range(4):
+            ids, step = batch.roll(turn * turn), cache.reserve(range(len(batch)), [1] * len(batch))
+            hidden = decoder.forward(ids, step, cache)
+            rounded, exact = (linear(hidden, decoder.head.weight, act=act).argmax(-1) for act in ("int8", ""))
+            found = decoder.next_tokens(ids, step, cache)  # appends the same keys again
+            assert found is not None
+            assert torch.equal(found, rounded)
+            changed += int((rounded != exact).sum())
+    assert changed
 
 
 def test_matrices_of_different_formats_side_by_side(dtype: str, tmp_path: Path) -> None:
@@ -180,27 +204,54 @@ def test_other_policies_get_half_blocks(model: Model, monkeypatch: pytest.Monkey
     assert_equal_both_ways(model, 2 * model.config.num_layers)
 
 
+def asked(model: Model, lengths: tuple[int, ...]) -> bool:
+    """Whether `next_tokens` answers; if not, nothing was done."""
+    decoder, config = model.decoder, model.config
+    heads = decoder.blocks[0][0].kv_heads
+    cache = PagedKvCache(config.num_layers, 4, 4, heads, config.head_dim, dtype=model.dtype)
+    for side in (cache.keys, cache.values):
+        side.zero_()
+    step = cache.reserve(SEQUENCES[: len(lengths)], lengths)
+    before = dispatch.calls.copy()
+    found = decoder.next_tokens(torch.zeros(sum(lengths), dtype=torch.int64), step, cache)
+    assert (found is None) == (dispatch.calls == before)
+    assert (found is None) == (not cache.keys.any() and not cache.values.any())
+    return found is not None
+
+
 def test_tokens_are_left_to_the_sampler(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a forward is no single call, or a sequence has several new tokens, nothing is done."""
-    decoder, config = model.decoder, model.config
-
-    def asked(lengths: tuple[int, ...]) -> Tensor | None:
-        heads = decoder.blocks[0][0].kv_heads
-        cache = PagedKvCache(config.num_layers, 4, 4, heads, config.head_dim, dtype=model.dtype)
-        step = cache.reserve(SEQUENCES[: len(lengths)], lengths)
-        return decoder.next_tokens(torch.zeros(sum(lengths), dtype=torch.int64), step, cache)
-
+    decoder = model.decoder
     decoder.fused = True
-    assert asked((1, 1)) is not None
-    assert asked((2, 1)) is None
+    assert asked(model, (1, 1))
+    assert not asked(model, (2, 1))
     with fastattn.use_backend("reference"):
-        assert asked((1,)) is None
+        assert not asked(model, (1,))
     monkeypatch.setattr(decoder, "fused", False)
-    assert asked((1,)) is None
+    assert not asked(model, (1,))
     monkeypatch.setattr(decoder, "fused", True)
     policy = Halves()
     monkeypatch.setattr(decoder, "policy", lambda point: policy)
-    assert asked((1,)) is None
+    assert not asked(model, (1,))
+
+
+def test_among_other_ranks_no_policy_is_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner asks under a new function for each sample."""
+    monkeypatch.setattr(model.decoder, "fused", True)
+    monkeypatch.setattr(model.decoder, "group", TPGroup(None, 0, 2, 1.0, (0.5, 0.5)))
+    given = []
+    for _ in range(3):
+
+        def policy(point: Point) -> Exact:
+            return Exact()
+
+        given.append(weakref.ref(policy))
+        model.decoder.policy, before = policy, model.decoder.policy
+        assert not asked(model, (1,))
+        model.decoder.policy = before
+        del policy
+    gc.collect()
+    assert [kept() for kept in given] == [None] * 3
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 16, 1025, 5000])

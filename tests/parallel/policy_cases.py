@@ -198,9 +198,9 @@ def tiles_are_summed_while_the_next_is_computed(g: TPGroup) -> None:
     torch.testing.assert_close(out.residual, partial * (g.world + 1))
 
 
-def receives_are_posted_before_computing(g: TPGroup) -> None:
-    """So that their announcements travel meanwhile: a message waits for its receiver's. Long ones are asked
-    for after it, but from a star's hub, which sends only what it got from this rank too.
+def short_receives_are_posted_before_computing_long_ones_after(g: TPGroup) -> None:
+    """Announcements travel meanwhile: a message waits for its receiver's. Long ones are asked for afterwards,
+    but from a star's hub, which answers only after this rank has sent.
     """
     few, many = 4 * g.world, g.world * (1 + EAGER_BYTES // (4 * HIDDEN))
     _receives_are_posted(g, few, before=True)
@@ -390,7 +390,7 @@ CASES: tuple[Case, ...] = (
     tiles_are_summed_while_the_next_is_computed,
     tiles_of_no_rows_are_left_out,
     no_rows_are_summed_to_no_rows,
-    receives_are_posted_before_computing,
+    short_receives_are_posted_before_computing_long_ones_after,
     an_error_in_computing_leaves_the_group_usable,
     bytes_counted_are_the_formulas,
     dropped_point_keeps_the_residual_exact,

@@ -13,6 +13,7 @@ from fastattn.collectives.direct import Direct
 from fastattn.collectives.exact import Exact
 from fastattn.collectives.fused_norm import FusedNorm
 from fastattn.collectives.star import Star
+from fastattn.collectives.sums import EAGER_BYTES
 from fastattn.collectives.tiled import Tiled
 from fastattn.parallel.candidates import Candidate, candidates, codec_of, family, overlaps, with_codec
 from fastattn.parallel.forecast import Costs, communication_share, seconds, wire_bytes
@@ -100,6 +101,26 @@ def test_woven_halves_compute_while_the_other_is_summed() -> None:
     assert seconds(woven, 10, late) == pytest.approx(4 * (0.005 + 0.001 + 0.1) + 0.005)
 
 
+def test_an_announcement_does_not_occupy_the_link() -> None:
+    """Of long messages both latencies, the announcement's and the message's, pass once for both halves."""
+    rate, row = Rates(row_s=0.001, item_bytes=2, world=2), EAGER_BYTES // 4
+    costs = Costs(Link(0.1, 5 * row / 0.001), {"attn": rate, "mlp": rate}, {}, row // 2)
+    woven = Candidate.uniform(Direct(item_bytes=2), WEAVE, 2)
+    # Halves of 5 rows: 5 ms of computing, 1 ms of bytes.
+    assert seconds(woven, 10, costs) == pytest.approx(4 * (0.005 + 0.001 + 2 * 0.1) + 0.005)
+    # An all-reduce has a latency of its own.
+    ring = costs._replace(link=costs.link._replace(all_reduce_s=0.3))
+    exact = Candidate.uniform(Exact(2), WEAVE, 2)
+    assert seconds(exact, 10, ring) == pytest.approx(4 * (0.005 + 0.001 + 0.3) + 0.005)
+
+
+def test_a_long_message_is_announced_after_computing() -> None:
+    hidden, direct = EAGER_BYTES // 8, Direct(item_bytes=2)  # 4 rows are the longest that is asked for before
+    short, long = (direct.seconds(rows, hidden, LINK, RATE) for rows in (4, 5))
+    assert short == pytest.approx(LINK.latency_s + 8 * hidden / LINK.bytes_per_s)
+    assert long == pytest.approx(2 * LINK.latency_s + 10 * hidden / LINK.bytes_per_s)
+
+
 def test_more_tiles_leave_less_to_wait_for_at_both_ends() -> None:
     rate = Rates(row_s=0.001, item_bytes=2, world=2)
     costs = Costs(Link(0.0, 2e5), {"attn": rate, "mlp": rate}, {}, HIDDEN)  # 1 ms a row to compute and to sum
@@ -151,9 +172,19 @@ def test_candidates_begin_with_exact_and_hold_every_kind() -> None:
     names = {str(c) for c in found}
     assert {"exact", "star:hub=3", "direct:scheme=one_step", "direct:scheme=two_step"} <= names
     assert {"tiled:tiles=1/2", "tiled:tiles=2/1+star", "token_weave:min_tokens=128+exact"} <= names
-    assert "token_weave:min_tokens=128,tiles=1/1/1/1+fused_norm+direct:scheme=one_step" in names
-    assert "token_weave:min_tokens=128+fused_norm+direct:scheme=two_step" in names
+    assert "token_weave:min_tokens=128,tiles=1/1/1/1+fused_norm" in names
     assert all(c.exact for c in found)
+
+
+def test_a_fused_norm_is_one_candidate_whatever_the_scheme() -> None:
+    """It always takes two steps: with an inner scheme each would be measured twice under two names."""
+    codec = Codec(element="e2m1", block=16)
+    for codecs, count in (((), 1), ((codec,), 2)):
+        found = candidates("prefill", 256, 2, FOUR, 2, codecs)
+        fused = [c for c in found if isinstance(c.attn[0], FusedNorm)]
+        assert len({c.schedule for c in fused}) == 4
+        assert len(fused) == 4 * count
+        assert not any("scheme" in str(c) for c in fused)
 
 
 def test_decode_of_one_sequence_is_neither_split_nor_scattered() -> None:

@@ -119,6 +119,8 @@ def test_what_the_kernel_cannot_do_travels() -> None:
         assert "adds no bias, and RMSNorm" in against(64, torch.float16, other)
     with use_backend("sdpa"):
         assert "'sdpa' was asked for" in against(64, torch.float16, plain)
+    with use_backend("triton,sdpa"):
+        assert against(64, torch.float16, plain) == ""
 
 
 def test_memory_is_agreed_on(monkeypatch: pytest.MonkeyPatch) -> None:

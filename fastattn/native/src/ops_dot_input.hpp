@@ -59,7 +59,7 @@ struct Limbs {
 
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
 
-// From here on values, as infinities and NaN, are left to the float kernel.
+// From here on values, as infinities and NaN, are left to floats.
 constexpr float LARGEST = 0x1p110f;
 
 // Integers of the values x[i], N vectors, whose lanes 4 j .. 4 j + 3 share a scale; out[i]: their limbs as

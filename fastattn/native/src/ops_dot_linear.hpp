@@ -48,7 +48,7 @@ public:
         return reinterpret_cast<uintptr_t>(d.tile_sums_) + size_t(threads * d.thread_sums()) * sizeof(vf);
     }
 
-    // False when the float kernel must do it: x may have values that integers do not cover.
+    // False when floats must do it: x may have values that integers do not cover.
     bool run(int threads) {
         if (a_.rows == 0 || a_.w.out == 0) return true;
         if (a_.w.in == 0 || a_.w.scale_stride == 0) return false;
