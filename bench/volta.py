@@ -48,8 +48,9 @@ GPU = Table(
 )  # fmt: skip
 LINEAR = Table(
     [
-        Column("bits", 4, "d"), Column("rows", 4, "d"), Column("instr/1000 weights", 18, ".1f"),
-        Column("GB/s", 9), Column("no misses", 9, ".0f"),
+        Column("bits", 4, "d"), Column("ranks", 5, "d"), Column("rows", 4, "d"),
+        Column("instr/1000 weights", 18, ".1f"), Column("GB/s", 9), Column("no misses", 9, ".0f"),
+        Column("reachable", 9, ".0f"),
     ]
 )  # fmt: skip
 TENSOR_LIMIT = 1000 * 2 / pipes.MACS_PER_STEP  # cycles of a sub-core for 1000 multiply-adds
@@ -187,20 +188,19 @@ def decode_rows(head_dims: Sequence[int], shared: Mapping[str, Any]) -> list[Rec
 
 def linear_rows(shared: Mapping[str, Any]) -> list[Record]:
     """Prints how fast packed weights are read, and returns its records."""
-    shape = f"{volta_linear.OUT}x{volta_linear.IN}, groups of {volta_linear.GROUP_SIZE}"
-    print(f"\nlinear, {shape}: codes\n{LINEAR.header()}")
+    print(f"\nlinear, {volta_linear.OUT}x{volta_linear.IN}: codes\n{LINEAR.header()}")
     found = []
-    for bits in (4, 8):
-        for rows in (1, 8, 16):
-            d = volta_linear.measure(bits, rows)
-            rates = f"{min(d.gigabytes_per_s):.0f}-{max(d.gigabytes_per_s):.0f}"
-            print(LINEAR.row(bits, rows, d.instructions, rates, d.perfect_fetch), flush=True)
-            base = {
-                "bench": "volta", "case": f"linear int{bits} M={rows}", "env": shared["env"], "spread": 0.0,
-                "claim": "modelled",
-            }  # fmt: skip
-            bound = ("memory", volta_linear.REACHABLE)
-            found.append(Record.of(base, "codes", "GB/s", min(d.gigabytes_per_s), bound=bound))
+    calls = [(bits, rows, 1) for bits in (4, 8) for rows in (1, 8, 16)]
+    for bits, rows, ranks in (*calls, (4, 16, 2), (4, 16, 4), (4, 16, 8)):
+        d = volta_linear.measure(bits, rows, ranks)
+        rates = f"{min(d.gigabytes_per_s):.0f}-{max(d.gigabytes_per_s):.0f}"
+        print(LINEAR.row(bits, ranks, rows, d.instructions, rates, d.perfect_fetch, d.reachable), flush=True)
+        base = {
+            "bench": "volta", "case": f"linear int{bits} M={rows}{f' of {ranks} ranks' if ranks > 1 else ''}",
+            "env": shared["env"], "spread": 0.0, "claim": "modelled",
+        }  # fmt: skip
+        bound = ("memory", d.reachable)
+        found.append(Record.of(base, "codes", "GB/s", min(d.gigabytes_per_s), bound=bound))
     return found
 
 

@@ -1,10 +1,10 @@
 """Chooses how each Volta prefill kernel's main loop is cut, by the issue simulator, and writes the table.
 
-Compiles every tiling that shared memory and registers allow, drops those that spill or whose code misses a
-bound that another's meets (`BOUNDS`), and keeps the one whose slowest calibrated machine is fastest on the
-plain call (softcap, ALiBi) at 8192 tokens.
+Compiles every tiling that registers allow, drops those that spill, leave an SM below 8 warps or whose code
+misses a bound that another's meets (`BOUNDS`), and keeps the one whose slowest calibrated machine is fastest
+on the plain call (softcap, ALiBi) at 8192 tokens.
 
-  bench/volta_tilings.py --head-dim 64 --features 0,1,2           prints the candidates, best first
+  bench/volta_tilings.py --head-dim 64 --features 0,1,2           prints those simulated, and the best
   bench/volta_tilings.py --head-dim 64 --features 0,1,2 --write   and replaces their rows of the table
 
 Up to half a minute a candidate: 20 to 60 of them for one kernel.

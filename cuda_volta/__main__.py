@@ -19,7 +19,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cuda_volta", description="Tools of the Volta kernels.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     p = commands.add_parser("build", help="compile every kernel to cubins, index.json and, for sm_70, PTX")
-    p.add_argument("--arch", choices=ARCHITECTURES, default="sm_70", help="default: sm_70")
+    p.add_argument(
+        "--arch", choices=ARCHITECTURES, default="sm_70",
+        help="default: sm_70; sm_75 gets the kernels whose blocks fit its 64 KB of shared memory",
+    )  # fmt: skip
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if needed")
     cores = len(os.sched_getaffinity(0))
     p.add_argument("--jobs", type=int, default=cores, metavar="N", help=f"processes; default: {cores}")
@@ -29,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"argument --jobs: {args.jobs}, expected at least 1")
     chosen = [v for v in catalog.variants(args.arch) if args.match in v.name]
     if not chosen:
-        parser.error(f"argument --match: no variant's name contains {args.match!r}")
+        parser.error(f"argument --match: no variant for {args.arch} has {args.match!r} in its name")
     try:
         compiler = nvrtc()
         print(f"{len(chosen)} kernels for {args.arch}, NVRTC {version_text(compiler)}, {args.jobs} at a time")

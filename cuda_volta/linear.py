@@ -5,7 +5,8 @@ many rows cuBLAS on a copy in halves is better: per 1000 weights of 4 bits, read
 halves and reading them again moves 4.5 KB (5 ns at 900 GB/s), and the product takes 0.022 ns a row at 90
 TFLOP/s; the kernel of few rows takes 0.8 ns for every 16 rows (issue simulator, README.md). The two meet at
 180 rows; `FEW_ROWS` lies below, since nothing of this is measured. Where groups are no whole chunks, 16 rows
-take 3.1 ns, and 32 as long as cuBLAS: that kernel gets one tile of `ROWS`.
+take 2.2 to 3.4 ns (pieces of 2 to 8 ranks), and 32 about as long as cuBLAS: that kernel gets one tile of
+`ROWS`.
 """
 
 from __future__ import annotations
@@ -110,8 +111,13 @@ def _has_one_group(w: GroupedWeight) -> bool:
 
 
 def num_splits(blocks: int, columns: int, sms: int) -> int:
-    """Into how many ranges of W's columns each of ``blocks`` is cut, to give every SM one."""
-    return max(1, min(sms // max(blocks, 1), columns // 512))
+    """Into how many ranges of W's columns each of ``blocks`` is cut, to give every SM two.
+
+    One block alone reads at two thirds of an SM's rate (issue simulator). A split's partial sums of 16 rows,
+    4 bytes written and read, move as much as 256 columns of 4-bit codes. While all blocks have a place, the
+    n-th split takes more off each than their share of that: ranges have at least 512 columns.
+    """
+    return max(1, min(2 * sms // max(blocks, 1), columns // 512))
 
 
 def _few_rows(x: Tensor, w: GroupedWeight, variant: Variant) -> Tensor:

@@ -80,7 +80,8 @@ def load(variant: Variant, device: torch.device) -> Kernel:
     """The kernel on ``device``: of a GPU through the driver, on a CPU through the emulator.
 
     Machine code comes from the installed wheel, else from the cache on disk, else NVRTC compiles it. Raises
-    NvrtcMissing, CompileError, DriverError; ValueError for a device of another kind.
+    NvrtcMissing, CompileError, DriverError; ValueError for a device of another kind, or whose blocks have too
+    little shared memory.
     """
     if device.type == "cpu":
         from . import emulator

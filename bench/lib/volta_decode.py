@@ -17,11 +17,10 @@ from cuda_volta.sass.simulate import machine, run
 from cuda_volta.sass.simulate.calibration import CALIBRATED
 
 from .volta_launch import record
-from .volta_model import shipped
+from .volta_model import WAVES, shipped
 
 KEYS, GROUP = 16384, 4  # of the cache whose bytes are counted; query heads of its one KV head
 FOLLOWED = 8192  # keys of the cache whose rate is simulated
-_WAVES = 3
 
 
 class Decode(NamedTuple):
@@ -57,7 +56,7 @@ def measure(head_dim: int) -> Decode:
     speeds = []
     for on in CALIBRATED:
         settings = on.machine._replace(miss_permille=1000)
-        outcome = run(kernel.function, [paths], [0] * (_WAVES * resident), resident, settings, on.latency)
+        outcome = run(kernel.function, [paths], [0] * (WAVES * resident), resident, settings, on.latency)
         speeds.append(
             cache_bytes * FOLLOWED / KEYS / outcome.cycles_per_block * machine.CLOCK_HZ * machine.SMS / 1e9
         )

@@ -22,7 +22,8 @@ from cuda_volta.variant import Variant
 from .volta_cases import FOLLOWED, SEQLEN, Case
 from .volta_launch import Recorded, record
 
-_WAVES = 4  # of blocks through an SM; the first warms it up
+#: Of blocks through an SM: a rate is taken between the mean ends of the first and the last (docs/volta.md).
+WAVES = 4
 
 
 class Kernel(NamedTuple):
@@ -73,8 +74,9 @@ def work(kernel: Kernel, launch: Launch, block: tuple[int, int, int], sharers: i
     """Follows one block; ``sharers`` consecutive blocks of the launch read the same keys and values.
 
     What a branch on unknown data jumps over (rescaling O) counts once a warp: with random data it is done in
-    the first tile and about once again at most (emulated: test_references_hardly_move_after_the_first_tile;
-    that the code lies so: test_rescaling_is_what_a_branch_jumps_over).
+    the first tile and hardly more than once again (emulated:
+    test_references_hardly_move_after_the_first_tile; that the code lies so:
+    test_rescaling_is_what_a_branch_jumps_over).
     """
     warps = range(kernel.residency.warps)
     paths = [follow(kernel.program, launch, block, warp, once=True) for warp in warps]
@@ -109,7 +111,7 @@ def simulate(kernel: Kernel, done: Work, on: Calibrated) -> Outcome:
     """The SM full of such blocks, one after another."""
     resident = kernel.residency.blocks
     settings = on.machine._replace(miss_permille=done.miss_permille)
-    return run(kernel.function, [done.paths], [0] * (_WAVES * resident), resident, settings, on.latency)
+    return run(kernel.function, [done.paths], [0] * (WAVES * resident), resident, settings, on.latency)
 
 
 def tflops(

@@ -1,5 +1,5 @@
-// What the linear kernels share: x and the scales of a panel of columns in shared memory, codes as operands of
-// the tensor cores, and the end, where the quadpairs' sums meet.
+// What the linear kernels share: x of a panel of columns in shared memory, codes as operands of the tensor
+// cores, and the end, where the quadpairs' sums meet.
 //
 // A warp has 8 rows of W or more, the column operand of m8n8k4; x is the row operand. Quadpair q takes every fourth
 // 16 bytes of codes, so that a load covers 64 contiguous bytes of each row, and its own sums over them.
@@ -35,7 +35,8 @@ constexpr i32 PANEL = 4;  // steps
 constexpr i32 COLUMNS = PANEL * STEP;
 constexpr i32 OPERANDS = QUAD_COLUMNS / 8;  // 128-bit words of x a lane needs for a step: two operands each
 constexpr u32 X_BYTES = PANEL * 2 * OPERANDS * 512;
-constexpr u32 SUM_BYTES = PANEL * 2 * 2 * 128;              // halves of x's sums over each quadpair's columns
+// Halves of x's sums over each quadpair's columns, or with whole_steps over a step's.
+constexpr u32 SUM_BYTES = PANEL * 2 * 2 * 128;
 constexpr float ZERO_CODE = BITS == 4 ? 1024.0f : 1152.0f;  // what the exponent trick adds
 
 // What a block computes: 16 rows of x, some of W, and a range of panels.
@@ -77,8 +78,8 @@ VOLTA_DEVICE float sum_halves(Word4 w) {
            low_half(w.w) + high_half(w.w);
 }
 
-// A panel's x on its way to shared memory, asked for before the barrier that frees it. A warp has a unit of 8
-// columns of each quadpair (of 4 bits: two such) and 8 rows of x, or two: halves of operands, for one step.
+// A panel's x on its way to shared memory: all of it is asked for before any of it is stored. A warp has a unit
+// of 8 columns of each quadpair (of 4 bits: two such) and 8 rows of x, or two: halves of operands, for one step.
 struct PanelX {
     Word4 low[2], high[2];
 };

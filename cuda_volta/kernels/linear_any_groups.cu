@@ -54,12 +54,14 @@ VOLTA_DEVICE void store_places(const WeightParams& w, u32 base, const Staged& st
     if (lane_index() == 0) sts32(base + PLACES_BYTES + warp_index() * 4, any);
 }
 
-// Their scales and minima, those of a row of W beside each other.
+// Their scales and minima, those of a row of W beside each other. Neighbouring lanes have neighbouring groups,
+// which share a sector of memory.
 VOLTA_DEVICE void store_grids(const WeightParams& w, u32 base, i32 first_n, const Staged& staged) {
-    for (i32 i = static_cast<i32>(thread_index()); i < staged.count * BLOCK_N; i += 256) {
-        const Grid grid = coded_grid(w, first_n + i % BLOCK_N, staged.first + i / BLOCK_N);
-        sts64(base + i / BLOCK_N * GROUP_PITCH + i % BLOCK_N * 8,
-              {float_bits(grid.scale), float_bits(grid.min)});
+    const u32 n = thread_index() >> 2;
+    for (u32 g = thread_index() & 3; g < static_cast<u32>(staged.count); g += 4) {
+        const Grid grid =
+            coded_grid(w, first_n + static_cast<i32>(n), staged.first + static_cast<i32>(g));
+        sts64(base + g * GROUP_PITCH + n * 8, {float_bits(grid.scale), float_bits(grid.min)});
     }
 }
 

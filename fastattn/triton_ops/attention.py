@@ -152,12 +152,13 @@ def _bounded(side: int | None) -> int:
 def _precision(a: AttentionArgs) -> str:
     """Of float32 products, as torch.set_float32_matmul_precision asks: highest, high or medium.
 
-    ``torch.backends``' fp32_precision, torch's newer way to ask, knows ieee and tf32 only.
+    ``torch.backends``' fp32_precision, torch's newer way to ask, knows ieee and tf32 only. The older one sets
+    it as well, both high and medium to tf32: where it is ieee, that was asked last.
     """
-    if a.q.dtype != torch.float32:
+    if a.q.dtype != torch.float32 or getattr(torch.backends.cuda.matmul, "fp32_precision", "") == "ieee":
         return "ieee"
     try:
         asked = torch.get_float32_matmul_precision()
-    except RuntimeError:  # asked in the newer way, for what the older one cannot say
+    except RuntimeError:  # asked in the newer way alone
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[asked]

@@ -32,7 +32,7 @@ def few_rows(x: Tensor, w: PackedWeight) -> Tensor:
 def run_few(x: Tensor, w: PackedWeight, t: LinearTile) -> Tensor:
     """`few_rows` by a given tile."""
     rows, out_features = x.shape[0], w.shape[0]
-    t = fit(t, w)
+    t = fit(t, x, w)
     programs = cdiv(rows, t.block_m) * cdiv(out_features, t.block_n)
     splits = _splits(programs, w.shape[1] // t.block_k, chip(x.device))
     codes, scales = unit_stride(w.tensors["codes"]), unit_stride(w.tensors["scales"])

@@ -23,7 +23,7 @@ def many_rows_tile(x: Tensor, w: PackedWeight) -> LinearTile | None:
     t = tuned.load(c).linear.get(need) or linear_tile(c, need)
     if t is None or x.dtype == torch.float32:
         return None
-    t = fit(t, w)
+    t = fit(t, x, w)
     if not one_group_a_step(t, w):
         return None
     while t.block_m > 64 and _programs(x.shape[0], w.shape[0], t) < c.processors:

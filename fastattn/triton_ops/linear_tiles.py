@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from torch import Tensor
+
 from ..spec import PackedWeight
 from .device import Chip
 from .tiles import chip_class
@@ -32,7 +34,8 @@ class LinearNeed(NamedTuple):
     bits: int  # of W's codes, 4 or 8
 
 
-#: Strides that Triton knows to be multiples of this are loaded 16 bytes at a time, and ahead.
+#: Rows whose strides, addresses and lengths Triton knows to be multiples of this are loaded 16 bytes at a
+#: time, and ahead.
 _ALIGNED = 16
 
 #: `LinearNeed.rows` of the kernel for many rows.
@@ -57,13 +60,14 @@ def linear_tile(chip: Chip, need: LinearNeed) -> LinearTile | None:
     return LINEAR_TILES[chip_class(chip.capability)].get(need.rows)
 
 
-def fit(t: LinearTile, w: PackedWeight) -> LinearTile:
+def fit(t: LinearTile, x: Tensor, w: PackedWeight) -> LinearTile:
     """The tile with steps that stay within a group of W, where groups are that wide.
 
-    Of rows that begin anywhere each value is a load of its own, into registers, where less has room.
+    Of rows that begin or end anywhere each value is a load of its own, into registers, where less has room.
     """
-    if w.shape[1] % _ALIGNED:
-        t = t._replace(block_m=min(t.block_m, 128), block_k=32)
+    begins = [n for rows in (x, w.tensors["codes"]) for n in (rows.stride(0), rows.data_ptr())]
+    if any(n % _ALIGNED for n in (w.shape[1], *begins)):
+        t = t._replace(block_m=min(t.block_m, 128), block_k=32, num_stages=2)
     if w.g_idx is not None or has_one_group(w):
         return t
     shared = math.gcd(group_period(w), t.block_k)

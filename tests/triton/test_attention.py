@@ -190,19 +190,21 @@ def test_float32_as_torch_is_asked(precision: str) -> None:
 )
 @pytest.mark.parametrize("asked", ["tf32", "ieee"])
 def test_float32_as_torch_is_asked_in_its_newer_way(asked: str) -> None:
-    """What `torch.get_float32_matmul_precision` then raises for."""
+    """ieee after all that the older way can ask; tf32 alone, for which the older way's getter raises."""
     from fastattn.triton_ops.attention import launches
     from fastattn.triton_ops.device import CHIPS
     from fastattn.triton_ops.plan import plan
 
     q = torch.randn(1, 20, 2, 64, device=DEVICE)
     a = build_args(q, q, q)
-    before = torch.backends.cuda.matmul.fp32_precision
+    before = torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()
     try:
+        torch.set_float32_matmul_precision("medium" if asked == "ieee" else "highest")
         torch.backends.cuda.matmul.fp32_precision = asked
         (made,) = launches(a, plan(a, CHIPS["A100"])._replace(splits=1), q, q.new_empty(0))
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(before[1])
+        torch.backends.cuda.matmul.fp32_precision = before[0]
     assert asked in made.constants
 
 

@@ -11,6 +11,7 @@ import torch
 
 from fastattn.backends.interpreter import interpreting
 from fastattn.quant.codec import Codec
+from fastattn.quant.packed import slice_in
 from fastattn.spec import (
     AppendKvArgs,
     DecodeSumArgs,
@@ -150,7 +151,7 @@ def test_many_rows_multiply_what_registers_hold(
     tile = linear_tile(CHIPS[chip], LinearNeed(MANY, 4))
     assert tile is not None
     x, w = empty(1024, 4096, dtype=dtype), weight(fmt, 4096, 4096, group=group)
-    linear_many.run_many(x, w, fit(tile, w))
+    linear_many.run_many(x, w, fit(tile, x, w))
     report = compile_for(launches[0], CHIPS[chip])
     assert report.spills == 0
     assert report.shared_bytes <= CHIPS[chip].shared_bytes
@@ -164,12 +165,17 @@ def test_many_rows_multiply_what_registers_hold(
 
 
 @pytest.mark.parametrize("name", ["A100", "L40", "H100"])
-@pytest.mark.parametrize(("inn", "group"), [(4097, 4112), (4104, 128)])
+@pytest.mark.parametrize(
+    ("begin", "inn", "group"), [(0, 4097, 4112), (0, 4104, 128), (8, 4104, 4112)], ids=str
+)
 @pytest.mark.parametrize("rows", [1, 64, 1024])
 def test_rows_that_begin_anywhere_are_not_spilled(
-    rows: int, inn: int, group: int, name: str, monkeypatch: pytest.MonkeyPatch
+    rows: int, begin: int, inn: int, group: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their tiles are small enough for registers, where each value of theirs arrives by itself."""
+    """Their tiles are small enough for registers, where each value of theirs arrives by itself.
+
+    The last is a view into longer rows.
+    """
     from fastattn.triton_ops import device, launch, linear, linear_few, linear_many
     from fastattn.triton_ops.offline import compile_for
 
@@ -177,7 +183,8 @@ def test_rows_that_begin_anywhere_are_not_spilled(
     monkeypatch.setattr(launch, "run", lambda made, _: launches.extend(made))
     for module in (linear, linear_few, linear_many):
         monkeypatch.setattr(module, "chip", lambda _: device.CHIPS[name])
-    linear.linear(LinearArgs(empty(rows, inn), weight("int8", 4096, inn, group=group)))
+    w = slice_in(weight("int8", 4096, inn, group=group), begin, inn)
+    linear.linear(LinearArgs(empty(rows, inn - begin), w))
     report = compile_for(launches[0], device.CHIPS[name])
     assert report.spills == 0
     assert report.shared_bytes <= device.CHIPS[name].shared_bytes

@@ -11,6 +11,8 @@ from cuda_volta import nvrtc
 from cuda_volta.sass import listing, tools
 from cuda_volta.sass.listing import BYTES, Control, Function, Instruction
 from cuda_volta.variant import KERNELS
+from lib.volta_model import Static
+from volta_tilings import BOUNDS, CACHE_BYTES
 
 NEXT = Control(1, False, None, None, 0, 0)  # may issue in the next cycle, waits for nothing
 
@@ -26,6 +28,17 @@ def _found() -> bool:
 
 
 needs_cuda_12 = pytest.mark.skipif(not _found(), reason="NVRTC 12, nvdisasm or cuobjdump is not installed")
+
+
+def assert_tight(found: Static, plain: bool) -> None:
+    """A prefill loop meets the bounds that tilings are chosen by, which are tighter of ``plain`` calls."""
+    cycles, instructions = BOUNDS[not plain]
+    assert found.tally.cycles_per_kmac <= cycles
+    assert found.tally.instructions_per_hmma <= instructions
+    assert found.tally.barriers <= 2
+    assert found.tally.local_accesses == 0
+    assert found.tally.loop_bytes <= 20 * 1024
+    assert found.hot_bytes <= CACHE_BYTES
 
 
 def assemble(*lines: str, control: Control = NEXT) -> Function:

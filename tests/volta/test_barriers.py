@@ -34,7 +34,10 @@ CALLS: dict[str, Callable[[], object]] = {
     "linear_any_groups": lambda: linear.linear(
         torch.randn(3, 1024).half(), grouped(make("int4", 64, 1024, g_idx=True))
     ),
-    "linear": lambda: linear.linear(torch.randn(3, 1024).half(), grouped(make("int4", 64, 1024))),
+    "linear": lambda: [
+        linear.linear(torch.randn(3, 1024).half(), grouped(make("int4", 64, 1024, group=group)))
+        for group in (32, 128)
+    ],
     "norm": lambda: norm.rms_norm(torch.randn(4, 512).half(), torch.ones(512).half(), 1e-6),
 }
 BARRIER = re.compile(r"^ *(?:warp_)?barrier\(\);$", re.MULTILINE)

@@ -257,7 +257,7 @@ def test_bad_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for wrong, message in (
         (["--arch", "sm_80"], "invalid choice: 'sm_80'"),
         (["--jobs", "0"], "argument --jobs: 0, expected at least 1"),
-        (["--match", "nothing"], "argument --match: no variant's name contains 'nothing'"),
+        (["--match", "nothing"], "argument --match: no variant for sm_70 has 'nothing' in its name"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["build", "--out", str(tmp_path), *wrong])

@@ -133,12 +133,25 @@ def test_splits_are_added_in_order_and_the_bias_once():
     assert torch.equal(linear(x, grouped(w)), linear(x, grouped(w)))
 
 
-@pytest.mark.parametrize("blocks", [1, 7, 64, 80, 300])
-def test_splits_give_every_sm_a_block_and_no_more(blocks):
+@pytest.mark.parametrize("blocks", [1, 7, 48, 64, 80, 81, 160, 300])
+def test_splits_give_every_sm_two_blocks_and_no_more(blocks):
     for columns in (32, 1000, 4096, 28672):
         splits = num_splits(blocks, columns, 80)
-        assert 1 <= splits <= max(1, columns // 512)
-        assert splits == 1 or blocks * splits <= 80
+        most = max(1, columns // 512)
+        assert 1 <= splits <= most
+        assert splits == 1 or blocks * splits <= 160
+        assert splits == most or blocks * (splits + 1) > 160
+
+
+@pytest.mark.parametrize(
+    ("fmt", "group", "offset"),
+    [("int4", 128, 0), ("int4", 256, 128), ("int4", 1024, 384), ("int4", 64, 32), ("int8", 64, 0)],
+)
+def test_a_block_takes_panel_after_panel(fmt, group, offset, monkeypatch):
+    monkeypatch.setattr("cuda_volta.linear.num_splits", lambda *_: 1)
+    w = make(fmt, 130, 2720, group=group, offset=offset)
+    for rows in (3, 16):
+        check(w, random(rows, 2720, seed=rows, dtype=HALF))
 
 
 @pytest.mark.parametrize(("fmt", "group"), [("int4", 128), ("int4", 32), ("int8", 128)])

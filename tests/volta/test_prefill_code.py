@@ -14,7 +14,7 @@ from cuda_volta.variant import Variant
 from lib.volta_cases import CASES, FOLLOWED
 from lib.volta_model import compiled, functions, launched, shipped
 
-from .sass_code import needs_cuda_12
+from .sass_code import assert_tight, needs_cuda_12
 
 pytestmark = [pytest.mark.toolchain, needs_cuda_12]
 
@@ -38,14 +38,8 @@ def test_eight_warps_fit_on_an_sm_and_nothing_spills(variant: Variant) -> None:
 @pytest.mark.parametrize("head_dim", [96, 160, 192])
 def test_main_loops_between_the_powers_of_two(head_dim: int) -> None:
     """As tight as at 64, 128 and 256; and small enough for the cache next to a sub-core."""
-    for name, kmac, instructions in (("plain", 7.82, 1.9), ("softcap", 8.2, 2.1), ("alibi", 8.2, 2.1)):
-        found = compiled(CASE[name], head_dim)
-        assert found.tally.cycles_per_kmac <= kmac
-        assert found.tally.instructions_per_hmma <= instructions
-        assert found.tally.barriers <= 2
-        assert found.tally.local_accesses == 0
-        assert found.hot_bytes <= 12 * 1024
-        assert found.tally.loop_bytes <= 20 * 1024
+    for name in ("plain", "softcap", "alibi"):
+        assert_tight(compiled(CASE[name], head_dim), plain=name == "plain")
 
 
 def test_head_dim_32_is_bound_by_issue() -> None:
