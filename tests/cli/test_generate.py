@@ -19,7 +19,8 @@ from tests.models.builders import CHAT_TEMPLATE, SPECIALS, byte_level_tokenizer,
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_hf(hf_model("llama", seed=7), tmp_path_factory.mktemp("model"))
+    model = hf_model("llama", seed=7, max_position_embeddings=1 << 16)
+    return save_hf(model, tmp_path_factory.mktemp("model"))
 
 
 def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -101,8 +102,9 @@ def start(*arguments: object, **streams: Any) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-m", "fastattn", *map(str, arguments)], text=True, **streams)
 
 
-def endless(directory: Path) -> tuple[object, ...]:
-    return ("generate", directory, "--prompt", "The", "--max-tokens", 500, "--ignore-eos", "--threads", 1)
+def endless(directory: Path, tokens: int = 60000) -> tuple[object, ...]:
+    """A command that prints more than a pipe holds, so that it lives until its reader is done with it."""
+    return ("generate", directory, "--prompt", "The", "--max-tokens", tokens, "--ignore-eos", "--threads", 1)
 
 
 @pytest.mark.parametrize("command", ["generate", "info"])
@@ -141,7 +143,7 @@ def test_closed_stdout(directory: Path) -> None:
 @pytest.mark.parametrize("more", [(), ("--json",)], ids=["stream", "json"])
 def test_full_disk(directory: Path, more: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
-        process = start(*endless(directory), *more, stdout=full, stderr=subprocess.PIPE)
+        process = start(*endless(directory, 500), *more, stdout=full, stderr=subprocess.PIPE)
         err = process.communicate(timeout=60)[1]
     assert process.returncode == 1
     assert err.startswith("fastattn: error: ")
