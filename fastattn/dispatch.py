@@ -52,6 +52,7 @@ def use_backend(name: str) -> Iterator[None]:
     Compiled code obeys the block that it is called in; the block itself cannot be inside a function that
     is compiled with ``fullgraph=True`` (torch says so), where ``backend=`` does the same.
     """
+    # Not by `order`: torch.compile, which may trace this, warns of functions with a cache.
     token = _forced.set(",".join(map(_known, name.split(","))))
     try:
         yield
