@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import mmap
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,20 +103,23 @@ def test_unknown_sequences() -> None:
         cache_of(4, 4).free(3)
 
 
+PAGEMAP = Path("/proc/self/pagemap")
+
+
 def resident(*tensors: torch.Tensor) -> int:
-    """Bytes of the mappings that hold the tensors and are present."""
-    spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
-    total, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            begin, end = int(mapping[1], 16), int(mapping[2], 16)
-            inside = any(begin < hi and lo < end for lo, hi in spans)
-        elif inside and line.startswith("Rss:"):
-            total += int(line.split()[1]) << 10
+    """Bytes of the system's pages that the tensors touch and that hold memory."""
+    page, total = mmap.PAGESIZE, 0
+    for tensor in tensors:
+        first, end = tensor.data_ptr() // page, -(-(tensor.data_ptr() + tensor.nbytes) // page)
+        with PAGEMAP.open("rb") as file:
+            file.seek(8 * first)
+            entries = np.frombuffer(file.read(8 * (end - first)), np.uint64)
+        assert len(entries) == end - first
+        total += int(np.count_nonzero(entries >> np.uint64(62))) * page  # bits 63, 62: present, swapped out
     return total
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's count of resident pages")
+@pytest.mark.skipif(not PAGEMAP.exists(), reason="needs Linux's table of the pages that are present")
 def test_memory_follows_the_tokens_not_the_pool() -> None:
     cache = PagedKvCache(4, 16384, 32, 8, 64)  # 8 GiB
     assert cache.keys.numel() * 4 == 4 << 30
