@@ -79,6 +79,13 @@ class Settings:
         "0 or 1",
         "check indices that live on a device (page tables, lengths) before launch; costs a synchronisation",
     )
+    shared_memory: bool = _variable(
+        True,
+        "FASTATTN_SHARED_MEMORY",
+        _flag,
+        "0 or 1",
+        "let the ranks of one machine sum through memory that they share (1), or through sockets (0)",
+    )
     timeout_s: float = _variable(
         60.0, "FASTATTN_TIMEOUT", _seconds, "seconds > 0", "how long a rank waits for another"
     )

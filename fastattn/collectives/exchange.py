@@ -19,13 +19,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..spec import SyncError, TPGroup
+
+if TYPE_CHECKING:
+    from .shared_memory import SharedMemory
 
 
 class Traffic:
@@ -52,12 +55,17 @@ witnesses: list[Callable[[float], int | None]] = []
 _WITNESS_S = 0.5
 
 
+def first_lost(seconds: float) -> int | None:
+    """The rank whose process ended first, if somebody knows of one within ``seconds``."""
+    return next((rank for ask in witnesses if (rank := ask(seconds)) is not None), None)
+
+
 def reason_of(error: BaseException, timeout_s: float) -> str:
     """A backend's message in our words, with its own behind."""
     text = re.sub(r"^\[\S+\.cc:\d+\]\s*", "", str(error).strip().split("\n")[0])
     own = re.split(r"\. (?:This is typically|Check the logs)", text)[0]
     if re.search(r"Connection (was likely )?closed|Connection reset|Broken pipe", text):
-        lost = next((rank for ask in witnesses if (rank := ask(_WITNESS_S)) is not None), None)
+        lost = first_lost(_WITNESS_S)
         return f"{'another rank' if lost is None else f'rank {lost}'} ended ({own})"
     if "imed out" in text or "timeout" in text:
         return f"no answer within {timeout_s:g} s: another rank is stopped or the link is cut ({own})"
@@ -77,13 +85,19 @@ def _errors(g: TPGroup, where: str) -> Iterator[None]:
 class Pending:
     """Exchanges under way: a backend's works, each with the peer it waits for (None: all of them)."""
 
-    def __init__(self, g: TPGroup, where: str, works: Sequence[tuple[int | None, Any]] = ()) -> None:
+    def __init__(
+        self,
+        g: TPGroup,
+        where: str,
+        works: Sequence[tuple[int | None, Any]] = (),
+        *,
+        goes_on: bool | None = None,
+    ) -> None:
+        """``goes_on``: the attribute; None: as the group's device has it."""
         self._group, self._where, self._works = g, where, list(works)
-
-    @property
-    def on_device(self) -> bool:
-        """Whether `wait` returns at once, and it is the device's current stream that waits (NCCL, HCCL)."""
-        return device_of(self._group).type != "cpu"
+        #: Whether nothing is gained by a thread that waits: a device's stream does (NCCL, HCCL), or the other
+        #: ranks read this one's memory.
+        self.goes_on = device_of(g).type != "cpu" if goes_on is None else goes_on
 
     def wait(self) -> None:
         """Returns when the results are there; raises `SyncError`. A second call returns at once."""
@@ -126,6 +140,15 @@ def device_of(g: TPGroup) -> torch.device:
     return torch.device({"nccl": "cuda", "hccl": "npu"}.get(backend, "cpu"))
 
 
+#: Of the groups whose ranks share memory (`parallel.local`): it takes the place of the backend's collectives.
+memories: weakref.WeakKeyDictionary[Any, SharedMemory] = weakref.WeakKeyDictionary()
+
+
+def shares_memory(g: TPGroup) -> bool:
+    """Whether this group's collectives go through memory, where one of them costs less than one message."""
+    return g.pg in memories
+
+
 def against_messages(g: TPGroup) -> list[str]:
     """Why a `Lane` does not work in this group: NCCL and HCCL know no tags and post no receive early."""
     if g.world == 1 or device_of(g).type == "cpu":
@@ -136,13 +159,16 @@ def against_messages(g: TPGroup) -> list[str]:
 def all_reduce(g: TPGroup, x: Tensor, where: str) -> Pending:
     """Starts the sum of the ranks' ``x`` (one shape and dtype), in place; every rank gets the same bits.
 
-    The sum is formed in x's dtype, which is also what travels: 16-bit models send 16-bit values.
+    What travels is x's dtype: 16-bit models send 16-bit values. gloo and NCCL also add in it; in memory that
+    the ranks share, float32 sums are formed and rounded once.
     """
     if g.world == 1:
         return Pending(g, where)
     if not x.is_contiguous():
         raise ValueError(f"all_reduce: x has strides {x.stride()}, expected a contiguous tensor")
     traffic.add("all_reduce", x)
+    if (memory := memories.get(g.pg)) and memory.sums(x):
+        return Pending(g, where, [(None, memory.sum(x, where))], goes_on=True)
     with _errors(g, where):
         return Pending(g, where, [(None, dist.all_reduce(_lend(x), group=g.pg, async_op=True))])
 
@@ -192,6 +218,9 @@ def broadcast(g: TPGroup, x: Tensor, where: str, src: int = 0) -> None:
     if g.world == 1:
         return
     traffic.add("broadcast", x)
+    if (memory := memories.get(g.pg)) and memory.carries(x):
+        memory.broadcast(x, where, src)
+        return
     with _errors(g, where):
         work = dist.broadcast(_lend(x), src=_global(g, src), group=g.pg, async_op=True)
     Pending(g, where, [(None if g.rank == src else src, work)]).wait()
@@ -202,6 +231,8 @@ def all_gather(g: TPGroup, x: Tensor, where: str) -> list[Tensor]:
     if g.world == 1:
         return [x]
     traffic.add("all_gather", x)
+    if (memory := memories.get(g.pg)) and memory.carries(x):
+        return memory.gather(x.contiguous(), where)
     parts = [torch.empty_like(x) for _ in range(g.world)]
     with _errors(g, where):
         outputs, own = [_lend(p) for p in parts], _lend(x.contiguous())
@@ -217,14 +248,14 @@ def gather_last(
     """Concatenates the ranks' ``x`` (..., sizes[rank]) along the last dimension.
 
     Returns (..., sum(sizes)) on rank 0 and None elsewhere, or the same bits on every rank with
-    ``everywhere``. Over gloo only the values themselves travel to rank 0; otherwise they are padded to the
-    widest and travel to all.
+    ``everywhere``. As gloo's messages only the values themselves travel to rank 0; otherwise they are padded
+    to the widest and travel to all.
     """
     if len(sizes) != g.world or x.shape[-1] != sizes[g.rank]:
         raise ValueError(f"sizes: {tuple(sizes)}, expected {g.world} with {x.shape[-1]} for rank {g.rank}")
     if g.world == 1:
         return x
-    if everywhere or against_messages(g):
+    if everywhere or against_messages(g) or shares_memory(g):
         padded = torch.nn.functional.pad(x, (0, max(sizes) - x.shape[-1]))
         parts = all_gather(g, padded, where)
         whole = torch.cat([p[..., :n] for p, n in zip(parts, sizes, strict=True)], dim=-1)

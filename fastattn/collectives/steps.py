@@ -40,10 +40,10 @@ class Exchange(Generic[T]):
     def overlap(self) -> Exchange[T]:
         """Hands the remaining steps to a thread, for a caller that computes before it waits.
 
-        Not those on a device: messages go on there by themselves, and a thread that waited for them would
-        have the caller's computations, which are queued behind, wait as well.
+        Not where messages go on by themselves: a thread that waited for a device's would have the caller's
+        computations, which are queued behind, wait as well; one that looks at memory takes a core.
         """
-        if self._future is None and self._pending is not None and not self._pending.on_device:
+        if self._future is None and self._pending is not None and not self._pending.goes_on:
             self._future = _thread().submit(self._context.run, self._on_thread)
         return self
 

@@ -8,27 +8,25 @@ untested here).
 from __future__ import annotations
 
 import atexit
-import hashlib
 import math
 import os
-import platform
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from ..collectives.exchange import agree, all_gather, device_of, idle, reason_of, witnesses
+from ..collectives.exchange import agree, idle, memories, reason_of, witnesses
 from ..devices import device_named
 from ..settings import settings
 from ..spec import SyncError, TPGroup, UnsupportedError
 from ..threads import machine
 from .interface import interface_towards
+from .local import ranks_here, share_memory
 from .watch import Watch
 
 _SHUTDOWN_S = 5.0  # milliseconds suffice unless an exchange still hangs
@@ -82,6 +80,8 @@ def init(
     # gloo's threads must be idle before the interpreter ends, or the process aborts.
     atexit.register(_at_exit, g)
     agree(g, "the shares of work (split)", repr(weights).encode())
+    if memory := share_memory(g):
+        memories[g.pg] = memory
     return g
 
 
@@ -189,18 +189,7 @@ def _local_world(g: TPGroup) -> int:
     """Ranks on this machine: torchrun says so, otherwise the ranks compare their machines' identities."""
     if "LOCAL_WORLD_SIZE" in os.environ or g.world == 1:
         return _integer("LOCAL_WORLD_SIZE", 1, lowest=1)
-    name = platform.node().encode() + _boot_id()
-    mine = torch.tensor(list(hashlib.sha256(name).digest()), dtype=torch.uint8, device=device_of(g))
-    return sum(
-        torch.equal(mine, other) for other in all_gather(g, mine, "start-up count of ranks per machine")
-    )
-
-
-def _boot_id() -> bytes:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_bytes()
-    except OSError:
-        return b""
+    return ranks_here(g)
 
 
 def _at_exit(g: TPGroup) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..collectives.exchange import Lane, all_reduce, gather_last
+from ..collectives.exchange import Lane, all_reduce, gather_last, shares_memory
 from ..ops import embedding, linear
 from ..settings import settings
 from ..spec import PackedWeight, TPGroup
@@ -43,7 +43,9 @@ class VocabParallelEmbedding:
                 raise ValueError(f"ids: {bad} is outside the vocabulary of {self.vocab_size} tokens")
         if self.group.world == 1:
             return embedding(ids, self.weight, self.dtype)
-        return self.sent_by_owners(ids) if ids.device.type == "cpu" else self.summed(ids)
+        if ids.device.type != "cpu" or shares_memory(self.group):
+            return self.summed(ids)
+        return self.sent_by_owners(ids)
 
     def sent_by_owners(self, ids: Tensor) -> Tensor:
         """Each row travels once to each other rank, in one hop."""
@@ -59,7 +61,8 @@ class VocabParallelEmbedding:
         return out
 
     def summed(self, ids: Tensor) -> Tensor:
-        """Exact too, since the others add zero; no size depends on the ids, as a captured graph needs."""
+        """Exact too, since the others add zero. One collective, and no size depends on the ids, as a captured
+        graph needs."""
         local = ids - self.lo
         foreign = (local < 0) | (local >= self.hi - self.lo)
         out = embedding(local.masked_fill(foreign, 0), self.weight, self.dtype)

@@ -18,7 +18,7 @@ from fastattn.spec import SyncError, TPGroup
 class Broken:
     """A `Pending` whose first work fails; as the real one, it has nothing left for a second wait."""
 
-    on_device = False
+    goes_on = False
 
     def __init__(self) -> None:
         self.waits, self.cancelled = 0, 0

@@ -66,6 +66,21 @@ void set_isa(const std::string& name) {
 
 const char* dtype_name(DType dtype) { return DTYPE_NAMES[int(dtype)]; }
 
+int64_t item_bytes(DType dtype) {
+    switch (dtype) {
+        case DType::i64:
+            return 8;
+        case DType::f32:
+        case DType::i32:
+            return 4;
+        case DType::f16:
+        case DType::bf16:
+            return 2;
+        default:
+            return 1;
+    }
+}
+
 Tensor tensor(py::handle object, const char* name) {
     Tensor t;
     PyObject* p = object.ptr();
@@ -158,4 +173,5 @@ PYBIND11_MODULE(_kernels, m) {
     bind_linear(m);
     bind_mx(m);
     bind_decoder(m);
+    bind_shared_memory(m);
 }

@@ -35,6 +35,7 @@ Tensor tensor(py::handle object, const char* name);
 // Absent for None.
 std::optional<Tensor> maybe_tensor(py::handle object, const char* name);
 const char* dtype_name(DType dtype);
+int64_t item_bytes(DType dtype);
 
 // The kernels in use.
 const KernelTable& kernels();
@@ -68,5 +69,6 @@ void bind_ops(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_mx(py::module_& m);
 void bind_decoder(py::module_& m);
+void bind_shared_memory(py::module_& m);
 
 }  // namespace fastattn

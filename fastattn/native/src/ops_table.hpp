@@ -135,12 +135,22 @@ struct MxArgs {
     int64_t count;
 };
 
+// out = the sum of `count` arrays of n values, formed in float32 in their order and rounded once; `out` may be
+// one of them.
+struct SumArgs {
+    const void* const* parts;
+    int64_t count, n;
+    void* out;
+    DType dtype;
+};
+
 struct OpsTable {
     void (*rms_norm)(const RmsNormArgs&, int threads);
     void (*swiglu)(const SwigluArgs&, int threads);
     void (*rotary)(const RotaryArgs&, int threads);
     void (*gather)(const GatherArgs&, int threads);
     void (*argmax)(const ArgmaxArgs&);
+    void (*sum)(const SumArgs&);
     size_t (*linear_workspace)(const LinearArgs&, int threads);
     void (*linear)(const LinearArgs&, int threads, void* workspace);
     // The same by integer products; false, and nothing is written, where W or x is no matter of integers.
