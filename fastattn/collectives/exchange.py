@@ -38,9 +38,9 @@ class Traffic:
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()  # of the tensors this rank handed in, not of the wire
 
-    def add(self, kind: str, x: Tensor) -> None:
-        self.calls[kind] += 1
-        self.bytes[kind] += x.numel() * x.element_size()
+    def add(self, kind: str, x: Tensor, times: int = 1) -> None:
+        self.calls[kind] += times
+        self.bytes[kind] += times * x.numel() * x.element_size()
 
     def clear(self) -> None:
         self.calls.clear()

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from ..spec import SyncError
 
 _SLOTS, _SLOT_BYTES = 8, 1 << 17  # of each rank: what it may post before the others have read it
 _SLICE_S = 0.05
+Where = Callable[[int], str]
+
 _SUMMED = (torch.float32, torch.float16, torch.bfloat16)
 _CARRIED = (*_SUMMED, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
 
@@ -31,7 +34,7 @@ class SharedMemory:
     def __init__(
         self, rank: int, world: int, timeout_s: float, memory: mmap.mmap, lost: Callable[[], int | None]
     ) -> None:
-        """``memory``: `bytes_for` (world) zero bytes, mapped by all ranks. ``lost``: a rank that ended, if any."""
+        """``memory``: `bytes_for` (world) zeros, mapped by all ranks. ``lost``: a rank that ended, if any."""
         self._native = kernels.SharedMemory(memory, rank, world, _SLOTS, _SLOT_BYTES)
         self._rank, self._world, self._timeout_s, self._lost = rank, world, timeout_s, lost
         self._operands: dict[int, tuple[Tensor, ...]] = {}  # of what has not ended: its memory is in use
@@ -70,24 +73,46 @@ class SharedMemory:
 
     def finish(self, number: int, where: str) -> None:
         """Ends all operations up to ``number``. After a `SyncError` every later call raises it again."""
+        begin = time.monotonic()
+        with self._final(where):
+            while (late := self._native.finish(number, _SLICE_S)) >= 0:
+                self._go_on(where, late, time.monotonic() - begin)
+        for ended in [n for n in self._operands if n <= number]:
+            del self._operands[ended]
+
+    def within(self, call: Callable[[Any, Callable[[int, int, float], None]], None], where: Where) -> None:
+        """Runs ``call(native, overdue)``, native code that starts and ends operations of its own, the i-th of
+        them ``where(i)``. It calls ``overdue`` between slices of a wait (native/src/on_shared_memory.hpp).
+        """
+        with self._final("forward"):
+            call(self._native, lambda i, late, waited_s: self._go_on(where(i), late, waited_s))
+
+    def _go_on(self, where: str, late: int, waited_s: float) -> None:
+        """Raises `SyncError` when the wait for rank ``late`` has no hope."""
+        if (lost := self._lost()) is not None:
+            raise SyncError(self._rank, where, f"rank {lost} ended")
+        if waited_s > self._timeout_s:
+            reason = f"no answer within {self._timeout_s:g} s: rank {late} is stopped or late"
+            raise SyncError(self._rank, f"{where}, with rank {late}", reason)
+
+    @contextmanager
+    def _final(self, where: str) -> Iterator[None]:
+        """An operation that did not end: the ranks are out of step, and no other one may begin."""
         if self._failed is not None:
             raise self._failed
-        end = time.monotonic() + self._timeout_s
         try:
-            while (late := self._native.finish(number, _SLICE_S)) >= 0:
-                if (lost := self._lost()) is not None:
-                    raise SyncError(self._rank, where, f"rank {lost} ended")
-                if time.monotonic() > end:
-                    reason = f"no answer within {self._timeout_s:g} s: rank {late} is stopped or late"
-                    raise SyncError(self._rank, f"{where}, with rank {late}", reason)
+            yield
+        except ValueError:  # an argument: nothing was started
+            raise
         except SyncError as error:
             self._failed = error
             raise
         except RuntimeError as error:
             self._failed = SyncError(self._rank, where, f"the ranks differ: {error}")
             raise self._failed from None
-        for ended in [n for n in self._operands if n <= number]:
-            del self._operands[ended]
+        except BaseException as error:  # Ctrl-C
+            self._failed = SyncError(self._rank, where, f"ended by {type(error).__name__}")
+            raise
 
 
 class Sharing(NamedTuple):

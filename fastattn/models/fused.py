@@ -9,6 +9,7 @@ weights and runs the same kernels on the same arguments: bit for bit the result 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from .. import dispatch
 from ..backends.cpu_ops import FLOATS, native_weight
+from ..collectives.exchange import memories, traffic
 from ..memory.paged import PagedKvCache
 from ..native import kernels
-from ..spec import KvCache, KvStep, PackedWeight
+from ..spec import KvCache, KvStep, PackedWeight, Phase, Point
 
 if TYPE_CHECKING:
     from .llama import Attention, Decoder, Mlp, RmsNorm
@@ -29,12 +31,13 @@ class FusedDecoder:
 
     def __init__(self, decoder: Decoder) -> None:
         config, (first, _) = decoder.config, decoder.blocks[0]
-        dtype, self.hidden = decoder.embedding.dtype, config.hidden_size
+        dtype, self.hidden, self.layers = decoder.embedding.dtype, config.hidden_size, len(decoder.blocks)
         self.dtype = dtype
         self.weights = kernels.Decoder(
             str(dtype).removeprefix("torch."), config.hidden_size, first.heads, first.kv_heads,
             config.head_dim, config.rope.interleaved, config.head_dim**-0.5,
-            _matrix(decoder.embedding.weight), _norm(decoder.norm),
+            decoder.embedding.vocab_size, decoder.embedding.lo, _matrix(decoder.embedding.weight),
+            _norm(decoder.norm),
         )  # fmt: skip
         for attention, mlp in decoder.blocks:
             self.weights.add_block(
@@ -48,8 +51,11 @@ class FusedDecoder:
                 gate_up=[_matrix(w, mlp.gate_up.act) for w in mlp.gate_up.weights],
                 down=_matrix(mlp.down.weight, mlp.down.act),
             )
-        if decoder.group.world == 1:
+        self.has_head = min(decoder.head.widths) > 0  # of every rank
+        if self.has_head:
             self.weights.set_head(_matrix(decoder.head.weight, decoder.head.act))
+        #: Of the ranks that share the sums of whole forwards.
+        self.memory = memories.get(decoder.group.pg) if decoder.group.world > 1 else None
 
     def step(self, rows: int, cache: KvCache, step: KvStep, cos: Tensor, sin: Tensor) -> FusedStep | None:
         """One forward of ``rows`` packed rows; None where the ops have to run one by one."""
@@ -63,14 +69,16 @@ class FusedDecoder:
             self.weights, cache.keys, cache.values, step.block_table, step.seqused, step.cu_seqlens,
             step.positions, step.slots, cos, sin,
         )  # fmt: skip
-        return FusedStep(native, self.hidden, self.dtype)
+        return FusedStep(native, self, "prefill" if step.max_new > 1 else "decode")
 
 
 class FusedStep:
-    """One forward: half-block by half-block where ranks sum between them, or all of it."""
+    """One forward: half-block by half-block where a policy sums between them, or all of it."""
 
-    def __init__(self, native: Any, hidden: int, dtype: torch.dtype) -> None:
-        self._native, self._hidden, self._dtype = native, hidden, dtype
+    def __init__(self, native: Any, decoder: FusedDecoder, phase: Phase) -> None:
+        self._native, self._phase, self._memory = native, phase, decoder.memory
+        self.has_head = decoder.has_head
+        self._hidden, self._layers, self._dtype = decoder.hidden, decoder.layers, decoder.dtype
 
     def attention(self, layer: int, hidden: Tensor, out: Tensor | None) -> Tensor:
         """Normalised ``hidden`` (rows, hidden) to this rank's partial result; appends to the cache."""
@@ -81,15 +89,39 @@ class FusedStep:
         return _run(self._native.mlp, hidden, out, layer)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (rows,) to normalised hidden states (rows, hidden); every sum is this rank's own."""
+        """Token ids (rows,) to normalised hidden states (rows, hidden). Sums are this rank's own, or those of
+        the ranks that share memory.
+        """
         out = torch.empty((ids.shape[0], self._hidden), dtype=self._dtype)
-        return _run(self._native.forward, ids, out)
+        return self._whole(self._native.forward, ids, out)
 
     def next_tokens(self, ids: Tensor) -> Tensor:
         """Token ids (rows,) int64 to the likeliest token after each, (rows,) int64, where `forward` could be
-        called.
+        called; every rank gets them.
         """
-        return _run(self._native.next_tokens, ids, None)
+        return self._whole(self._native.next_tokens, ids, torch.empty_like(ids))
+
+    def _whole(self, call: Callable[..., None], ids: Tensor, out: Tensor) -> Tensor:
+        ids, threads = ids.contiguous(), torch.get_num_threads()
+        if self._memory is None:
+            call(ids, out, threads)
+        else:
+            self._memory.within(partial(call, ids, out, threads), self._where)
+            rows = torch.empty((ids.shape[0], self._hidden), dtype=self._dtype, device="meta")
+            traffic.add("all_reduce", rows, 1 + 2 * self._layers)
+        dispatch.calls["cpu", "decoder"] += 1
+        return out
+
+    def _where(self, operation: int) -> str:
+        """What the ranks do in the ``operation``-th exchange of `_whole`."""
+        if operation == 0:
+            return "embedding"
+        layer, half = divmod(operation - 1, 2)
+        return (
+            str(Point(layer, "mlp" if half else "attn", self._phase))
+            if layer < self._layers
+            else "next token"
+        )
 
 
 def reasons_against(decoder: Decoder) -> list[str]:

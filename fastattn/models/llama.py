@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..collectives.exact import Exact
+from ..collectives.exchange import shares_memory
 from ..memory.attend import attend, narrow
 from ..ops import rms_norm, rotary, swiglu
 from ..parallel.act_order import Align
@@ -177,16 +178,16 @@ class Decoder:
         self.schedule = schedule
         #: Whether half-blocks may run as single native calls; the result is the same.
         self.fused = True
-        self._known_alone: dict[tuple[Callable[[Point], SyncPolicy], str], bool] = {}
+        self._known: dict[Phase, tuple[Callable[[Point], SyncPolicy], bool]] = {}
 
     def forward(self, ids: Tensor, step: KvStep, cache: KvCache) -> Tensor:
         """Normalised hidden states (total, hidden) of packed token ids (total,); appends to the cache."""
         phase: Phase = "prefill" if step.max_new > 1 else "decode"
         shared = self._shared(phase, step, cache)
-        if shared.fused and self._alone(phase):
+        spans = self.schedule[phase].spans(ids.shape[0]) if self.group.world > 1 else ()
+        if shared.fused and len(spans) <= 1 and self._sums_plainly(phase):
             return shared.fused.forward(ids)
         x = self.embedding(ids)
-        spans = self.schedule[phase].spans(x.shape[0]) if self.group.world > 1 else ()
         if len(spans) <= 1:
             return woven([self._layers(x, shared)])[0]
         tiles = [self._shared(phase, shared.tile(lo, hi), cache) for lo, hi in spans]
@@ -194,14 +195,16 @@ class Decoder:
 
     def next_tokens(self, ids: Tensor, step: KvStep, cache: KvCache) -> Tensor | None:
         """The likeliest token after each of ``ids``, one new one a sequence, as one native call: (rows,)
-        int64 to (rows,) int64.
+        int64 to (rows,) int64, on every rank.
 
         None, and nothing is done, where that takes `forward`, the head and a sampler.
         """
-        if step.max_new > 1 or not self._alone("decode"):
+        if step.max_new > 1 or not self._sums_plainly("decode"):
+            return None
+        if self.group.world > 1 and len(self.schedule["decode"].spans(ids.shape[0])) > 1:
             return None
         fused = self._shared("decode", step, cache).fused
-        return fused.next_tokens(ids) if fused else None
+        return fused.next_tokens(ids) if fused and fused.has_head else None
 
     def _shared(self, phase: Phase, step: KvStep, cache: KvCache) -> Forward:
         cos, sin = self.rope.upto(step.max_used)
@@ -230,24 +233,23 @@ class Decoder:
 
         return None if reasons_against(self) else FusedDecoder(self)
 
-    def _alone(self, phase: Phase) -> bool:
-        """Whether no other rank and no policy has a say in this phase; asked once for each policy."""
-        if self.group.world > 1:
-            return False  # nor is its policy kept
-        key = (self.policy, phase)  # a policy is a function of the point
-        if key not in self._known_alone:
-            self._known_alone[key] = self._sums_alone(phase)
-        return self._known_alone[key]
+    def _sums_plainly(self, phase: Phase) -> bool:
+        """Whether native code may pass every sync point: partial results, of this process or of ranks that
+        share memory, are only added.
+        """
+        if self.group.world > 1 and not shares_memory(self.group):
+            return False
+        policy, plainly = self._known.get(phase, (None, False))
+        if policy is not self.policy:  # which is a function of the point
+            plainly = all(self._is_plain(layer, phase) for layer in range(len(self.blocks)))
+            self._known[phase] = self.policy, plainly
+        return plainly
 
-    def _sums_alone(self, phase: Phase) -> bool:
-        """Whether every sync point only adds the partial result, of the only rank, to the residual."""
-        for layer, (attention, mlp) in enumerate(self.blocks):
-            points = [Point(layer, "attn", phase), Point(layer, "mlp", phase)]
-            if not all(isinstance(self.policy(p), Exact) for p in points):
-                return False
-            if attention.o.bias is not None or mlp.down.bias is not None:
-                return False
-        return True
+    def _is_plain(self, layer: int, phase: Phase) -> bool:
+        attention, mlp = self.blocks[layer]
+        points = [Point(layer, "attn", phase), Point(layer, "mlp", phase)]
+        biased = attention.o.bias is not None or mlp.down.bias is not None
+        return not biased and all(isinstance(self.policy(p), Exact) for p in points)
 
     def _start(
         self,

@@ -274,7 +274,7 @@ def _chosen(logits: Tensor) -> int:
     def zeros(rows: int, bias: Tensor | None = None) -> tuple[Any, ...]:
         return ("dense", torch.zeros(rows, 16, dtype=kind), None, None, None, 0, 0, 16, bias, False, None)
 
-    decoder = kernels.Decoder(name, 16, 1, 1, 16, False, 1.0, zeros(2), (one, 1e-5))
+    decoder = kernels.Decoder(name, 16, 1, 1, 16, False, 1.0, 2, 0, zeros(2), (one, 1e-5))
     decoder.add_block(
         norm=(one, 1e-5), qkv=[zeros(48)], q_norm=None, k_norm=None, o=zeros(16), left=-1,
         mlp_norm=(one, 1e-5), gate_up=[zeros(32)], down=zeros(16),
@@ -335,7 +335,7 @@ def test_a_model_that_is_dropped_is_freed(tmp_path: Path) -> None:
 def test_a_decoder_without_blocks_is_refused(model: Model) -> None:
     weight = (model.decoder.norm.weight, 1e-5)
     embedding = ("dense", torch.zeros(8, 64), None, None, None, 0, 0, 64, None, False, None)
-    empty = kernels.Decoder("float32", 64, 4, 4, 16, False, 1.0, embedding, weight)
+    empty = kernels.Decoder("float32", 64, 4, 4, 16, False, 1.0, 8, 0, embedding, weight)
     with pytest.raises(ValueError, match="decoder: no blocks"):
         kernels.DecoderStep(empty, *[torch.zeros(1)] * 9)
 
@@ -387,7 +387,7 @@ def test_act_order(kind: str, layout: str, dtype: str, isa: str, tmp_path: Path)
 def test_a_wrong_order_is_refused(x_perm: Tensor, message: str) -> None:
     embedding = ("dense", torch.zeros(8, 64), None, None, None, 0, 0, 64, None, False, x_perm)
     with pytest.raises(ValueError, match=message):
-        kernels.Decoder("float32", 64, 4, 4, 16, False, 1.0, embedding, (torch.ones(64), 1e-5))
+        kernels.Decoder("float32", 64, 4, 4, 16, False, 1.0, 8, 0, embedding, (torch.ones(64), 1e-5))
 
 
 @pytest.mark.parametrize(

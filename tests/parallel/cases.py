@@ -153,13 +153,15 @@ def idle_sees_an_exchange_under_way(g: TPGroup) -> None:
         assert exchange.idle(0)
         return
     exchange.all_reduce(g, torch.ones(1), "everybody is here").wait()
+    lane, others = exchange.Lane(g, "late messages"), [r for r in range(g.world) if r != g.rank]
+    arriving = lane.swap({}, {r: torch.ones(5) for r in others})
     if g.rank == 0:
-        work = exchange.all_reduce(g, torch.ones(5), "the others are late")
         assert not exchange.idle(0.05)
     else:
         time.sleep(0.5)
-        work = exchange.all_reduce(g, torch.ones(5), "late")
-    work.wait()
+    sent = lane.swap({r: torch.ones(5) for r in others}, {})
+    arriving.wait()
+    sent.wait()
     assert exchange.idle(5)
 
 

@@ -17,7 +17,14 @@ PROGRAMS = {
     "policy_cases.py": policy_cases.CASES,
     "model_cases.py": model_cases.CASES,
 }
-WORLDS = [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
+#: Ranks, and whether they share memory: else they meet over sockets only, as on several machines.
+GROUPS = [
+    pytest.param((1, True), id="world1"),
+    pytest.param((2, True), id="world2"),
+    pytest.param((2, False), id="world2-sockets"),
+    pytest.param((3, False), id="world3-sockets", marks=pytest.mark.slow),
+    pytest.param((4, True), id="world4", marks=pytest.mark.slow),
+]
 NAMES = [(program, case.__name__) for program, found in PROGRAMS.items() for case in found]
 
 
@@ -28,19 +35,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_hf(model, tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module", params=WORLDS, ids=lambda n: f"world{n}")
+@pytest.fixture(scope="module", params=GROUPS)
 def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path
 ) -> dict[str, list[dict[str, str]]]:
     """What each rank of one group says about each case of each program."""
-    found = {}
+    found, (world, shared) = {}, request.param
     for program in PROGRAMS:
         folder: Path = tmp_path_factory.mktemp("ranks")
-        env = {"SEED": str(secrets.randbelow(1 << 30)), "MODEL": str(model)}
-        with Ranks(HERE / program, [], request.param, folder, env=env) as ranks:
+        env = {
+            "SEED": str(secrets.randbelow(1 << 30)),
+            "MODEL": str(model),
+            "FASTATTN_SHARED_MEMORY": str(int(shared)),
+        }
+        with Ranks(HERE / program, [], world, folder, env=env) as ranks:
             codes = ranks.wait(120)
             assert set(codes.values()) == {0}, ranks.everything()
-            found[program] = [json.loads(ranks.out(r)) for r in range(request.param)]
+            found[program] = [json.loads(ranks.out(r)) for r in range(world)]
     return found
 
 

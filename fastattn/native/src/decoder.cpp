@@ -15,12 +15,13 @@ size_t aligned(size_t bytes) { return (bytes + 63) & ~size_t(63); }
 }  // namespace
 
 DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const KernelTable& kernels,
-                       int threads, bool logits)
+                       int threads, bool logits, Ranks* ranks)
     : d_(decoder),
       s_(step),
       kernels_(kernels),
       threads_(threads),
       logits_wanted_(logits),
+      ranks_(ranks),
       item_(item_size(decoder.dtype)) {
     int64_t part = 0, inner = 0;
     bool head_norms = false;
@@ -47,13 +48,14 @@ DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const K
         need_scratch(kernels_.attention_workspace(attention_args(i, nullptr, nullptr), threads_));
     }
     if (logits) need_scratch(d_.head);
-    need_scratch(kernels_.ops.dequantize_workspace(embed(nullptr, nullptr), threads_));
+    need_scratch(kernels_.ops.dequantize_workspace(embedding(nullptr, s_.rows, nullptr), threads_));
     embedded_ = take(d_.hidden);
     hidden_ = take(d_.hidden);
     partial_ = take(d_.hidden);
     streams_[0] = take(d_.hidden);
     streams_[1] = take(d_.hidden);
     logits_ = take(logits ? d_.head.args.w.out : 0);
+    choices_ = take_bytes(logits && ranks ? choice_bytes() : 0);
     part_ = take(part);
     // One half-block's buffers lie where the other's do.
     const size_t shared = scratch_offset_;
@@ -69,8 +71,10 @@ DecoderRun::DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const K
     scratch_offset_ = std::max(scratch_offset_, attention_end);
 }
 
-DecoderRun::Buffer DecoderRun::take(int64_t width) {
-    const Buffer b = {scratch_offset_, size_t(s_.rows * width) * item_};
+DecoderRun::Buffer DecoderRun::take(int64_t width) { return take_bytes(size_t(s_.rows * width) * item_); }
+
+DecoderRun::Buffer DecoderRun::take_bytes(size_t bytes) {
+    const Buffer b = {scratch_offset_, bytes};
     scratch_offset_ += aligned(b.bytes);
     return b;
 }
@@ -127,11 +131,11 @@ void DecoderRun::forward(const int64_t* ids, void* out) const {
     const size_t layers = d_.attention.size();
     const void* stream = at(embedded_);
     int next = 0;
-    kernels_.ops.dequantize(embed(ids, at(embedded_)), threads_for(s_.rows * d_.hidden, CHEAP, threads_),
-                            memory_ + scratch_offset_);
+    embed(ids, at(embedded_));
     norm(d_.attention[0].norm, stream, nullptr, at(hidden_), nullptr);
     const auto add = [&](const NormWeight& following, void* normed) {
         char* total = at(streams_[next]);
+        if (ranks_) ranks_->sum(at(partial_), d_.dtype, s_.rows * d_.hidden);
         norm(following, at(partial_), stream, normed, total);
         stream = total;
         next = 1 - next;
@@ -145,17 +149,7 @@ void DecoderRun::forward(const int64_t* ids, void* out) const {
     }
 }
 
-void DecoderRun::next_tokens(const int64_t* ids, int64_t* next) const {
-    forward(ids, at(hidden_));
-    linear(d_.head, at(hidden_), at(logits_), &d_.attention[0].qkv.parts[0]);
-    kernels_.ops.argmax({at(logits_), d_.dtype, s_.rows, d_.head.args.w.out, next});
-}
-
 // ------------------------------------------------------------------------------------------------ pieces
-DequantizeArgs DecoderRun::embed(const int64_t* ids, void* out) const {
-    return {d_.embedding, ids, s_.rows, out, d_.dtype};
-}
-
 LinearCall DecoderRun::on_rows(const Matrix& matrix, const void* x, void* out, const Matrix* next) const {
     LinearArgs a = matrix.args;
     a.x = x;

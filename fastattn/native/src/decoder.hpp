@@ -1,5 +1,5 @@
 // A Llama-family decoder over a paged KV cache as plain pointers, and the calls that run it: from one sync
-// point to the next, or through all layers when no other rank shares the sums.
+// point to the next, or through all layers.
 //
 // Every kernel is the one that its own op runs, on the same arguments and in the same order: results equal
 // those of the ops one by one, bit for bit.
@@ -48,11 +48,12 @@ struct DecoderArgs {
     int64_t hidden, heads, kv_heads, head_dim;
     bool interleaved;
     float scale;           // of scores
-    WeightArgs embedding;  // (vocabulary, hidden)
+    int64_t vocabulary, first_token;  // of all ranks, and the first one of this rank's
+    WeightArgs embedding;             // (this rank's tokens, hidden)
     std::vector<AttentionWeights> attention;
     std::vector<MlpWeights> mlp;
     NormWeight norm;  // after the last layer
-    Matrix head = {};  // (vocabulary, hidden); without rows: not here
+    Matrix head = {};  // (this rank's tokens, hidden); without rows: not here
 
     int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
 };
@@ -79,11 +80,23 @@ struct StepArgs {
     CacheSide keys, values;
 };
 
+// The ranks that each hold a part of the decoder. May throw, which ends the forward.
+class Ranks {
+public:
+    virtual ~Ranks() = default;
+    // x, of so many values, becomes its sum over the ranks.
+    virtual void sum(void* x, DType dtype, int64_t values) = 0;
+    // Every rank's x to out (world, bytes).
+    virtual void gather(void* x, void* out, int64_t bytes) = 0;
+    virtual int world() const = 0;
+};
+
 class DecoderRun {
 public:
     // `logits`: whether `next_tokens` will be called, which the decoder must have its head for.
+    // `ranks`: who shares the sums of `forward`; null: nobody.
     DecoderRun(const DecoderArgs& decoder, const StepArgs& step, const KernelTable& kernels, int threads,
-               bool logits);
+               bool logits, Ranks* ranks);
 
     // Bytes that `use` needs, aligned to 64.
     size_t workspace() const { return scratch_offset_ + scratch_bytes_; }
@@ -92,9 +105,9 @@ public:
     // Normalised input (rows, hidden) to this rank's partial result (rows, hidden), both contiguous.
     void attention_half(size_t layer, const void* hidden, void* out) const;
     void mlp_half(size_t layer, const void* hidden, void* out) const;
-    // Token ids (rows,) to normalised hidden states (rows, hidden), where no other rank shares the sums.
+    // Token ids (rows,) to normalised hidden states (rows, hidden).
     void forward(const int64_t* ids, void* out) const;
-    // Token ids (rows,) to the likeliest token after each (rows,).
+    // Token ids (rows,) to the likeliest token after each (rows,), the first of equal ones.
     void next_tokens(const int64_t* ids, int64_t* next) const;
 
 private:
@@ -102,9 +115,13 @@ private:
         size_t offset, bytes;
     };
     Buffer take(int64_t width);
+    Buffer take_bytes(size_t bytes);
     void need_scratch(size_t bytes);
     void need_scratch(const Matrix& matrix);
-    DequantizeArgs embed(const int64_t* ids, void* out) const;
+    DequantizeArgs embedding(const int64_t* ids, int64_t rows, void* out) const;
+    void embed(const int64_t* ids, void* out) const;
+    void likeliest_of_ranks(int64_t* next) const;
+    size_t choice_bytes() const;
     char* at(const Buffer& b) const { return memory_ + b.offset; }
     char* element(void* base, int64_t index) const;
 
@@ -124,10 +141,11 @@ private:
     const KernelTable& kernels_;
     int threads_;
     bool logits_wanted_;
+    Ranks* ranks_;
     size_t item_;  // bytes of an activation
     char* memory_ = nullptr;
     size_t scratch_offset_ = 0, scratch_bytes_ = 0;
-    Buffer embedded_, hidden_, partial_, streams_[2], logits_;
+    Buffer embedded_, hidden_, partial_, streams_[2], logits_, choices_;
     Buffer qkv_, part_, q_norm_, k_norm_, q_, mixed_, gate_up_, gated_;
 };
 

@@ -7,6 +7,7 @@
 
 #include "checks.hpp"
 #include "decoder.hpp"
+#include "on_shared_memory.hpp"
 
 namespace fastattn {
 
@@ -30,7 +31,8 @@ DType float_named(const string& name) {
 class Decoder {
 public:
     Decoder(const string& dtype, int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head_dim,
-            bool interleaved, float scale, const Weight& embedding, const Norm& norm) {
+            bool interleaved, float scale, int64_t vocabulary, int64_t first_token, const Weight& embedding,
+            const Norm& norm) {
         if (hidden < 1 || head_dim < 1) throw bad("hidden, head_dim", "zero", "at least 1");
         if (kv_heads < 1 || heads < 1 || heads % kv_heads)
             throw bad("kv_heads", to_string(kv_heads), "a divisor of " + to_string(heads) + " heads");
@@ -42,6 +44,9 @@ public:
         const Matrix table = matrix_of(embedding, hidden, "embedding");
         if (table.x_perm) throw bad("embedding", "x_perm", "columns in their own order");
         args_.embedding = table.args.w;
+        if (first_token < 0 || first_token + table.args.w.out > vocabulary)
+            throw bad("first_token", to_string(first_token), "rows within the vocabulary");
+        args_.vocabulary = vocabulary, args_.first_token = first_token;
         args_.norm = norm_of(norm, hidden, "norm");
         if (!args_.norm.weight) throw bad("norm", "None", "a weight");
     }
@@ -195,25 +200,37 @@ public:
     void mlp(size_t layer, py::object hidden, py::object out, int threads) const {
         half(&DecoderRun::mlp_half, layer, hidden, out, threads);
     }
-    void forward(py::object ids_, py::object out_, int threads) const {
+    // Where `memory` is given, its ranks share the sums; `overdue` as `OnSharedMemory` calls it.
+    void forward(py::object ids_, py::object out_, int threads, SharedMemory* memory,
+                 const py::object& overdue) const {
         const Tensor ids = tensor(ids_, "ids"), out = tensor(out_, "out");
-        check_indices(ids, "ids", args_.rows, 0, decoder_->args().embedding.out);
+        check_indices(ids, "ids", args_.rows, 0, tokens(memory));
         rows(out, "out");
-        run(threads, [&](const DecoderRun& r) { r.forward(ids.as<int64_t>(), out.data); });
+        OnSharedMemory ranks(memory, overdue);
+        const auto body = [&](const DecoderRun& r) { r.forward(ids.as<int64_t>(), out.data); };
+        run(threads, body, false, memory ? &ranks : nullptr);
     }
-    void next_tokens(py::object ids_, py::object next_, int threads) const {
+    void next_tokens(py::object ids_, py::object next_, int threads, SharedMemory* memory,
+                     const py::object& overdue) const {
         const DecoderArgs& d = decoder_->args();
         const Tensor ids = tensor(ids_, "ids"), next = tensor(next_, "next");
-        check_indices(ids, "ids", args_.rows, 0, d.embedding.out);
+        check_indices(ids, "ids", args_.rows, 0, tokens(memory));
         expect_shape(next, "next", {args_.rows});
         expect_dtype(next, "next", {DType::i64});
         expect_contiguous(next, "next");
         if (!d.head.args.w.out) throw bad("decoder", "no head", "set_head before");
+        OnSharedMemory ranks(memory, overdue);
         const auto body = [&](const DecoderRun& r) { r.next_tokens(ids.as<int64_t>(), next.as<int64_t>()); };
-        run(threads, body, true);
+        run(threads, body, true, memory ? &ranks : nullptr);
     }
 
 private:
+    // That ids may name: all of them where the ranks' embeddings are added.
+    int64_t tokens(const SharedMemory* memory) const {
+        const DecoderArgs& d = decoder_->args();
+        return memory ? d.vocabulary : d.embedding.out;
+    }
+
     CacheSide side(const Tensor& t, const char* name, const DecoderArgs& d) const {
         expect_dims(t, name, 5);
         expect_shape(t, name, {int64_t(d.attention.size()), t.shape[1], t.shape[2], d.kv_heads, d.head_dim});
@@ -242,10 +259,10 @@ private:
     }
 
     template <class Body>
-    void run(int threads, const Body& body, bool logits = false) const {
+    void run(int threads, const Body& body, bool logits = false, Ranks* ranks = nullptr) const {
         if (!args_.rows) return;
         threads = usable_threads(threads);
-        DecoderRun r(decoder_->args(), args_, kernels(), threads, logits);
+        DecoderRun r(decoder_->args(), args_, kernels(), threads, logits, ranks);
         r.use(workspace(r.workspace()));
         Running running(threads);
         body(r);
@@ -262,10 +279,10 @@ void bind_decoder(py::module_& m) {
     using py::arg;
     py::class_<Decoder, std::shared_ptr<Decoder>>(m, "Decoder",
                                                   "Weights of a Llama-family decoder, checked once.")
-        .def(py::init<const string&, int64_t, int64_t, int64_t, int64_t, bool, float, const Weight&,
-                      const Norm&>(),
+        .def(py::init<const string&, int64_t, int64_t, int64_t, int64_t, bool, float, int64_t, int64_t,
+                      const Weight&, const Norm&>(),
              arg("dtype"), arg("hidden"), arg("heads"), arg("kv_heads"), arg("head_dim"), arg("interleaved"),
-             arg("scale"), arg("embedding"), arg("norm"))
+             arg("scale"), arg("vocabulary"), arg("first_token"), arg("embedding"), arg("norm"))
         .def("add_block", &Decoder::add_block, arg("norm"), arg("qkv"), arg("q_norm"), arg("k_norm"),
              arg("o"), arg("left"), arg("mlp_norm"), arg("gate_up"), arg("down"))
         .def("set_head", &Decoder::set_head, arg("head"));
@@ -276,8 +293,10 @@ void bind_decoder(py::module_& m) {
              arg("cu_seqlens"), arg("positions"), arg("slots"), arg("cos"), arg("sin"))
         .def("attention", &DecoderStep::attention, arg("layer"), arg("hidden"), arg("out"), arg("threads"))
         .def("mlp", &DecoderStep::mlp, arg("layer"), arg("hidden"), arg("out"), arg("threads"))
-        .def("forward", &DecoderStep::forward, arg("ids"), arg("out"), arg("threads"))
-        .def("next_tokens", &DecoderStep::next_tokens, arg("ids"), arg("next"), arg("threads"));
+        .def("forward", &DecoderStep::forward, arg("ids"), arg("out"), arg("threads"),
+             arg("memory") = py::none(), arg("overdue") = py::none())
+        .def("next_tokens", &DecoderStep::next_tokens, arg("ids"), arg("next"), arg("threads"),
+             arg("memory") = py::none(), arg("overdue") = py::none());
 }
 
 }  // namespace fastattn

@@ -34,6 +34,7 @@ public:
     // `slot_bytes`: a multiple of 64.
     SharedMemory(void* memory, int rank, int world, int64_t slots, int64_t slot_bytes);
     static int64_t bytes_of(int world, int64_t slots, int64_t slot_bytes);
+    int world() const { return world_; }
 
     // Posts what there is room for and returns the operation's number. Every rank starts the same operations
     // in the same order.
