@@ -164,12 +164,12 @@ class Model:
     def _step(
         self, tokens: list[int], active: list[int], cache: PagedKvCache, writer: Writer, *, greedy: bool
     ) -> list[int] | None:
-        """The next token of each active sequence after ``tokens``; None on ranks that do not sample."""
+        """The next token of each active sequence after ``tokens``; None on all ranks but 0."""
         ids, step = torch.tensor(tokens, device=self.device), cache.reserve(active, [1] * len(active))
         best = self.decoder.next_tokens(ids, step, cache) if greedy else None
         if best is None:
             return self._sampled(self.decoder.forward(ids, step, cache), active, writer)
-        return best.tolist()
+        return best.tolist() if self.group.rank == 0 else None
 
     def _sampled(self, hidden: Tensor, active: list[int], writer: Writer) -> list[int] | None:
         logits = self.decoder.head(hidden)

@@ -89,10 +89,8 @@ def test_model(kind: str, layout: str, world: int, models: dict[str, Any], runs:
     for rank in said:
         assert rank["tokens"] == alone["tokens"]
         gathers = LAYERS if layout == "naive" and kind != "awq" else 0
-        blocks = {k: n for k, n in rank["collectives"].items() if k != "send"}  # which the embedding makes
-        assert blocks == (
-            {} if world == 1 else {"all_reduce": 2 * LAYERS} | ({"all_gather": gathers} if gathers else {})
-        )
+        sums = {"all_reduce": 2 * LAYERS + 1} if world > 1 else {}  # the embedding's among them
+        assert rank["collectives"] == sums | ({"all_gather": gathers} if gathers and world > 1 else {})
         assert rank["down"] == (LAYERS if layout == "local_sort" and kind != "awq" else 0)
         if kind in ("awq", "inside"):
             assert rank["o"] == (0 if kind == "awq" or layout == "tp_aware" else LAYERS)
