@@ -18,6 +18,7 @@ LOOP = HERE / "loop.py"
     [
         (2, 0, "all_reduce"),
         (3, 0, "sampling"),
+        (3, 0, "sampling without shared memory"),
         (3, 1, "star"),
         (3, 2, "fused_norm+compressed:element=int8"),
         *(
@@ -25,6 +26,7 @@ LOOP = HERE / "loop.py"
             for case in (
                 (3, 2, "sampling"),
                 (4, 2, "all_reduce"),
+                (4, 2, "all_reduce without shared memory"),
                 (3, 0, "star"),
                 (2, 1, "direct"),
                 (3, 0, "tiled+direct:scheme=two_step"),
@@ -34,13 +36,17 @@ LOOP = HERE / "loop.py"
     ids=str,
 )
 def test_killed_rank_ends_the_others_within_5_s(world: int, victim: int, kind: str, tmp_path: Path) -> None:
-    with Ranks(LOOP, [kind, "60"], world, tmp_path) as ranks:
+    kind, _, without = kind.partition(" without ")
+    env = {"FASTATTN_SHARED_MEMORY": "0"} if without else {}
+    with Ranks(LOOP, [kind, "60"], world, tmp_path, env=env) as ranks:
         ranks.until("ready")
         assert all(f"rank {victim} ended" in ranks.err(rank) for rank in ranks.kill(victim))
 
 
-def test_stopped_rank_ends_the_others_within_the_timeout(tmp_path: Path) -> None:
-    with Ranks(LOOP, ["sampling", "4"], 3, tmp_path, env={"START": "start"}) as ranks:
+@pytest.mark.parametrize("shared", [True, False], ids=["memory", "sockets"])
+def test_stopped_rank_ends_the_others_within_the_timeout(shared: bool, tmp_path: Path) -> None:
+    env = {"START": "start", "FASTATTN_SHARED_MEMORY": str(int(shared))}
+    with Ranks(LOOP, ["sampling", "4"], 3, tmp_path, env=env) as ranks:
         ranks.release()
         ranks.until("ready")
         begin = time.monotonic()
@@ -50,7 +56,8 @@ def test_stopped_rank_ends_the_others_within_the_timeout(tmp_path: Path) -> None
         assert codes == {0: 1, 2: 1}, ranks.everything()
         # Whoever gives up first may end the other, whose message then tells of the ended rank.
         messages = ranks.err(0) + ranks.err(2)
-        assert "no answer within 4 s: another rank is stopped or the link is cut" in messages
+        late = "rank 1 is stopped or late" if shared else "another rank is stopped or the link is cut"
+        assert f"no answer within 4 s: {late}" in messages
 
 
 @pytest.mark.parametrize(

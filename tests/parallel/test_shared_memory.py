@@ -1,10 +1,13 @@
-"""Collectives through shared memory: ranks as threads of this process, each with its own end."""
+"""Collectives through shared memory: ranks as threads of this process, and as processes."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,10 @@ from torch import Tensor
 
 from fastattn.collectives.shared_memory import SharedMemory
 from fastattn.native import kernels
+from fastattn.parallel import local
 from fastattn.spec import SyncError
+from tests.models.builders import hf_model, save_hf
+from tests.parallel.ranks import Ranks
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -178,3 +184,82 @@ def test_wrong_ends_are_refused(given: dict[str, int], error: str) -> None:
     memory = mmap.mmap(-1, SharedMemory.bytes_for(2))
     with pytest.raises(ValueError, match=error):
         kernels.SharedMemory(memory, **{"rank": 0, "world": 2, "slots": 8, "slot_bytes": 128, **given})
+
+
+def shared_by(world: int, folder: Path, per_rank: Sequence[Mapping[str, str]] = ()) -> list[str]:
+    """What each rank of a group says of its memory."""
+    program = folder / "program.py"
+    program.write_text(
+        "from fastattn.collectives.exchange import shares_memory\n"
+        "from fastattn.parallel import group\n"
+        "g = group.init(20)\n"
+        "print(shares_memory(g))\n"
+        "group.shutdown(g)\n"
+    )
+    with Ranks(program, [], world, folder, per_rank=per_rank) as ranks:
+        assert set(ranks.wait(60).values()) == {0}, ranks.everything()
+        return [ranks.out(rank).strip() for rank in range(world)]
+
+
+def test_ranks_of_one_machine_share_memory(tmp_path: Path) -> None:
+    assert shared_by(3, tmp_path) == ["True"] * 3
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_all_share_or_none(without: int, tmp_path: Path) -> None:
+    setting = [{}, {}]
+    setting[without] = {"FASTATTN_SHARED_MEMORY": "0"}
+    assert shared_by(2, tmp_path, setting) == ["False"] * 2
+
+
+@pytest.mark.parametrize("offer", [b"", b"00 /proc/1/fd/0 00"], ids=["nothing", "another machine's"])
+def test_offers_of_no_use(offer: bytes) -> None:
+    assert local._mapped(offer) is None
+
+
+def test_a_path_that_means_another_file_is_not_taken(tmp_path: Path) -> None:
+    """As in another container, where the same process number is another process."""
+    here = local._identity(network=True).hex()
+    file, offer = local._offered(4096)
+    assert file is not None
+    try:
+        assert local._mapped(offer) is not None
+        machine, path, token = offer.decode().split()
+        for other in (
+            f"{machine} {path} {'0' * len(token)}",
+            f"{here} {tmp_path} {token}",
+            f"{here} /proc/{os.getpid()}/fd/99999 {token}",
+        ):
+            assert local._mapped(other.encode()) is None
+    finally:
+        os.close(file)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
+def test_a_rank_that_goes_missing_in_a_native_forward(how: signal.Signals, tmp_path: Path) -> None:
+    model = save_hf(hf_model("llama", seed=3), tmp_path / "model")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, fastattn\n"
+        "from fastattn import dispatch\n"
+        "from fastattn.models.sampling import SamplingParams\n"
+        "from fastattn.parallel import group\n"
+        "from fastattn.spec import SyncError\n"
+        "g = group.init(2)\n"
+        "model = fastattn.load(sys.argv[1], dtype='fp32', tp=g)\n"
+        "prompts, asked = [[1, 2, 3]] if g.rank == 0 else [], SamplingParams(max_tokens=20, ignore_eos=True)\n"
+        "model.generate(prompts, asked)\n"
+        "assert dispatch.calls['cpu', 'decoder'] == 20, dispatch.calls\n"  # one call a forward
+        "print('ready', flush=True)\n"
+        "try:\n"
+        "    while True:\n"
+        "        model.generate(prompts, asked)\n"
+        "except SyncError as error:\n"
+        "    group.abort(g, error)\n"
+    )
+    with Ranks(program, [str(model)], 2, tmp_path) as ranks:
+        ranks.until("ready")
+        ranks.send(1, how)
+        assert ranks.wait(5, [0]) == {0: 1}, ranks.everything()
+        reason = "rank 1 ended" if how == signal.SIGKILL else "with rank 1: no answer within 2 s"
+        assert reason in ranks.err(0), ranks.everything()

@@ -34,11 +34,6 @@ struct Tensor {
 Tensor tensor(py::handle object, const char* name);
 // Absent for None.
 std::optional<Tensor> maybe_tensor(py::handle object, const char* name);
-const char* dtype_name(DType dtype);
-int64_t item_bytes(DType dtype);
-
-// The kernels in use.
-const KernelTable& kernels();
 
 // Threads to use for a call that asks for `asked`: at least 1, and 1 in a child of fork(), where the
 // OpenMP pool of the parent does not exist.

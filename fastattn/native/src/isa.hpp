@@ -1,4 +1,4 @@
-// The table of kernels that each instruction set fills, and the choice among them.
+// The table of kernels that each instruction set fills, the choice among them, and the dtypes they know.
 #pragma once
 
 #include <stddef.h>
@@ -25,5 +25,10 @@ struct IsaEntry {
 // Slowest first; defined in isa.cpp.
 extern const IsaEntry isa_entries[];
 extern const int isa_count;
+
+// Defined in host.cpp.
+const KernelTable& kernels();  // in use
+const char* dtype_name(DType dtype);
+int64_t item_bytes(DType dtype);
 
 }  // namespace fastattn

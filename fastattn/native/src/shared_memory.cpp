@@ -4,11 +4,10 @@
 #include <string.h>
 #include <time.h>
 
-#include <new>
 #include <stdexcept>
 #include <string>
 
-#include "host.hpp"
+#include "isa.hpp"
 
 namespace fastattn {
 
@@ -65,9 +64,7 @@ SharedMemory::SharedMemory(void* memory, int rank, int world, int64_t slots, int
       world_(world),
       slots_(slots),
       slot_bytes_(slot_bytes),
-      parts_(size_t(world)) {
-    new (&counters(rank)) Counters{};
-}
+      parts_(size_t(world)) {}
 
 int64_t SharedMemory::bytes_of(int world, int64_t slots, int64_t slot_bytes) {
     return world * (int64_t(sizeof(Counters)) + slots * (int64_t(sizeof(Header)) + slot_bytes));
