@@ -1,7 +1,7 @@
 """Where the ranks meet: a store of keys and values that rank 0 serves, or torchrun's agent.
 
-torchrun starts the ranks anew with the store of the attempt before, and a process may join again after it left.
-What an earlier group wrote names ports where nobody listens any more, so each joining has keys of its own.
+torchrun starts the ranks anew with the store of the attempt before, and a process may join again after it
+left. What an earlier group wrote names ports where nobody listens any more, so each joining has its own keys.
 """
 
 from __future__ import annotations

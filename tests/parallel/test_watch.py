@@ -124,7 +124,7 @@ def every_descriptor() -> Iterator[None]:
     """This process can open none meanwhile."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ExitStack() as taken:
-        highest = max(map(int, os.listdir("/proc/self/fd")))
+        highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, limits[1]))
         taken.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
         with suppress(OSError):
