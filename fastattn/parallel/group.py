@@ -26,6 +26,7 @@ import torch.distributed as dist
 from ..collectives.exchange import agree, all_gather, device_of, idle, reason_of, witnesses
 from ..devices import device_named
 from ..settings import settings
+from ..shares import normalised, usable
 from ..spec import SyncError, TPGroup, UnsupportedError
 from ..threads import machine
 from .interface import interface_towards
@@ -277,7 +278,6 @@ def _integer(name: str, default: int | None, lowest: int, environ: Mapping[str, 
 def _weights(split: Sequence[float], world: int) -> tuple[float, ...]:
     if len(split) != world:
         raise ValueError(f"split: {len(split)} shares {tuple(split)} for {world} ranks")
-    if not all(0 < w < math.inf for w in split):
+    if not usable(split):
         raise ValueError(f"split: {tuple(split)}, expected positive numbers")
-    total = math.fsum(split)
-    return tuple(w / total for w in split)
+    return normalised(split)
