@@ -9,7 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..quant.codec import FLOATS, Codec
+from ..quant.codec import Codec
+from ..quant.packed import FLOATS
 from ..spec import Point, TPGroup
 from .exchange import against_messages
 from .pairwise import Pairwise
