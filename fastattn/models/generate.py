@@ -55,12 +55,11 @@ class Model:
         """Completes every prompt (text, or token ids). Every rank calls it; rank 0's prompts count.
 
         ``on_token(sequence, token, text)`` is called on rank 0 as tokens come, an end token included;
-        ``text`` is what became readable with it. Other ranks get completions without text, and without the
-        token that completed a stop text.
+        ``text`` is what became readable with it. Where it raises, the others raise ValueError. They get
+        completions without text, and without the token that completed a stop text.
 
         Raises ValueError for a prompt that is empty or longer than the model's context, and `CacheFull` when
-        the KV cache of all prompts and completions cannot be allocated. An exception of ``on_token`` ends the
-        call on every rank, on the others as a ValueError.
+        the KV cache of all prompts and completions cannot be allocated.
         """
         start = time.perf_counter()
         ids, budgets = self._share(prompts, params.max_tokens)
