@@ -19,18 +19,14 @@ dominates mean anything.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import tempfile
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from fastattn.spec import Link
 from lib import env
-from lib.args import DTYPES, link_name, links, policy, positive, sweep
+from lib.args import DTYPES, link_name, links, policy, positive, several, sweep
 from lib.collectives_worker import PEER, TABLE, Row, choice, run
-from lib.network import Unavailable, network
+from lib.launch import as_ranks
 from lib.records import Record, append, write
 
 LINKS = "10gbit/50us,1gbit/200us,100mbit/1ms,50mbit/5ms"
@@ -53,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--link", type=links, default=links(LINKS), metavar="RATE/LATENCY,...", help=f"default: {LINKS}"
     )
-    p.add_argument("--ranks", type=sweep, default=(2,), metavar="N,N", help="default: 2")
+    p.add_argument("--ranks", type=several, default=(2,), metavar="N,N", help="default: 2")
     p.add_argument(
         "--policy",
         nargs="+",
@@ -93,13 +89,8 @@ def main() -> None:
         return
     print(f"{env.headline(env.capture(args.threads))} | {args.threads} threads a rank, {args.data_type}")
     records: list[Record] = []
-    try:
-        for link, ranks in product(args.link, args.ranks):
-            if ranks < 2:
-                sys.exit(f"bench/collectives.py: --ranks {ranks}: expected at least 2")
-            records += measure(args, link, ranks)
-    except Unavailable as reason:
-        sys.exit(f"bench/collectives.py: {reason}")
+    for link, ranks in product(args.link, args.ranks):
+        records += measure(args, link, ranks)
     if args.json and args.append:
         records = append(args.json, records)
     elif args.json:
@@ -114,13 +105,8 @@ def measure(args: argparse.Namespace, link: Link, ranks: int) -> list[Record]:
     """One block of the table and its records."""
     print(f"\n{link_name(link)}, {ranks} ranks\n{TABLE.header()}", flush=True)
     listed = ",".join(map(str, args.bytes or sizes(link, args.seconds)))
-    with tempfile.TemporaryDirectory() as folder, network(ranks, link) as net:
-        result = Path(folder) / "result.json"
-        own = ("--link", link_name(link), "--bytes", listed, "--result", str(result))
-        status = net.run([sys.executable, __file__, *sys.argv[1:], *own])
-        if status:
-            sys.exit(f"bench/collectives.py: {link_name(link)}: a rank ended with status {status}")
-        found = json.loads(result.read_text())
+    own = ("--link", link_name(link), "--bytes", listed)
+    found = as_ranks(__file__, own, ranks, link, link_name(link))
     cores = env.cores()
     if ranks * args.threads > cores:
         print(

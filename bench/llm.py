@@ -29,25 +29,20 @@ ours is faster).
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from fastattn.dispatch import BACKENDS
 from fastattn.models import random_llama
-from fastattn.spec import Link
 from lib import env
 from lib.args import ACTS, DTYPES, link, model, names, positive, sweep, sync
+from lib.launch import as_ranks
 from lib.llm_peers import NAMES
 from lib.llm_rows import TABLE, notes
 from lib.llm_worker import run
-from lib.network import Unavailable, network
 from lib.records import Record, ratio, write
 
 QUESTION = "Why is the sky blue? Answer in one sentence."
@@ -117,7 +112,10 @@ def main() -> None:
             chosen += ["--chat", args.chat if i == 0 else ""]
             if world == 1:
                 chosen += ["--sync", "exact"]  # one rank has nothing to sum
-            result = launch(world, threads, chosen, args.link, Path(folder) / f"{i}.json")
+            own = ("--tensor_para_size", str(world), "--threads", str(threads), *chosen)
+            environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+            where = f"tensor_para_size {world} {' '.join(chosen)}"
+            result = as_ranks(__file__, own, world, args.link, where, environment)
             answer = answer or result["answer"]
             records += to_records(args.model, result)
             print(*(f"  {line}" for line in notes(result, env.cores())), sep="\n", flush=True)
@@ -142,30 +140,6 @@ def arguments() -> argparse.Namespace:
     if not on_cpu and set(args.peer) - {"cpu"}:
         p.error(f"--peer {','.join(args.peer)}, expected cpu with --device {args.device}")
     return args
-
-
-def launch(
-    world: int, threads: int, chosen: Sequence[str], joined: Link | None, result: Path
-) -> dict[str, Any]:
-    """Runs this program's ranks with the same arguments but for ``chosen``; returns what rank 0 wrote."""
-    own = [
-        *sys.argv[1:], "--tensor_para_size", str(world), "--threads", str(threads), *chosen,
-        "--result", str(result),
-    ]  # fmt: skip
-    environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-    if world > 1 and joined:
-        try:
-            with network(world, joined) as net:
-                status = net.run([sys.executable, __file__, *own], environment)
-        except Unavailable as reason:
-            sys.exit(f"bench/llm.py: {reason}")
-    else:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        command = [sys.executable, *(launcher if world > 1 else ()), __file__, *own]
-        status = subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
-    if status:
-        sys.exit(f"bench/llm.py: tensor_para_size {world} {' '.join(chosen)}: ended with status {status}")
-    return dict(json.loads(result.read_text()))
 
 
 METRICS = (

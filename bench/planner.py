@@ -17,18 +17,14 @@ links); with more ranks than cores only times that the link dominates mean anyth
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import tempfile
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from fastattn.parallel.plan import PHASES
 from fastattn.spec import Link
 from lib import env
-from lib.args import DTYPES, link_name, links, names, positive, sweep
-from lib.network import Unavailable, network
+from lib.args import DTYPES, link_name, links, names, positive, several
+from lib.launch import as_ranks
 from lib.planner_worker import TABLE, run
 from lib.records import Record, append, write
 
@@ -43,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--link", type=links, default=links(LINKS), metavar="RATE/LATENCY,...", help=f"default: {LINKS}"
     )
-    p.add_argument("--ranks", type=sweep, default=(2,), metavar="N,N", help="default: 2")
+    p.add_argument("--ranks", type=several, default=(2,), metavar="N,N", help="default: 2")
     p.add_argument(
         "--phase", type=names(PHASES), default=PHASES, metavar="P,P", help=f"default: {','.join(PHASES)}"
     )
@@ -76,13 +72,8 @@ def main() -> None:
     size = f"{args.model}, {args.layers} layers, {args.inference_data_type}"
     print(f"{env.headline(facts)} | {args.threads} threads a rank | {size}\n{TABLE.header()}", flush=True)
     records: list[Record] = []
-    try:
-        for link, ranks in product(args.link, args.ranks):
-            if ranks < 2:
-                sys.exit(f"bench/planner.py: --ranks {ranks}: expected at least 2")
-            records += measure(args, link, ranks, facts)
-    except Unavailable as reason:
-        sys.exit(f"bench/planner.py: {reason}")
+    for link, ranks in product(args.link, args.ranks):
+        records += measure(args, link, ranks, facts)
     if max(args.ranks) * args.threads > env.cores():
         print(f"more ranks than the {env.cores()} cores: only times that the link dominates are claimed")
     if args.json:
@@ -91,15 +82,8 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, link: Link, ranks: int, facts: dict[str, Any]) -> list[Record]:
     """The rows of one network, which rank 0 prints, and their records."""
-    with tempfile.TemporaryDirectory() as folder, network(ranks, link) as net:
-        result = Path(folder) / "result.json"
-        own = ("--link", link_name(link), "--result", str(result))
-        status = net.run([sys.executable, __file__, *sys.argv[1:], *own])
-        if status:
-            sys.exit(f"bench/planner.py: {link_name(link)}: a rank ended with status {status}")
-        rows = json.loads(result.read_text())
     records = []
-    for row in rows:
+    for row in as_ranks(__file__, ("--link", link_name(link)), ranks, link, link_name(link)):
         shared = {
             "bench": "planner", "case": f"{link_name(link)} ranks={ranks} {args.model} {row['phase']}",
             "spread": row["spread"], "claim": "emulated", "env": facts,

@@ -20,20 +20,13 @@ With more ranks than cores only times that the link dominates mean anything.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from fastattn.spec import Link
 from lib import env
 from lib.args import DTYPES, link_name, links, positive, sweep
-from lib.network import Unavailable, network
+from lib.launch import as_ranks
 from lib.records import Record, write
 from lib.table import Column, Table
 from lib.tp_pair import GATHER, PERMUTE, Pair, Row, run
@@ -88,11 +81,8 @@ def main() -> None:
     facts = env.capture(args.threads)
     print(f"{env.headline(facts)} | {args.threads} threads a rank, x {args.data_type}")
     records: list[Record] = []
-    try:
-        for link, pair, ranks in product(args.link, args.shape, args.ranks):
-            records += measure(args, link, pair, ranks, facts)
-    except Unavailable as reason:
-        sys.exit(f"bench/tp_aware.py: {reason}")
+    for link, pair, ranks in product(args.link, args.shape, args.ranks):
+        records += measure(args, link, pair, ranks, facts)
     if args.json:
         write(args.json, records)
 
@@ -103,29 +93,13 @@ def measure(
     """One block of the table and its records."""
     where = f"{'x'.join(map(str, pair))} ranks={ranks} {link_name(link) if link else 'local'}"
     print(f"\n{where}\n{TABLE.header()}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        own = ("--one", "x".join(map(str, pair)), "--result", str(result))
-        status = start([sys.executable, __file__, *sys.argv[1:], *own], ranks, link)
-        if status:
-            sys.exit(f"bench/tp_aware.py: {where}: a rank ended with status {status}")
-        rows = [Row(**row) for row in json.loads(result.read_text())]
+    own = ("--one", "x".join(map(str, pair)))
     records = []
-    for row in rows:
-        records += report(row, where, "emulated" if link else "measured", facts)
+    for row in as_ranks(__file__, own, ranks, link, where, {"OMP_NUM_THREADS": "1"}):
+        records += report(Row(**row), where, "emulated" if link else "measured", facts)
     if ranks * args.threads > env.cores():
         print(f"{ranks} ranks on {env.cores()} cores: only times that the link dominates are claimed")
     return records
-
-
-def start(command: Sequence[str], ranks: int, link: Link | None) -> int:
-    """Runs the command as every rank; its exit status."""
-    if link is not None and ranks > 1:
-        with network(ranks, link) as net:
-            return net.run(command)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
-    launched = command if ranks == 1 else (command[0], *torchrun, *command[1:])
-    return subprocess.run(launched, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
 
 
 def report(row: Row, where: str, claim: str, facts: dict[str, str | int]) -> list[Record]:

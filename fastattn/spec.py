@@ -535,6 +535,10 @@ Span = tuple[int, int]  # first and one past the last
 Phase = Literal["prefill", "decode"]
 
 
+#: A file may ask for: far above every published model, and no more than can be listed one by one.
+MAX_LAYERS = 4096
+
+
 class Point(NamedTuple):
     """A place where the ranks' partial results are summed."""
 

@@ -41,6 +41,14 @@ def sweep(text: str) -> tuple[int, ...]:
     return tuple(positive(item) for item in text.split(","))
 
 
+def several(text: str) -> tuple[int, ...]:
+    """As `sweep`, of at least 2: ranks that exchange something."""
+    found = sweep(text)
+    if min(found) < 2:
+        raise argparse.ArgumentTypeError(f"{min(found)}, expected at least 2")
+    return found
+
+
 def names(accepted: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     """Names out of ``accepted``, separated by commas."""
 

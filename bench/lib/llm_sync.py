@@ -15,20 +15,7 @@ from .network import PAYLOAD
 def read_plans(path: str, model: Model, texts: Sequence[str]) -> dict[str, SyncPlan]:
     """The plan that each text names, checked on all ranks; ``path`` is the model's."""
     fingerprint, c, g = open_checkpoint(path).fingerprint(), model.config, model.group
-    found = {}
-    for text in texts:
-        if text.endswith(".json"):
-            plan = plans.read(text)
-        else:
-            plan = plans.uniform(text, fingerprint, c.num_layers, g, model.dtype.itemsize)
-        plans.verify(plan, g, fingerprint, c.num_layers, c.hidden_size, model.dtype)
-        found[text] = plan
-    return found
-
-
-def follow(model: Model, plan: SyncPlan) -> None:
-    """The model's next forwards do as the plan says."""
-    model.decoder.policy, model.decoder.schedule = plan.points.__getitem__, plan.schedule
+    return {t: plans.chosen(t, fingerprint, c.num_layers, c.hidden_size, model.dtype, g) for t in texts}
 
 
 def wire_ms(plan: SyncPlan, phase: Phase, rows: int, hidden: int, link: Link) -> float:

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -20,6 +20,7 @@ from fastattn.collectives.exchange import all_gather
 from fastattn.models.checkpoint import open_checkpoint
 from fastattn.models.generate import Model
 from fastattn.models.sampling import SamplingParams
+from fastattn.models.trial import deciding
 from fastattn.parallel.group import init, set_threads, shutdown
 from fastattn.settings import settings
 from fastattn.spec import SyncPlan, TPGroup
@@ -29,7 +30,7 @@ from .args import ACTS, DTYPES, link_name
 from .llm_limits import Floor
 from .llm_peers import Cpu, LlamaCpp, Peer, Sample, Transformers, completed
 from .llm_rows import Rival, Row, Times, lines, same_tokens
-from .llm_sync import follow, read_plans, wire_ms
+from .llm_sync import read_plans, wire_ms
 from .memory import peak_bytes, reset_peak, with_torch_bytes
 from .text import TEXT, prompts
 from .timing import interleave, summarize
@@ -101,8 +102,8 @@ def _run(args: argparse.Namespace) -> None:
             base = base or times
             rows.append(row)
             print(lines(row), flush=True)
-    follow(model, plans[args.sync[0]])
-    answer = _chat(model, args.chat) if args.chat else ""
+    with _following(model, plans[args.sync[0]]):
+        answer = _chat(model, args.chat) if args.chat else ""
     if group.rank == 0:
         result = {
             "rows": [asdict(row) for row in rows],
@@ -121,6 +122,10 @@ def _run(args: argparse.Namespace) -> None:
     shutdown(group)
 
 
+def _following(model: Model, plan: SyncPlan) -> AbstractContextManager[None]:
+    return deciding(model, plan.points.__getitem__, plan.schedule)
+
+
 def _runs(
     model: Model,
     plans: dict[str, SyncPlan],
@@ -133,9 +138,9 @@ def _runs(
 
     def ours(plan: SyncPlan) -> Callable[[], Sample]:
         def run() -> Sample:
-            follow(model, plan)
             before = dispatch.calls.copy()
-            sample = completed(model, batch, output)
+            with _following(model, plan):
+                sample = completed(model, batch, output)
             served.update(dispatch.calls - before)
             return sample
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..quant.codec import Codec
+from ..quant.packed import FLOATS
 from ..spec import Point, TPGroup
 from .exchange import against_messages
 from .pairwise import Pairwise
@@ -36,7 +37,12 @@ class Compressed(Pairwise):
 
     def reasons(self, p: Point, rows: int, hidden: int, dtype: torch.dtype, g: TPGroup) -> list[str]:
         """[] if the policy can run at point ``p``."""
-        return unsupported(dtype, (torch.float32, torch.bfloat16, torch.float16), g) + against_messages(g)
+        reasons = unsupported(dtype, FLOATS, g) + against_messages(g)
+        try:
+            self.codec.message_bytes(rows, hidden)
+        except ValueError as error:
+            reasons.append(str(error))
+        return reasons
 
 
 class CodecWire(NamedTuple):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -10,23 +11,24 @@ from torch import Tensor
 from ..spec import TPGroup
 from .exchange import broadcast, device_of
 
-_WHERE = "prompts from rank 0"
+_PROMPTS, _TOKENS = "prompts from rank 0", "tokens from rank 0"
+_REFUSED = -2  # in place of a count or a token; -1 is a sequence's end
 
 
 def broadcast_prompts(g: TPGroup, prompts: Sequence[Sequence[int]] | None) -> list[list[int]]:
     """Rank 0's batch of token ids on every rank; the other ranks pass None.
 
     Three broadcasts of int64: the number of prompts, their lengths, all ids in a row. Raises ValueError
-    when rank 0 has none, another rank has some, or rank 0 called `refuse_prompts`.
+    when rank 0 has none, another rank has some, or rank 0 failed in `preparing_prompts`.
     """
     if (prompts is None) != (g.rank != 0):
         was = "none" if prompts is None else "given"
         raise ValueError(f"prompts: {was} on rank {g.rank}, expected on rank 0 and only there")
-    device, where = device_of(g), _WHERE
+    device, where = device_of(g), _PROMPTS
     rows = [list(p) for p in prompts or ()]
     count = torch.tensor([len(rows)], dtype=torch.int64, device=device)
     broadcast(g, count, where)
-    if int(count) < 0:
+    if int(count) == _REFUSED:
         raise ValueError("prompts: rank 0 refused them, its own error says why")
     lengths = _filled([len(p) for p in rows], int(count), device)
     broadcast(g, lengths, where)
@@ -36,16 +38,11 @@ def broadcast_prompts(g: TPGroup, prompts: Sequence[Sequence[int]] | None) -> li
     return [part.tolist() for part in ids.split(lengths.tolist())] if len(lengths) else []
 
 
-def refuse_prompts(g: TPGroup) -> None:
-    """Rank 0 tells the ranks that wait in `broadcast_prompts` that there are none: they raise ValueError.
-
-    The group stays usable, so one bad prompt does not cost a timeout or the process.
-    """
-    broadcast(g, torch.tensor([-1], dtype=torch.int64, device=device_of(g)), _WHERE)
-
-
 def broadcast_tokens(g: TPGroup, tokens: Tensor | None, count: int) -> Tensor:
-    """Rank 0's ``count`` sampled token ids, int64 (count,), on every rank; the other ranks pass None."""
+    """Rank 0's ``count`` sampled token ids, int64 (count,), on every rank; the other ranks pass None.
+
+    Raises ValueError when rank 0's are not of that kind, or rank 0 failed in `choosing_tokens`.
+    """
     device = device_of(g)
     if g.rank == 0:
         if tokens is None or tokens.shape != (count,) or tokens.dtype != torch.int64:
@@ -54,8 +51,33 @@ def broadcast_tokens(g: TPGroup, tokens: Tensor | None, count: int) -> Tensor:
         out = tokens.to(device).contiguous()
     else:
         out = torch.empty(count, dtype=torch.int64, device=device)
-    broadcast(g, out, "tokens from rank 0")
+    broadcast(g, out, _TOKENS)
+    if g.rank and (out == _REFUSED).any():
+        raise ValueError("tokens: rank 0 has none, its own error says why")
     return out
+
+
+def preparing_prompts(g: TPGroup) -> AbstractContextManager[None]:
+    """What rank 0 does while the others are, or soon will be, in `broadcast_prompts`.
+
+    An exception is raised there too, so that one bad prompt does not cost a timeout or the process: the group
+    stays usable.
+    """
+    return _refusing(g, 1, _PROMPTS)
+
+
+def choosing_tokens(g: TPGroup, count: int) -> AbstractContextManager[None]:
+    """As `preparing_prompts`, for `broadcast_tokens`: sampling, and whatever the caller does with a token."""
+    return _refusing(g, count, _TOKENS)
+
+
+@contextmanager
+def _refusing(g: TPGroup, count: int, where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception:  # whatever it is, the ranks that wait must hear of it
+        broadcast(g, torch.full((count,), _REFUSED, dtype=torch.int64, device=device_of(g)), where)
+        raise
 
 
 def _filled(values: list[int], count: int, device: torch.device) -> Tensor:

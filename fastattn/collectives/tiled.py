@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 
+from ..shares import usable
 from ..spec import Epilogue, Link, Point, Produce, Rates, Span, Stream, TPGroup
 from .exact import Exact
 from .policy import Sum, partial
@@ -100,7 +101,7 @@ class TiledWork:
 
 def check_tiles(shares: Sequence[float]) -> None:
     """Raises ValueError for what `tile_spans` cannot use."""
-    if not shares or not all(0 < t < float("inf") for t in shares):
+    if not usable(shares):
         raise ValueError(f"tiles: {shares}, expected positive shares of the rows")
 
 

@@ -39,7 +39,7 @@ _CACHED_VALUES = 1 << 15  # float32 sums of 16-bit values: large temporaries cos
 class Plain(NamedTuple):
     """Values travel as they are."""
 
-    item_bytes: int = 4  # for `message_bytes` alone
+    item_bytes: int = 4  # of the activations: sizes of messages decide how and when they travel
 
     def encode(self, x: Tensor) -> Tensor:
         return x.contiguous()

@@ -17,7 +17,6 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 # value cannot make us loop or allocate before it meets the shape of a tensor.
 MAX_VOCAB = 1 << 24
 MAX_HIDDEN = 1 << 20
-MAX_LAYERS = 4096
 MAX_HEADS = 1 << 14
 MAX_HEAD_DIM = 1 << 12
 MAX_POSITION = 1 << 24

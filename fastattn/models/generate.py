@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..collectives.prompts import broadcast_prompts, broadcast_tokens, refuse_prompts
+from ..collectives.failures import everywhere
+from ..collectives.prompts import broadcast_prompts, broadcast_tokens, choosing_tokens, preparing_prompts
 from ..dispatch import pages
 from ..memory.paged import PagedKvCache
-from ..spec import TPGroup
+from ..spec import CacheFull, TPGroup
 from .completion import ENDED, Completion, OnToken, Writer
 from .config import ModelConfig
 from .llama import Decoder
@@ -54,8 +55,8 @@ class Model:
         """Completes every prompt (text, or token ids). Every rank calls it; rank 0's prompts count.
 
         ``on_token(sequence, token, text)`` is called on rank 0 as tokens come, an end token included;
-        ``text`` is what became readable with it. Other ranks get completions without text, and without the
-        token that completed a stop text.
+        ``text`` is what became readable with it. Where it raises, the others raise ValueError. They get
+        completions without text, and without the token that completed a stop text.
 
         Raises ValueError for a prompt that is empty or longer than the model's context, and `CacheFull` when
         the KV cache of all prompts and completions cannot be allocated.
@@ -108,13 +109,10 @@ class Model:
         """Token ids of each prompt and how many, up to ``new``, may follow: the same on every rank."""
         rows = None
         if self.group.rank == 0:
-            try:
+            with preparing_prompts(self.group):
                 if isinstance(prompts, str):
                     raise ValueError(f"prompts: the text {prompts!r:.40}, expected a list of prompts")  # noqa: TRY004
                 ids = [self._encode(i, p, new) for i, p in enumerate(prompts)]
-            except Exception:  # whatever it is, the ranks that wait must hear of it
-                refuse_prompts(self.group)
-                raise
             budgets = [min(new, self.config.max_position - len(p)) for p in ids]
             rows = [*ids, budgets]
         *ids, budgets = broadcast_prompts(self.group, rows)
@@ -135,14 +133,18 @@ class Model:
         return ids
 
     def kv_cache(self, lengths: Sequence[int]) -> PagedKvCache:
-        """Room for sequences of so many tokens, in pages as the backend wants them. Raises CacheFull."""
+        """Room for sequences of so many tokens, in pages as the backend wants them. Every rank calls it.
+
+        Raises CacheFull on all ranks where one of them has too little memory.
+        """
         features = frozenset({"window"} if any(self.config.windows) else ())
         wanted = pages(self.device.type, self.config.head_dim, self.dtype, features)
-        return PagedKvCache(
-            self.config.num_layers, sum(-(-n // wanted.size) for n in lengths), wanted.size,
-            self.decoder.blocks[0][0].kv_heads, self.config.head_dim, dtype=self.dtype, device=self.device,
-            layout=wanted.layout,
-        )  # fmt: skip
+        with everywhere(self.group, CacheFull, "the KV cache"):
+            return PagedKvCache(
+                self.config.num_layers, sum(-(-n // wanted.size) for n in lengths), wanted.size,
+                self.decoder.blocks[0][0].kv_heads, self.config.head_dim, dtype=self.dtype,
+                device=self.device, layout=wanted.layout,
+            )  # fmt: skip
 
     def _prefill(self, ids: list[list[int]], cache: PagedKvCache, progress: bool) -> Tensor:
         """Hidden state of each prompt's last token (B, hidden); prompts in chunks, chunks packed."""
@@ -173,13 +175,19 @@ class Model:
 
     def _sampled(self, hidden: Tensor, active: list[int], writer: Writer) -> list[int] | None:
         logits = self.decoder.head(hidden)
-        return None if logits is None else writer.sample(logits, active)
+        if logits is None:
+            return None
+        with choosing_tokens(self.group, len(active)):
+            return writer.sample(logits, active)
 
     def _agreed(
         self, chosen: list[int] | None, active: list[int], writer: Writer, budgets: list[int]
     ) -> list[int]:
         """What rank 0 made of the tokens that it chose, on every rank."""
-        tokens = None if chosen is None else writer.take(active, chosen, budgets)
+        tokens = None
+        if chosen is not None:
+            with choosing_tokens(self.group, len(active)):
+                tokens = writer.take(active, chosen, budgets)
         if self.group.world > 1:
             sent = None if tokens is None else torch.tensor(tokens)
             tokens = broadcast_tokens(self.group, sent, len(active)).tolist()

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..spec import MAX_LAYERS
 from .config import (
     MAX_HEAD_DIM,
     MAX_HEADS,
     MAX_HIDDEN,
-    MAX_LAYERS,
     MAX_POSITION,
     MAX_VOCAB,
     ModelConfig,

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from ..spec import MAX_LAYERS
 from .config import (
     FAMILIES,
     MAX_HEAD_DIM,
     MAX_HEADS,
     MAX_HIDDEN,
-    MAX_LAYERS,
     MAX_POSITION,
     MAX_VOCAB,
     ROPE_KINDS,

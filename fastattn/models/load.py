@@ -78,12 +78,13 @@ def load(
     agree(g, "the dtype", str(chosen).encode())
     agree(g, "act", act.encode())
     agree(g, "the layout", layout.encode())
-    plan = _sync_plan(sync, checkpoint, g, chosen)
+    config = checkpoint.config
+    plan = plans.chosen(sync, checkpoint.fingerprint(), config.num_layers, config.hidden_size, chosen, g)
     tokenizer = checkpoint.tokenizer()
     loader = _Loader(checkpoint, g, _Choices(chosen, where, act, layout, plan))
-    with tqdm(total=2 * checkpoint.config.num_layers, desc="load", unit="half", disable=not progress) as bar:
+    with tqdm(total=2 * config.num_layers, desc="load", unit="half", disable=not progress) as bar:
         decoder = loader.decoder(bar)
-    return Model(checkpoint.config, tokenizer, decoder, g, chosen)
+    return Model(config, tokenizer, decoder, g, chosen)
 
 
 def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint[Any]) -> torch.dtype:
@@ -98,21 +99,6 @@ def parse_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint[Any]) -> torch.
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype: {dtype}, expected {', '.join(map(str, DTYPES.values()))}")
     return dtype
-
-
-def _sync_plan(
-    sync: str | Path | SyncPlan, checkpoint: Checkpoint[Any], g: TPGroup, dtype: torch.dtype
-) -> SyncPlan:
-    """The plan that ``sync`` means, checked on all ranks."""
-    config, model = checkpoint.config, checkpoint.fingerprint()
-    if isinstance(sync, SyncPlan):
-        plan = sync
-    elif isinstance(sync, Path) or sync.endswith(".json"):
-        plan = plans.read(sync)
-    else:
-        plan = plans.uniform(sync, model, config.num_layers, g, dtype.itemsize)
-    plans.verify(plan, g, model, config.num_layers, config.hidden_size, dtype)
-    return plan
 
 
 class _Choices(NamedTuple):

@@ -23,15 +23,18 @@ import torch.distributed as dist
 from ..collectives.exchange import agree, idle, memories, reason_of, witnesses
 from ..devices import device_named
 from ..settings import settings
+from ..shares import normalised, usable
 from ..spec import SyncError, TPGroup, UnsupportedError
 from ..threads import machine
 from .interface import interface_towards
 from .local import ranks_here, share_memory
+from .rendezvous import meet
 from .watch import Watch
 
 _SHUTDOWN_S = 5.0  # milliseconds suffice unless an exchange still hangs
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
-_watches: list[Watch] = []  # of the group this process is in
+_joined: list[TPGroup] = []  # the group this process is in
+_watches: list[Watch] = []  # of it
 
 
 def single() -> TPGroup:
@@ -48,21 +51,31 @@ def init(
 
     ``timeout_s``: how long an exchange waits for another rank (default FASTATTN_TIMEOUT, 60 s).
     ``split``: share of the work of each rank, any positive numbers (default: equal).
-    Raises ValueError for a wrong environment or split, `SyncError` when ranks are missing or disagree.
+    In a group already, a process gets the same one again, for what it leaves out and for what the group has.
+    Raises ValueError for a wrong environment or split, or for a group unlike the one that this process is in;
+    `SyncError` when ranks are missing or disagree.
 
     From here to `shutdown`, when the process of another rank ends without one, this process ends too, within
     seconds and with `abort`, should no exchange have raised `SyncError` and led to `shutdown` before.
     """
-    timeout_s = settings.timeout_s if timeout_s is None else timeout_s
-    if not 0 < timeout_s < math.inf:
+    if timeout_s is not None and not 0 < timeout_s < math.inf:
         raise ValueError(f"timeout_s: {timeout_s}, expected seconds > 0")
     world = _integer("WORLD_SIZE", 1, lowest=1)
     rank = _integer("RANK", 0 if world == 1 else None, lowest=0)
     if rank >= world:
         raise ValueError(f"environment variable RANK={rank}: expected less than WORLD_SIZE={world}")
-    weights = _weights(split, world)
+    weights = None if split is None else _weights(split, world)
+    if _joined:
+        backend = _backend(device_named(device))
+        asked = {"WORLD_SIZE": world, "RANK": rank, "timeout_s": timeout_s, "split": weights}
+        return _joined_already(_joined[0], backend=backend, **asked)
+    timeout_s, weights = timeout_s or settings.timeout_s, weights or (1 / world,) * world
     if world == 1:
         return TPGroup(None, 0, 1, timeout_s, weights)
+    if dist.is_initialized():
+        raise ValueError(
+            "torch.distributed has a process group already: fastattn joins the ranks with its own"
+        )
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise ValueError(f"environment variable {name} is not set, WORLD_SIZE={world} ranks need it")
@@ -77,6 +90,7 @@ def init(
         where = f"{world} ranks meet at {host}:{port}, network interface {network}"
         raise SyncError(rank, "start-up", f"{reason}; {where}") from error
     g = TPGroup(dist.group.WORLD, rank, world, timeout_s, weights)
+    _joined.append(g)
     # gloo's threads must be idle before the interpreter ends, or the process aborts.
     atexit.register(_at_exit, g)
     agree(g, "the shares of work (split)", repr(weights).encode())
@@ -86,33 +100,41 @@ def init(
 
 
 def _join(backend: str, rank: int, world: int, host: str, port: int, timeout_s: float) -> None:
-    timeout = timedelta(seconds=timeout_s)
-    # Without waiting for all ranks, as torch's own rendezvous would: until they watch each other, one that
-    # ends goes unnoticed.
-    torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, world, is_master=rank == 0 and not torchruns, timeout=timeout,
-        wait_for_workers=False, multi_tenant=not torchruns,
-    )  # fmt: skip
+    store = meet(host, port, rank, world, timeout_s)
 
     def on_loss(lost: int) -> None:
         abort(single(), SyncError(rank, "watch", f"rank {lost} ended"))
 
-    prefixed = dist.PrefixStore("fastattn", store)  # type: ignore[attr-defined]
-    watch = Watch(rank, world, prefixed, host, timeout_s, on_loss)
+    watch = Watch(rank, world, store, host, timeout_s, on_loss)
     _watches.append(watch)
     witnesses.append(watch.first_lost)
+    timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, timeout=timeout, rank=rank, world_size=world)
 
 
+def _joined_already(g: TPGroup, **asked: object) -> TPGroup:
+    """``g``, which this process is in; ValueError unless it has what is asked for (None: whatever it has)."""
+    has = {
+        "WORLD_SIZE": g.world, "RANK": g.rank, "backend": dist.get_backend(g.pg), "timeout_s": g.timeout_s,
+        "split": g.weights,
+    }  # fmt: skip
+    for name, wish in asked.items():
+        if wish not in (None, has[name]):
+            raise ValueError(
+                f"{name}: {wish}, this process is in a group with {has[name]} until its shutdown"
+            )
+    return g
+
+
 def _leave(*, farewell: bool) -> None:
+    _joined.clear()
     witnesses.clear()
     while _watches:
         _watches.pop().leave(farewell=farewell)
 
 
 def shutdown(g: TPGroup) -> bool:
-    """Leaves the group. Returns False, after at most 10 s, if an exchange still hangs in it.
+    """Leaves the group. Returns False, after at most 12 s, if an exchange still hangs in it.
 
     A process that gets False must end with `abort`: its normal exit could hang too.
     """
@@ -134,11 +156,13 @@ def abort(g: TPGroup, error: BaseException) -> NoReturn:
     """
     text = str(error) if isinstance(error, (SyncError, ValueError)) else f"{type(error).__name__}: {error}"
     prefix = "" if isinstance(error, SyncError) or g.world == 1 else f"rank {g.rank}: "
-    if threading.current_thread() is threading.main_thread():  # which may else be held up writing to it
-        with suppress(OSError, ValueError, AttributeError):  # nobody reads it any more, or it is closed
-            sys.stdout.flush()
-    print(f"fastattn: error: {prefix}{text}", file=sys.stderr, flush=True)
-    os._exit(1)
+    try:
+        if threading.current_thread() is threading.main_thread():  # which may else be held up writing to it
+            with suppress(OSError, ValueError, AttributeError):  # nobody reads it any more, or it is closed
+                sys.stdout.flush()
+        print(f"fastattn: error: {prefix}{text}", file=sys.stderr, flush=True)
+    finally:  # also where nobody reads stderr
+        os._exit(1)
 
 
 class Threads(NamedTuple):
@@ -240,12 +264,9 @@ def _integer(name: str, default: int | None, lowest: int, environ: Mapping[str, 
     return value
 
 
-def _weights(split: Sequence[float] | None, world: int) -> tuple[float, ...]:
-    if split is None:
-        return (1 / world,) * world
+def _weights(split: Sequence[float], world: int) -> tuple[float, ...]:
     if len(split) != world:
         raise ValueError(f"split: {len(split)} shares {tuple(split)} for {world} ranks")
-    if not all(0 < w < math.inf for w in split):
+    if not usable(split):
         raise ValueError(f"split: {tuple(split)}, expected positive numbers")
-    total = math.fsum(split)
-    return tuple(w / total for w in split)
+    return normalised(split)

@@ -24,8 +24,19 @@ from typing import Any, cast, get_args
 import torch
 
 from ..collectives.exchange import against_messages, agree
-from ..spec import Phase, Point, Schedule, Site, SyncPlan, SyncPolicy, TPGroup, UnsupportedError
-from .policies import parse, policy_from_json, policy_to_json, schedule_from_json, schedule_to_json
+from ..shares import normalised, usable
+from ..spec import (
+    MAX_LAYERS,
+    Phase,
+    Point,
+    Schedule,
+    Site,
+    SyncPlan,
+    SyncPolicy,
+    TPGroup,
+    UnsupportedError,
+)
+from .policies import is_number, parse, policy_from_json, policy_to_json, schedule_from_json, schedule_to_json
 
 VERSION = 1
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -53,6 +64,21 @@ def uniform(
     return SyncPlan(
         model_hash, g.world, g.weights, points, {phase: s for phase, (_, s) in parsed.items()}, {}
     )
+
+
+def chosen(
+    sync: str | Path | SyncPlan, model_hash: str, num_layers: int, hidden: int, dtype: torch.dtype, g: TPGroup
+) -> SyncPlan:
+    """The plan that ``sync`` means, for this model and checked on all ranks: a policy for all points as text
+    (`policies.parse`), a plan, or the .json file of one. Raises as `verify` does.
+    """
+    if not isinstance(sync, SyncPlan):
+        file = isinstance(sync, Path) or sync.endswith(".json")
+        sync = read(sync) if file else uniform(str(sync), model_hash, num_layers, g, dtype.itemsize)
+    points = {point: with_item_bytes(policy, dtype.itemsize) for point, policy in sync.points.items()}
+    plan = sync._replace(points=points)
+    verify(plan, g, model_hash, num_layers, hidden, dtype)
+    return plan
 
 
 def with_item_bytes(policy: SyncPolicy, item_bytes: int) -> SyncPolicy:
@@ -95,9 +121,11 @@ def from_json(value: object) -> SyncPlan:
     if value["version"] != VERSION:
         raise ValueError(f"version: {value['version']!r}, expected {VERSION}")
     layers = _integer(value, "num_layers", 1)
+    if layers > MAX_LAYERS:
+        raise ValueError(f"num_layers: {layers!r:.40}, expected at most {MAX_LAYERS}")
     world = _integer(value, "world", 1)
     split = value["split"]
-    if not isinstance(split, list) or len(split) != world or not all(_positive(x) for x in split):
+    if not isinstance(split, list) or len(split) != world or not _positive(split):
         raise ValueError(f"split: {split!r:.80}, expected {world} positive numbers")
     if not isinstance(value["model"], str) or not isinstance(value["quality"], dict):
         raise ValueError("model, quality: expected a text and an object")
@@ -106,7 +134,7 @@ def from_json(value: object) -> SyncPlan:
         raise ValueError(f"schedule: {schedule!r:.80}, expected an object of {', '.join(PHASES)}")
     schedules: dict[Phase, Schedule] = {p: schedule_from_json(schedule[p]) for p in PHASES}
     points = _points(value["rules"], layers)
-    return SyncPlan(value["model"], world, tuple(map(float, split)), points, schedules, value["quality"])
+    return SyncPlan(value["model"], world, normalised(split), points, schedules, value["quality"])
 
 
 def _points(rules: object, layers: int) -> dict[Point, SyncPolicy]:
@@ -235,5 +263,5 @@ def _integer(value: Mapping[str, Any], key: str, lowest: int) -> int:
     return found
 
 
-def _positive(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < float("inf")
+def _positive(listed: list[Any]) -> bool:
+    return all(map(is_number, listed)) and usable(listed)

@@ -36,6 +36,7 @@ POLICIES: dict[str, Any] = {c.name: c for c in _ALL}
 SCHEDULES: dict[str, Any] = {c.name: c for c in (Plain, TokenWeave)}
 _INNER = {Tiled: Sum, FusedNorm: Pairwise}  # what ``of`` may be
 _CODEC = tuple(f.name for f in dataclasses.fields(Codec))
+_BITS = 63  # of an integer: a float holds it too
 
 
 # ------------------------------------------------------------------------------------------------- JSON
@@ -111,16 +112,19 @@ def _argument(kind: Any, key: str, given: Any, default: Any) -> Any:
             raise ValueError(f"{where}: {given!r:.80}, expected an object")
         return Codec.from_json(given)
     if isinstance(default, tuple):
-        if not isinstance(given, list) or not all(_number(x) for x in given):
+        if not isinstance(given, list) or not all(map(is_number, given)):
             raise ValueError(f"{where}: {given!r:.80}, expected a list of numbers")
         return tuple(given)
     accepts = (int, float) if isinstance(default, float) else (type(default),)
     if not isinstance(given, accepts) or (isinstance(given, bool) and not isinstance(default, bool)):
         raise ValueError(f"{where}: {given!r:.80}, expected {' or '.join(t.__name__ for t in accepts)}")
+    if isinstance(given, int) and given.bit_length() > _BITS:
+        raise ValueError(f"{where}: {given!r:.80}, expected an integer of {_BITS} bits")
     return given
 
 
-def _number(x: object) -> bool:
+def is_number(x: object) -> bool:
+    """Whether JSON has a number there."""
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
@@ -148,18 +152,27 @@ def parse(text: str) -> tuple[SyncPolicy, Schedule]:
 
 def _object(part: str, known: Mapping[str, Any]) -> dict[str, Any]:
     name, _, listed = part.partition(":")
-    value: dict[str, Any] = {"name": name}
-    for assignment in filter(None, listed.split(",")):
-        key, equals, given = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"{part!r}: {assignment!r}, expected key=value")
-        if name == Compressed.name and key in _CODEC:
-            value.setdefault("codec", {})[key] = _literal(given)
-        else:
-            value[key] = _literal(given)
     if name not in known:
         raise ValueError(f"{part!r}: {name!r}, expected one of {', '.join(known)}")
-    return value
+    accepted = _parameters(known[name])
+    given: dict[str, Any] = {}
+    for assignment in filter(None, listed.split(",")):
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"{part!r}: {assignment!r}, expected key=value")
+        if key not in accepted:
+            raise ValueError(f"{name}: no parameter {key!r}, it has {', '.join(accepted) or 'none'}")
+        if key in given:
+            raise ValueError(f"{part!r}: {key!r} twice")
+        given[key] = _literal(text)
+    codec = {key: given.pop(key) for key in _CODEC if key in given}
+    return {"name": name, **given, **({"codec": codec} if codec else {})}
+
+
+def _parameters(kind: Any) -> list[str]:
+    """What text may set: the inner policy follows a plus, and a codec's fields stand for it."""
+    fields = [f.name for f in dataclasses.fields(kind)]
+    return [*(f for f in fields if f not in ("of", "codec")), *(_CODEC if "codec" in fields else ())]
 
 
 def to_text(item: SyncPolicy | Schedule) -> str:

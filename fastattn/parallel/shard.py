@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..shares import usable
 from ..spec import Cut, Shard, Span
 
 
@@ -60,7 +61,7 @@ def plan(
     if align < 1:
         raise ValueError(f"align: {align}, expected a positive number")
     shares = tuple(weights) if weights is not None else (1.0,) * world
-    if len(shares) != world or not all(0 < w < math.inf for w in shares):
+    if len(shares) != world or (shares and not usable(shares)):
         raise ValueError(f"weights: {shares}, expected {world} positive numbers, one a rank")
     blocks = -(-config.intermediate_size // align)
     for what, most in (

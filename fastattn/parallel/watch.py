@@ -20,6 +20,7 @@ from typing import Protocol
 _KEY = "watch"  # in the store: where rank 0 listens, and the token
 _TOKEN_BYTES = 16  # that a rank's connection begins with; a stranger's does not
 _HELLO_S = 1.0  # a stranger may keep us waiting for it
+_RETRY_S = 0.1  # a connection that cannot be accepted stays ready to be
 _GRACE_S = 2.0  # for an exchange to notice first: its message says more, and its caller may clean up
 _FAREWELL = -1
 
@@ -114,7 +115,11 @@ class Watch:
 
     def _admit(self, listener: socket.socket) -> None:
         """Takes in a rank; after the last one, nobody listens any more."""
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # it has gone again, or this process has no descriptor left: it may have one later
+            self._leaving.wait(_RETRY_S)
+            return
         connection.settimeout(_HELLO_S)
         hello = _receive(connection, _TOKEN_BYTES + 4)
         token, rank = hello[:_TOKEN_BYTES], hello[_TOKEN_BYTES:]

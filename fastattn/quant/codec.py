@@ -19,8 +19,7 @@ from torch import Tensor
 from .. import dispatch
 from ..spec import DecodeSumArgs, EncodeArgs
 from . import message, mx
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from .packed import FLOATS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BITS = (2, 3, 4, 8)
 _SHRINK = (1.0, 0.3, 36)  # of the range searched: widest, narrowest, candidates
 _TINY = 2.0**-24  # the smallest float16 above 0
 _LARGEST = torch.finfo(torch.float16).max

@@ -33,6 +33,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .packed import FLOATS
+
 SCALE_BIAS = 127
 SCALE_NAN = 255
 BLOCK_MAX = 1024  # with `search`: sums of squared errors are exact in float32
@@ -148,8 +150,8 @@ def check_format(name: str, block: int, scale: str, search: bool = False) -> MxE
 
 def check_pack(x: Tensor, name: str, block: int, scale: str, search: bool = False) -> MxElement:
     """Raises ValueError unless ``x`` can be packed so; returns the element format."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"x: {x.dtype}, expected torch.float32, torch.float16 or torch.bfloat16")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x: {x.dtype}, expected one of {', '.join(map(str, FLOATS))}")
     if x.ndim < 1:
         raise ValueError("x: a scalar, expected at least one dimension")
     return check_format(name, block, scale, search)
@@ -159,8 +161,8 @@ def check_unpack(
     codes: Tensor, scales: Tensor, name: str, block: int, n: int, dtype: torch.dtype, scale: str
 ) -> MxElement:
     """Raises ValueError unless these are the codes and scales of rows of ``n`` values."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype: {dtype}, expected torch.float32, torch.float16 or torch.bfloat16")
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: {dtype}, expected one of {', '.join(map(str, FLOATS))}")
     e = check_format(name, block, scale)
     sizes = ("codes", codes, code_bytes(n, name)), ("scales", scales, scale_bytes(n, block, scale))
     for what, t, last in sizes:

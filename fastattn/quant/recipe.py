@@ -11,8 +11,9 @@ from ..spec import Cut
 from . import column_order, gptq
 from .column_order import ColumnOrder
 from .gptq_solver import Quantized, round_to_nearest, solve
-from .grid import BITS, Grid
+from .grid import Grid
 from .grouped import trivial_g_idx
+from .words import BITS
 
 GROUP_SIZES = (32, 64, 128, -1)
 ACT_ORDERS = ("none", "group", "global", "head")

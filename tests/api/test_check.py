@@ -96,6 +96,14 @@ def test_activations_in_8_bits_are_right(kind, dtype):
     assert exact.findings[0].limit < report.findings[0].limit < 0.1 * float(exact.result.abs().max())
 
 
+def test_nan_is_right_where_the_oracle_has_it():
+    q, kv = torch.randn(1, 5, 2, 16), torch.randn(1, 7, 2, 16)
+    q[0, 2, 1, 3] = torch.nan
+    report = fastattn.check(fastattn.attention, q, kv, kv, causal=True)
+    assert report.result.isnan().sum() == 16
+    assert report.ok, str(report)
+
+
 def test_nan_is_wrong(monkeypatch):
     right = dispatch.op_table("cpu")["attention"]
     table = {"attention": right._replace(run=lambda a: (right.run(a)[0] * torch.nan, right.run(a)[1]))}

@@ -20,7 +20,9 @@ from tests.parallel.cable import laid
 from .markdown import ROOT
 
 
-@pytest.mark.parametrize("line", ["--layers 0", "--link 1ms", "--ranks two", "--inference_data_type int8"])
+@pytest.mark.parametrize(
+    "line", ["--layers 0", "--link 1ms", "--ranks two", "--ranks 2,1", "--inference_data_type int8"]
+)
 def test_arguments_are_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench_planner.parser().parse_args(line.split())

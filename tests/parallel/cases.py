@@ -18,6 +18,7 @@ from torch import Tensor
 from fastattn import ops
 from fastattn.collectives import exchange, prompts
 from fastattn.collectives.exact import Exact
+from fastattn.collectives.failures import everywhere
 from fastattn.parallel import group, shard
 from fastattn.parallel.linear import ColumnLinear, RowLinear
 from fastattn.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
@@ -288,12 +289,28 @@ def prompts_travel(g: TPGroup) -> None:
     assert torch.equal(prompts.broadcast_tokens(g, tokens if g.rank == 0 else None, 2), tokens)
 
 
-def refused_prompts_cost_nothing(g: TPGroup) -> None:
+def what_rank_0_fails_at_costs_nothing(g: TPGroup) -> None:
     if g.rank == 0:
-        prompts.refuse_prompts(g)
+        for at_work in (prompts.preparing_prompts(g), prompts.choosing_tokens(g, 3)):
+            with pytest.raises(KeyError), at_work:
+                raise KeyError("bad")
     else:
-        with pytest.raises(ValueError, match="rank 0 refused them"):
+        with pytest.raises(ValueError, match="prompts: rank 0 refused them"):
             prompts.broadcast_prompts(g, None)
+        with pytest.raises(ValueError, match="tokens: rank 0 has none"):
+            prompts.broadcast_tokens(g, None, 3)
+    prompts_travel(g)
+
+
+def what_one_rank_fails_at_all_fail_at(g: TPGroup) -> None:
+    for bad in range(g.world):
+        expected = (
+            f"^{bad}$" if g.rank == bad else f"the work: failed on rank {bad}, whose own error says why"
+        )
+        with pytest.raises(KeyError, match=expected), everywhere(g, KeyError, "the work"):
+            {r: "" for r in range(g.world) if r != bad}[g.rank]
+    with everywhere(g, KeyError, "the work"):
+        pass
     prompts_travel(g)
 
 
@@ -332,7 +349,8 @@ CASES: tuple[Callable[[TPGroup], None], ...] = (
     vocabulary_is_exact,
     ids_outside_the_vocabulary_are_refused,
     prompts_travel,
-    refused_prompts_cost_nothing,
+    what_rank_0_fails_at_costs_nothing,
+    what_one_rank_fails_at_all_fail_at,
     agreement_names_the_ranks_that_differ,
     threads_share_the_machine,
 )

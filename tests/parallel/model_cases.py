@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from fastattn.memory.paged import PagedKvCache
 from fastattn.models.generate import Model
 from fastattn.models.sampling import SamplingParams
 from fastattn.parallel.schedule import TokenWeave
-from fastattn.spec import SyncPlan, TPGroup
+from fastattn.spec import CacheFull, SyncPlan, TPGroup
 from tests.parallel.cases import same_bits
 from tests.parallel.run import Case, run
 
@@ -116,6 +117,42 @@ def generation_gives_the_same_tokens(g: TPGroup) -> None:
         assert [c.token_ids for c in found] == wanted, sync
 
 
+def an_error_of_the_caller_ends_the_call_on_every_rank(g: TPGroup) -> None:
+    """And only the call: the ranks go on together."""
+    m, prompts = model("exact", g), [[3, 1, 4], [1, 5]] if g.rank == 0 else []
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    wanted = [c.token_ids for c in m.generate(prompts, params)]
+
+    for fails_at in (0, 5):
+        seen: list[int] = []
+
+        def on_token(_seq: int, token: int, _text: str, seen: list[int] = seen, at: int = fails_at) -> None:
+            seen.append(token)
+            if len(seen) > at:
+                raise KeyError("the caller's")
+
+        with pytest.raises(ValueError if g.rank else KeyError):
+            m.generate(prompts, params, on_token=on_token)
+        assert [c.token_ids for c in m.generate(prompts, params)] == wanted
+
+
+def a_cache_without_room_on_one_rank_is_full_on_all(g: TPGroup) -> None:
+    m, prompts = model("exact", g), [[3, 1, 4]] if g.rank == 0 else []
+    before = m.decoder.blocks
+    if g.rank == g.world - 1:  # as if this rank's machine had less memory
+        attention, mlp = before[0]
+        m.decoder.blocks = ((replace(attention, kv_heads=1 << 60), mlp), *before[1:])
+    try:
+        for call in (m.generate, m.logits):
+            with pytest.raises(
+                CacheFull, match="cannot be allocated" if m.decoder.blocks != before else "rank"
+            ):
+                call(prompts)
+    finally:
+        m.decoder.blocks = before
+    assert len(m.generate(prompts)) == 1
+
+
 def weaving_overlaps_each_tile_with_the_others_exchanges(g: TPGroup) -> None:
     """Between the start of a tile's sum and its end, the other tiles compute."""
     if g.world == 1:
@@ -202,6 +239,8 @@ CASES: tuple[Case, ...] = (
     lossy_policies_stay_near,
     policies_mix_by_layer_and_point,
     generation_gives_the_same_tokens,
+    an_error_of_the_caller_ends_the_call_on_every_rank,
+    a_cache_without_room_on_one_rank_is_full_on_all,
     weaving_overlaps_each_tile_with_the_others_exchanges,
     an_error_in_one_tile_awaits_the_others,
 )

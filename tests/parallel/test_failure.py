@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.parallel.ranks import HERE, Ranks
+from tests.parallel.ranks import HERE, ROOT, Ranks
 
 LOOP = HERE / "loop.py"
 
@@ -127,6 +130,24 @@ def test_exit_keeps_the_status(ending: str, tmp_path: Path) -> None:
     with Ranks(program, [], 3, tmp_path) as ranks:
         assert ranks.wait(60) == {0: 0, 1: 1, 2: 0}, ranks.everything()
         assert "KeyError: 'uncaught'" in ranks.err(1)
+
+
+def test_abort_ends_a_process_whose_errors_nobody_reads(tmp_path: Path) -> None:
+    """From another thread too, as the watch calls it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = (
+        "import threading, time\n"
+        "from fastattn.parallel import group\n"
+        "threading.Thread(target=group.abort, args=(group.single(), ValueError('lost'))).start()\n"
+        "time.sleep(60)\n"
+    )
+    with os.fdopen(writer, "wb") as stderr:
+        ended = subprocess.run(
+            [sys.executable, "-c", program], stderr=stderr, cwd=tmp_path, timeout=30, check=False,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    assert ended.returncode == 1
 
 
 def test_shares_that_differ_are_refused(tmp_path: Path) -> None:

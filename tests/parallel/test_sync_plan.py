@@ -163,7 +163,15 @@ def test_text(text: str, policy: SyncPolicy, schedule: Schedule) -> None:
         ("tiled:tiles=2", "tiles: 2, expected a list of numbers"),
         ("direct:scheme=ring", "scheme: 'ring', expected one of auto, one_step, two_step"),
         ("compressed:element=e9m9", "element"),
-        ("compressed:codec=int8", "codec: 'int8', expected an object"),
+        ("compressed:codec=int8", "no parameter 'codec', it has scheme, two_step_bytes, element, block"),
+        ("compressed:elemnt=e2m1", "no parameter 'elemnt', it has scheme, two_step_bytes, element"),
+        ("tiled:of=star+direct", "tiled: no parameter 'of', it has tiles"),
+        ("star:name=direct", "star: no parameter 'name', it has hub, item_bytes"),
+        ("star:hub=0,hub=1", "'star:hub=0,hub=1': 'hub' twice"),
+        (f"star:hub={10**400}", "star: hub: 10.*, expected an integer of 63 bits"),
+        (f"token_weave:multiple=1{'0' * 400}", "token_weave: multiple: 10.*, expected an integer of 63 bits"),
+        (f"tiled:tiles=1/{10**400}", "tiles: .*, expected positive shares"),
+        ("tiled:tiles=1e308/1e308", "tiles: .*, expected positive shares"),
         ("token_weave:tiles=1/0", r"tiles: \(1, 0\), expected positive shares of the rows"),
         ("token_weave:min_tokens=0", "min_tokens: 0, expected at least 1"),
     ],
@@ -189,6 +197,10 @@ def edit(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         (lambda v: v.update(num_layers=0), "num_layers: 0, expected an integer >= 1"),
         (lambda v: v.update(split=[1.0]), "split: .*, expected 2 positive numbers"),
         (lambda v: v.update(split=[1.0, -1.0]), "split: .*, expected 2 positive numbers"),
+        (lambda v: v.update(split=[1.0, True]), "split: .*, expected 2 positive numbers"),
+        (lambda v: v.update(split=[1.0, 10**400]), "split: .*, expected 2 positive numbers"),
+        (lambda v: v.update(split=[1e308, 1e308]), "split: .*, expected 2 positive numbers"),
+        (lambda v: v.update(num_layers=30_000_000), "num_layers: 30000000, expected at most 4096"),
         (lambda v: v.update(model=7), "model, quality: expected a text and an object"),
         (lambda v: v["schedule"].pop("decode"), "schedule: .*, expected an object of prefill, decode"),
         (lambda v: v["schedule"].update(decode={"name": "weave"}), "schedule: 'weave', expected"),
@@ -333,6 +345,11 @@ def test_missing_and_huge_files_are_refused(tmp_path: Path) -> None:
             UnsupportedError,
             r"layer 0 mlp \(prefill\): policy dropped: .*only the sync point after attention",
         ),
+        (
+            {"points": dict.fromkeys(plans.points_of(LAYERS), Compressed(codec=Codec(outliers=(3, 96))))},
+            UnsupportedError,
+            "policy compressed: outliers: channel 96, expected below hidden 96",
+        ),
     ],
 )
 def test_a_wrong_plan_is_refused(change: dict[str, Any], error: type[Exception], reason: str) -> None:
@@ -348,6 +365,22 @@ def test_a_dtype_that_cannot_travel_is_refused() -> None:
 def test_one_rank_accepts_its_plan() -> None:
     plan = plans.uniform("exact", "0123abcd", LAYERS, single(), 2)
     plans.verify(plan, single(), "0123abcd", LAYERS, 96, torch.bfloat16)
+
+
+def test_only_the_proportions_of_the_split_count() -> None:
+    plan = plans.from_json(edit(lambda v: v.update(split=[6, 2])))
+    assert plan.split == TWO.weights
+    alone = edit(lambda v: v.update(world=1, split=[2]))
+    plans.verify(plans.from_json(alone), single(), "0123abcd", LAYERS, 96, torch.bfloat16)
+
+
+def test_whatever_names_the_plan_is_for_the_dtype_of_this_model(tmp_path: Path) -> None:
+    file, text = tmp_path / "plan.json", "tiled+direct"
+    plans.write(file, plans.uniform(text, "0123abcd", LAYERS, single(), 4))
+    for sync in (text, file, str(file), plans.read(file)):
+        for dtype in (torch.bfloat16, torch.float32):
+            plan = plans.chosen(sync, "0123abcd", LAYERS, 96, dtype, single())
+            assert set(plan.points.values()) == {Tiled(Direct(item_bytes=dtype.itemsize))}
 
 
 @pytest.mark.parametrize("text", ["exact", "star:hub=1", "fused_norm", "tiled", "tiled+direct", "compressed"])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -99,6 +103,34 @@ def test_one_who_leaves_in_time_is_not_told(heard: Heard) -> None:
     assert heard.told.acquire(timeout=4)
     assert not heard.told.acquire(timeout=0.5)
     assert heard.lost == {0: 2}
+
+
+def test_no_descriptor_left_is_not_the_end_of_the_watch() -> None:
+    store = dist.TCPStore(HOST, free_port(), is_master=True, wait_for_workers=False)
+    told = threading.Event()
+    first = Watch(0, 2, store, HOST, 10, lambda lost: told.set())
+    port = int(store.get("watch").decode().split()[0])
+    with socket.socket() as stranger, every_descriptor():
+        stranger.connect((HOST, port))
+        time.sleep(0.3)
+    second = Watch(1, 2, store, HOST, 10, lambda lost: told.set())
+    second.leave(farewell=False)
+    assert told.wait(6)
+    first.leave(farewell=True)
+
+
+@contextmanager
+def every_descriptor() -> Iterator[None]:
+    """This process can open none meanwhile."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as taken:
+        highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, limits[1]))
+        taken.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        with suppress(OSError):
+            while True:
+                taken.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        yield
 
 
 def test_strangers_are_not_ranks() -> None:
