@@ -29,8 +29,8 @@ def cut_texts(
     seqlen: int,
 ) -> Texts:
     """The chunks that `quantize` takes; its arguments. Raises ValueError that names the one at fault."""
-    if not 4 <= seqlen <= config.max_position:
-        raise ValueError(f"seqlen: {seqlen}, expected 4 to the model's context, {config.max_position}")
+    if not 4 <= seqlen <= config.context:
+        raise ValueError(f"seqlen: {seqlen}, expected 4 to the model's context, {config.context}")
     if samples is not None and samples < 1:
         raise ValueError(f"samples: {samples}, expected at least 1")
     if eval_text is None:

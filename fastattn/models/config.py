@@ -55,7 +55,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    max_position: int
+    max_position: int  # the file's number; `context` is how long sequences may be
     rope: RopeConfig
     windows: tuple[int | None, ...]  # of each layer; w: a query sees itself and the w - 1 keys before it
     qkv_bias: bool
@@ -67,6 +67,19 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     pad_id: int | None
     dtype: torch.dtype  # of the checkpoint's dense tensors
+
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence may have.
+
+        Scaling by a factor extends the length that the model was trained on. For linear, dynamic and YaRN
+        the file's number is often still that one; Llama 3's and LongRoPE's is the extended one.
+        """
+        if self.rope.kind not in ("linear", "dynamic", "yarn"):
+            return self.max_position
+        p: Any = self.rope.params
+        trained = p.get("original_max_position_embeddings", self.max_position)
+        return min(MAX_POSITION, max(self.max_position, int(trained * p["factor"])))
 
     def canonical(self) -> dict[str, Any]:
         """As JSON values, for fingerprints and reports."""
