@@ -11,6 +11,7 @@ import torch
 from .fields import Fields
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 # Upper bounds of what a file may ask for: far above every published model, low enough that a hostile
@@ -123,6 +124,12 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not c.tie_embeddings:
         shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
     return shapes
+
+
+def pad_id(fields: Fields, key: str, vocab_size: int) -> int | None:
+    """The padding token, which is only written back: an id outside the vocabulary, a converter's, is none."""
+    found: int | None = fields.integer(key, -(1 << 63), 1 << 64, None)
+    return found if found is not None and 0 <= found < vocab_size else None
 
 
 def check_heads(fields: Fields, key: str, num_heads: int, num_kv_heads: int) -> None:

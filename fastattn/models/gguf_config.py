@@ -20,6 +20,7 @@ from .config import (
     RopeConfig,
     check_heads,
     check_rotary,
+    pad_id,
 )
 from .fields import Fields
 from .gguf_header import GgufHeader
@@ -87,7 +88,7 @@ def parse_metadata(path: Path, header: GgufHeader, rope_factors: np.ndarray | No
         tie_embeddings="output.weight" not in header.tensors,
         bos_id=f.token_id("tokenizer.ggml.bos_token_id", vocab),
         eos_ids=tuple(dict.fromkeys(stop for stop in stops if stop is not None)),
-        pad_id=f.token_id("tokenizer.ggml.padding_token_id", vocab),
+        pad_id=pad_id(f, "tokenizer.ggml.padding_token_id", vocab),
         dtype=_DTYPES.get(embedding.type.name, torch.float32),
     )
 
