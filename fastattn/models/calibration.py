@@ -41,7 +41,7 @@ def cut_texts(
         ("text", text, samples, SAMPLES),
         ("eval_text", eval_text, None, EVAL_CHUNKS),
     ):
-        room = len(tokenizer.encode(part, add_special=False)) // (seqlen - len(tokenizer.encode("")))
+        room = len(tokenizer.encode(part, add_special=False)) // (seqlen - len(tokenizer.begin))
         if room < (wanted or 1):
             raise ValueError(f"{name}: too short for {wanted or 1} sequences of {seqlen} tokens, has {room}")
         made = chunks(tokenizer, part, seqlen, wanted or min(room, most))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -58,15 +59,15 @@ class Model:
         ``text`` is what became readable with it. Other ranks get completions without text, and without the
         token that completed a stop text.
 
-        Raises ValueError for a prompt that is empty or longer than the model's context, and `CacheFull` when
-        the KV cache of all prompts and completions cannot be allocated.
+        Raises ValueError for a prompt that is empty or longer than the model's context, `CacheFull` when the
+        KV cache of all prompts and completions cannot be allocated, and `LogitsError`.
         """
         start = time.perf_counter()
         ids, budgets = self._share(prompts, params.max_tokens)
         if not ids:
             return []
         cache = self.kv_cache([len(p) + n for p, n in zip(ids, budgets, strict=True)])
-        batch = _Batch(ids, budgets, cache, Writer(self.tokenizer, self.config.eos_ids, ids, params, start, on_token))
+        batch = _Batch(ids, budgets, cache, Writer(self.tokenizer, ids, params, start, on_token))
         hidden = self._prefill(batch, progress and self.group.rank == 0)
         active = list(range(len(ids)))
         chosen = self._sampled(hidden, active, batch.writer)
@@ -124,7 +125,7 @@ class Model:
 
     def _encode(self, number: int, prompt: str | Sequence[int], new: int) -> list[int]:
         try:
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [index(t) for t in prompt]
         except TypeError:
             raise ValueError(f"prompts[{number}]: {prompt!r:.40}, expected a text or token ids") from None
         context, vocab = self.config.context, self.config.vocab_size
