@@ -29,8 +29,8 @@ def cut_texts(
     seqlen: int,
 ) -> Texts:
     """The chunks that `quantize` takes; its arguments. Raises ValueError that names the one at fault."""
-    if not 4 <= seqlen <= config.max_position:
-        raise ValueError(f"seqlen: {seqlen}, expected 4 to the model's context, {config.max_position}")
+    if not 4 <= seqlen <= config.context:
+        raise ValueError(f"seqlen: {seqlen}, expected 4 to the model's context, {config.context}")
     if samples is not None and samples < 1:
         raise ValueError(f"samples: {samples}, expected at least 1")
     if eval_text is None:
@@ -41,7 +41,7 @@ def cut_texts(
         ("text", text, samples, SAMPLES),
         ("eval_text", eval_text, None, EVAL_CHUNKS),
     ):
-        room = len(tokenizer.encode(part, add_special=False)) // (seqlen - len(tokenizer.encode("")))
+        room = len(tokenizer.encode(part, add_special=False)) // (seqlen - len(tokenizer.begin))
         if room < (wanted or 1):
             raise ValueError(f"{name}: too short for {wanted or 1} sequences of {seqlen} tokens, has {room}")
         made = chunks(tokenizer, part, seqlen, wanted or min(room, most))

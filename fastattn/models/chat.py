@@ -1,115 +1,68 @@
-"""Chat templates: Jinja programs that come with a model, run in Jinja's sandbox."""
+"""Chat templates: Jinja programs that come with a model, run in a process that can do no harm."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
-
-from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pathlib import Path
+from typing import Any
 
 from ..spec import CheckpointError
 
-_TEXT_LIMIT = 64 << 20  # characters; a template that loops must end somewhere
-_SOURCE_LIMIT = 1 << 20
-_POWER_BITS = 1 << 12
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which already bounds range(), with a bound on what one product or power can make."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        for value, times in ((left, right), (right, left)):
-            if hasattr(value, "__len__") and isinstance(times, int) and len(value) * times > _TEXT_LIMIT:
-                raise SecurityError(f"a result of {len(value)} times {times} is too long")
-        if operator == "**" and isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * abs(right)
-            if bits > _POWER_BITS:
-                raise SecurityError(f"a power of {bits} bits is too large")
-        return super().call_binop(context, operator, left, right)
-
-
-class _Generation(Extension):
-    """transformers' tag around the words of the assistant, for training: here its body is all it is."""
-
-    tags = {"generation"}  # noqa: RUF012 - as in Jinja's own class
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+_SOURCE_LIMIT = 1 << 20  # characters
+_TEXT_LIMIT = 64 << 20
+_BYTES = 1 << 30  # of address space, beside what the messages take
+_SECONDS = 10  # of processor time; templates that mean well take milliseconds
+# Isolated, as a file, and with the same libraries as this process.
+_START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+_PROGRAM = Path(__file__).with_name("chat_program.py")
 
 
 class ChatTemplate:
-    """One template, compiled. It sees the messages and the special tokens, and no Python."""
+    """One template. It sees the messages and the special tokens, and no Python."""
 
     def __init__(self, path: object, source: str) -> None:
-        self.path = path
+        self.path, self._source = path, source
         if len(source) > _SOURCE_LIMIT:
             raise CheckpointError(path, f"has {len(source)} characters, too long", "chat_template")
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = _now
-        try:
-            self._template = environment.from_string(source)
-        except (TemplateError, RecursionError, SyntaxError, ValueError, MemoryError) as error:
-            raise CheckpointError(path, f"is not a valid template: {error}", "chat_template") from error
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, special: Mapping[str, str]
     ) -> str:
         """The prompt. ValueError: the template refuses the messages; CheckpointError: it is broken."""
-        checked = [_check(i, m) for i, m in enumerate(messages)]
-        pieces: list[str] = []
-        length = 0
-        try:
+        values = {
             # Templates tell "no tools" from "tools is not defined", and transformers defines it.
-            for piece in self._template.generate(
-                messages=checked,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **special,
-            ):
-                pieces.append(piece)
-                length += len(piece)
-                if length > _TEXT_LIMIT:
-                    raise CheckpointError(
-                        self.path, f"made more than {_TEXT_LIMIT} characters", "chat_template"
-                    )
-        except _Refused as error:
-            raise ValueError(f"messages: refused by the chat template: {error}") from error
-        except CheckpointError:
-            raise
-        except Exception as error:  # whatever its program does wrong
-            raise CheckpointError(self.path, f"failed on these messages: {error}", "chat_template") from error
-        return "".join(pieces)
+            "tools": None,
+            "documents": None,
+            **special,
+            "messages": [_check(i, m) for i, m in enumerate(messages)],
+            "add_generation_prompt": add_generation_prompt,
+        }
+        answer = self._run(values)
+        if "refused" in answer:
+            raise ValueError(f"messages: refused by the chat template: {answer['refused']:.500}")
+        if "broken" in answer:
+            raise CheckpointError(self.path, f"{answer['broken']:.500}", "chat_template")
+        return answer["text"]
 
-
-class _Refused(Exception):
-    """The template called raise_exception."""
-
-
-def _refuse(message: object) -> NoReturn:
-    raise _Refused(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().astimezone().strftime(form)
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    # Jinja's own escapes <, > and & for HTML, which is not what models were trained on
-    options.setdefault("ensure_ascii", False)
-    return json.dumps(value, indent=indent, **options)
+    def _run(self, values: Mapping[str, Any]) -> dict[str, str]:
+        request = {
+            "source": self._source, "values": values,
+            "characters": _TEXT_LIMIT, "seconds": _SECONDS, "bytes": _BYTES,
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _START, str(_PROGRAM), *sys.path],
+            input=json.dumps(request), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode < 0:  # the system ended it
+            reason = f"takes more than {_SECONDS} s or {_BYTES >> 20} MiB on these messages"
+            raise CheckpointError(self.path, reason, "chat_template")
+        if done.returncode:
+            raise RuntimeError(f"{_PROGRAM.name} failed: {done.stderr[-2000:]}")
+        answer: dict[str, str] = json.loads(done.stdout)
+        return answer
 
 
 def _check(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,4 +72,8 @@ def _check(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         or "content" not in message
     ):
         raise ValueError(f"messages[{index}]: {message!r:.80}, expected a mapping with role and content")
-    return dict(message)
+    try:
+        json.dumps(found := dict(message))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"messages[{index}]: {message!r:.80}, expected JSON values: {error}") from error
+    return found

@@ -47,14 +47,6 @@ class Checkpoint(ABC, Generic[Stored]):
     config: ModelConfig
     _entries: Mapping[str, Stored]  # of every tensor the model needs, in the model's order
 
-    def names(self) -> Sequence[str]:
-        """Every tensor the model needs, in the model's order."""
-        return list(self._entries)
-
-    def has(self, name: str) -> bool:
-        """Whether the model needs, and so has, this tensor."""
-        return name in self._entries
-
     def shape(self, name: str) -> tuple[int, ...]:
         """(out, in) of a matrix, (n,) of a vector."""
         return self._entry(name, None).shape
@@ -200,20 +192,17 @@ def _bundled(word: str) -> Path:
 
 
 def check_shapes(path: object, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises when a tensor of the model is missing, has another shape, or a layer has one the model lacks."""
+    """Raises when a tensor of the model is missing or has another shape, or one is there that it lacks."""
     wanted = tensor_shapes(config)
     for name, shape in wanted.items():
         if name not in found:
             raise CheckpointError(path, "is missing", name)
         if found[name] != shape:
             raise CheckpointError(path, f"has shape {found[name]}, the config says {shape}", name)
+    known = {*wanted, "lm_head.weight"}  # whose name a tied embedding may have too
     for name in found:
         # Buffers of old Hugging Face checkpoints are recomputed; a weight we would not use changes the model.
-        if (
-            name.startswith("model.layers.")
-            and name not in wanted
-            and not name.endswith(".rotary_emb.inv_freq")
-        ):
+        if name not in known and not name.endswith(".rotary_emb.inv_freq"):
             raise CheckpointError(
                 path, f"is not part of this {config.family} model of {config.num_layers} layers", name
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -23,7 +23,7 @@ class Completion:
 
     prompt_ids: list[int]
     token_ids: list[int]
-    text: str
+    text: str  # as it goes on after the prompt's
     finish_reason: str  # "stop" (end token or stop text) | "length"
     ttft_s: float  # from generate()'s start to this sequence's first token
     latency_s: float  # to its last
@@ -49,18 +49,17 @@ class Writer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        eos_ids: Sequence[int],
         ids: list[list[int]],
         params: SamplingParams,
         start: float,
         on_token: OnToken | None,
     ) -> None:
         self._ids, self._start, self._on_token = ids, start, on_token
-        self._eos = frozenset() if params.ignore_eos else frozenset(eos_ids)
+        self._eos = frozenset() if params.ignore_eos else frozenset(tokenizer.eos_ids)
         self._sample = Sampler(params, len(ids))
         self._texts = []
-        for _ in ids:
-            stream = tokenizer.stream()
+        for prompt in ids:
+            stream = tokenizer.stream(prompt)
             self._texts.append(_Text(stream.push, stream.flush, StopText(params.stop)))
 
     def tokens(self, seq: int) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from .fields import Fields
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 # Upper bounds of what a file may ask for: far above every published model, low enough that a hostile
@@ -54,7 +55,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    max_position: int
+    max_position: int  # the file's number; `context` is how long sequences may be
     rope: RopeConfig
     windows: tuple[int | None, ...]  # of each layer; w: a query sees itself and the w - 1 keys before it
     qkv_bias: bool
@@ -66,6 +67,19 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     pad_id: int | None
     dtype: torch.dtype  # of the checkpoint's dense tensors
+
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence may have.
+
+        Scaling by a factor extends the length that the model was trained on. For linear, dynamic and YaRN
+        the file's number is often still that one; Llama 3's and LongRoPE's is the extended one.
+        """
+        if self.rope.kind not in ("linear", "dynamic", "yarn"):
+            return self.max_position
+        p: Any = self.rope.params
+        trained = p.get("original_max_position_embeddings", self.max_position)
+        return min(MAX_POSITION, max(self.max_position, int(trained * p["factor"])))
 
     def canonical(self) -> dict[str, Any]:
         """As JSON values, for fingerprints and reports."""
@@ -109,6 +123,12 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not c.tie_embeddings:
         shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
     return shapes
+
+
+def pad_id(fields: Fields, key: str, vocab_size: int) -> int | None:
+    """The padding token, which is only written back: an id outside the vocabulary, a converter's, is none."""
+    found: int | None = fields.integer(key, -(1 << 63), 1 << 64, None)
+    return found if found is not None and 0 <= found < vocab_size else None
 
 
 def check_heads(fields: Fields, key: str, num_heads: int, num_kv_heads: int) -> None:

@@ -89,9 +89,12 @@ class Fields:
         return Fields(self.path, value, f"{self.prefix}{key}.")
 
     def ids(self, key: str, vocab: int) -> tuple[int, ...]:
-        """Token ids below ``vocab``: an integer or a list of integers; () when absent."""
+        """Token ids below ``vocab``: an integer or a list of integers; () when absent.
+
+        -1, which some converters write for "none", is none.
+        """
         value = self._get(key, [])
-        listed = value if isinstance(value, list) else [value]
+        listed = [item for item in (value if isinstance(value, list) else [value]) if item != -1]
         for item in listed:
             if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < vocab:
                 self.fail(key, f"is {_show(value)}, expected token ids from 0 to {vocab - 1}")

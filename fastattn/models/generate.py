@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,28 +60,28 @@ class Model:
         ``text`` is what became readable with it. Where it raises, the others raise ValueError. They get
         completions without text, and without the token that completed a stop text.
 
-        Raises ValueError for a prompt that is empty or longer than the model's context, and `CacheFull` when
-        the KV cache of all prompts and completions cannot be allocated.
+        Raises ValueError for a prompt that is empty or longer than the model's context, `CacheFull` when the
+        KV cache of all prompts and completions cannot be allocated, and `LogitsError`.
         """
         start = time.perf_counter()
         ids, budgets = self._share(prompts, params.max_tokens)
         if not ids:
             return []
         cache = self.kv_cache([len(p) + n for p, n in zip(ids, budgets, strict=True)])
-        writer = Writer(self.tokenizer, self.config.eos_ids, ids, params, start, on_token)
-        hidden = self._prefill(ids, cache, progress and self.group.rank == 0)
+        batch = _Batch(ids, budgets, cache, Writer(self.tokenizer, ids, params, start, on_token))
+        hidden = self._prefill(batch, progress and self.group.rank == 0)
         active = list(range(len(ids)))
-        chosen = self._sampled(hidden, active, writer)
+        chosen = self._sampled(hidden, active, batch.writer)
         while True:
-            tokens = self._agreed(chosen, active, writer, budgets)
+            tokens = self._agreed(chosen, active, batch)
             for seq, token in zip(active, tokens, strict=True):
-                if token == ENDED or len(writer.tokens(seq)) == budgets[seq]:
+                if token == ENDED or len(batch.writer.tokens(seq)) == budgets[seq]:
                     cache.free(seq)
             tokens = [t for s, t in zip(active, tokens, strict=True) if cache.length(s)]
             active = [s for s in active if cache.length(s)]
             if not active:
-                return writer.completions()
-            chosen = self._step(tokens, active, cache, writer, greedy=params.temperature == 0)
+                return batch.writer.completions()
+            chosen = self._step(tokens, active, batch, greedy=params.temperature == 0)
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[Sequence[int]], step: int | None = None) -> list[Tensor]:
@@ -96,7 +98,8 @@ class Model:
         for seq, prompt in enumerate(ids):
             parts = []
             for piece in torch.tensor(prompt, device=self.device).split(step or len(prompt)):
-                hidden = self.decoder.forward(piece, cache.reserve([seq], [len(piece)]), cache)
+                view = cache.reserve([seq], [len(piece)])
+                hidden = self.decoder.forward(piece, view, cache, [len(prompt)])
                 rows = self.decoder.head(hidden)
                 if rows is not None:
                     parts.append(rows.float().cpu())
@@ -113,23 +116,23 @@ class Model:
                 if isinstance(prompts, str):
                     raise ValueError(f"prompts: the text {prompts!r:.40}, expected a list of prompts")  # noqa: TRY004
                 ids = [self._encode(i, p, new) for i, p in enumerate(prompts)]
-            budgets = [min(new, self.config.max_position - len(p)) for p in ids]
+            budgets = [min(new, self.config.context - len(p)) for p in ids]
             rows = [*ids, budgets]
         *ids, budgets = broadcast_prompts(self.group, rows)
         return ids, budgets
 
-    def _encode(self, index: int, prompt: str | Sequence[int], new: int) -> list[int]:
+    def _encode(self, number: int, prompt: str | Sequence[int], new: int) -> list[int]:
         try:
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [index(t) for t in prompt]
         except TypeError:
-            raise ValueError(f"prompts[{index}]: {prompt!r:.40}, expected a text or token ids") from None
-        context, vocab = self.config.max_position, self.config.vocab_size
+            raise ValueError(f"prompts[{number}]: {prompt!r:.40}, expected a text or token ids") from None
+        context, vocab = self.config.context, self.config.vocab_size
         if not ids:
-            raise ValueError(f"prompts[{index}]: no tokens, expected at least one")
+            raise ValueError(f"prompts[{number}]: no tokens, expected at least one")
         if len(ids) + min(new, 1) > context:
-            raise ValueError(f"prompts[{index}]: {len(ids)} tokens, the model's context is {context}")
+            raise ValueError(f"prompts[{number}]: {len(ids)} tokens, the model's context is {context}")
         if not 0 <= min(ids) <= max(ids) < vocab:
-            raise ValueError(f"prompts[{index}]: token ids outside the vocabulary of {vocab}")
+            raise ValueError(f"prompts[{number}]: token ids outside the vocabulary of {vocab}")
         return ids
 
     def kv_cache(self, lengths: Sequence[int]) -> PagedKvCache:
@@ -146,16 +149,18 @@ class Model:
                 device=self.device, layout=wanted.layout,
             )  # fmt: skip
 
-    def _prefill(self, ids: list[list[int]], cache: PagedKvCache, progress: bool) -> Tensor:
+    def _prefill(self, batch: _Batch, progress: bool) -> Tensor:
         """Hidden state of each prompt's last token (B, hidden); prompts in chunks, chunks packed."""
-        last = [torch.empty(0)] * len(ids)
+        ids, last = batch.ids, [torch.empty(0)] * len(batch.ids)
         total = sum(map(len, ids))
         bar = tqdm(total=total, desc="prefill", unit="tok", disable=not progress or total <= PREFILL_TOKENS)
         with bar:
             for chunk in chunks([len(p) for p in ids], PREFILL_TOKENS):
-                step = cache.reserve([seq for seq, _, _ in chunk], [hi - lo for _, lo, hi in chunk])
-                packed = [token for seq, lo, hi in chunk for token in ids[seq][lo:hi]]
-                hidden = self.decoder.forward(torch.tensor(packed, device=self.device), step, cache)
+                step = batch.cache.reserve([seq for seq, _, _ in chunk], [hi - lo for _, lo, hi in chunk])
+                packed = torch.tensor([t for seq, lo, hi in chunk for t in ids[seq][lo:hi]])
+                hidden = self.decoder.forward(
+                    packed.to(self.device), step, batch.cache, batch.lengths(step.seqs)
+                )
                 ends = step.cu_seqlens[1:].tolist()
                 for (seq, _, hi), end in zip(chunk, ends, strict=True):
                     if hi == len(ids[seq]):
@@ -163,14 +168,14 @@ class Model:
                 bar.update(len(packed))
         return torch.stack(last)
 
-    def _step(
-        self, tokens: list[int], active: list[int], cache: PagedKvCache, writer: Writer, *, greedy: bool
-    ) -> list[int] | None:
+    def _step(self, tokens: list[int], active: list[int], batch: _Batch, *, greedy: bool) -> list[int] | None:
         """The next token of each active sequence after ``tokens``; None on all ranks but 0."""
-        ids, step = torch.tensor(tokens, device=self.device), cache.reserve(active, [1] * len(active))
-        best = self.decoder.next_tokens(ids, step, cache) if greedy else None
+        ids, step = torch.tensor(tokens, device=self.device), batch.cache.reserve(active, [1] * len(active))
+        lengths = batch.lengths(active)
+        best = self.decoder.next_tokens(ids, step, batch.cache, lengths) if greedy else None
         if best is None:
-            return self._sampled(self.decoder.forward(ids, step, cache), active, writer)
+            hidden = self.decoder.forward(ids, step, batch.cache, lengths)
+            return self._sampled(hidden, active, batch.writer)
         return best.tolist() if self.group.rank == 0 else None
 
     def _sampled(self, hidden: Tensor, active: list[int], writer: Writer) -> list[int] | None:
@@ -180,21 +185,32 @@ class Model:
         with choosing_tokens(self.group, len(active)):
             return writer.sample(logits, active)
 
-    def _agreed(
-        self, chosen: list[int] | None, active: list[int], writer: Writer, budgets: list[int]
-    ) -> list[int]:
+    def _agreed(self, chosen: list[int] | None, active: list[int], batch: _Batch) -> list[int]:
         """What rank 0 made of the tokens that it chose, on every rank."""
         tokens = None
         if chosen is not None:
             with choosing_tokens(self.group, len(active)):
-                tokens = writer.take(active, chosen, budgets)
+                tokens = batch.writer.take(active, chosen, batch.budgets)
         if self.group.world > 1:
             sent = None if tokens is None else torch.tensor(tokens)
             tokens = broadcast_tokens(self.group, sent, len(active)).tolist()
             if self.group.rank != 0:
-                writer.record(active, tokens)
+                batch.writer.record(active, tokens)
         assert tokens is not None
         return tokens
+
+
+class _Batch(NamedTuple):
+    """The sequences of one call of `generate`."""
+
+    ids: list[list[int]]  # of the prompts
+    budgets: list[int]  # tokens that may follow
+    cache: PagedKvCache
+    writer: Writer
+
+    def lengths(self, seqs: Sequence[int]) -> list[int]:
+        """That these sequences may reach."""
+        return [len(self.ids[seq]) + self.budgets[seq] for seq in seqs]
 
 
 def chunks(lengths: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]]:

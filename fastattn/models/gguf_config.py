@@ -20,12 +20,14 @@ from .config import (
     RopeConfig,
     check_heads,
     check_rotary,
+    pad_id,
 )
 from .fields import Fields
 from .gguf_header import GgufHeader
 
 _FAMILIES = ("llama", "qwen2", "qwen3")  # llama.cpp converts Mistral to llama
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+_FACTORS = 1e-3, 1e9  # of a scaling
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -86,7 +88,7 @@ def parse_metadata(path: Path, header: GgufHeader, rope_factors: np.ndarray | No
         tie_embeddings="output.weight" not in header.tensors,
         bos_id=f.token_id("tokenizer.ggml.bos_token_id", vocab),
         eos_ids=tuple(dict.fromkeys(stop for stop in stops if stop is not None)),
-        pad_id=f.token_id("tokenizer.ggml.padding_token_id", vocab),
+        pad_id=pad_id(f, "tokenizer.ggml.padding_token_id", vocab),
         dtype=_DTYPES.get(embedding.type.name, torch.float32),
     )
 
@@ -97,10 +99,14 @@ def _rope(f: Fields, arch: str, head_dim: int, max_position: int, factors: np.nd
     dim = f.integer(key, 1, MAX_HEAD_DIM, head_dim)
     check_rotary(f, key, dim, head_dim)
     interleaved = arch == "llama"  # its converter permutes the rows of q and k for that style
-    key = f"{arch}.rope.scaling.type"
-    kind = f.string(key, "none")
+    key, scale = f"{arch}.rope.scaling.type", f"{arch}.rope.scaling.factor"
+    kind = f.string(key, "linear")  # as llama.cpp reads it, the older name of the factor too
     if kind not in ("none", "linear", "yarn"):
         f.fail(key, f"is {kind[:40]!r}, supported are none, linear and yarn")
+    if kind == "linear" and not f.has(scale):
+        scale = f"{arch}.rope.scale_linear"
+    if kind == "linear" and f.number(scale, *_FACTORS, 1.0) == 1.0:
+        kind = "none"
     params: dict[str, Any] = {}
     if factors is not None:
         # Llama 3's bands, evaluated by the converter: LongRoPE with the same divisors at every length.
@@ -112,7 +118,7 @@ def _rope(f: Fields, arch: str, head_dim: int, max_position: int, factors: np.nd
         return RopeConfig(theta, "longrope", dim, interleaved, params)
     if kind == "none":
         return RopeConfig(theta, "default", dim, interleaved)
-    factor = params["factor"] = f.number(f"{arch}.rope.scaling.factor", 1e-3, 1e9)
+    factor = params["factor"] = f.number(scale, *_FACTORS)
     if kind == "yarn":
         original = f.integer(
             f"{arch}.rope.scaling.original_context_length", 2, MAX_POSITION, max(max_position, 2)

@@ -60,7 +60,8 @@ class GgufCheckpoint(Checkpoint[GgufTensor]):
                 raise CheckpointError(path, f"is not a vector of F32 but {factors.type.name}", ROPE_FACTORS)
             divisors = np.array(self._map(factors)[0]).view(np.float32)
         self.config = parse_metadata(path, self._header, divisors)
-        stored = {_canonical(path, name): t for name, t in self._header.tensors.items()}
+        tensors = self._header.tensors.items()
+        stored = {_canonical(path, name): t for name, t in tensors if name != ROPE_FACTORS}
         if self.config.tie_embeddings:
             stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
         check_shapes(path, self.config, {name: t.shape for name, t in stored.items()})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .config import ModelConfig
+from .config import ModelConfig, pad_id
 from .fields import Fields
 from .gguf_header import Strings
 from .tokenizer import Tokenizer, panics
@@ -196,8 +196,13 @@ def _add_special_tokens(path: Path, core: tokenizers.Tokenizer, tokens: list[str
 def _special_texts(f: Fields, tokens: list[str]) -> dict[str, str]:
     """The texts of the tokens that chat templates name."""
     texts = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = f.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens))
+    for name, key, read in (
+        ("bos", "bos", Fields.token_id),
+        ("eos", "eos", Fields.token_id),
+        ("unk", "unknown", Fields.token_id),
+        ("pad", "padding", pad_id),
+    ):
+        token = read(f, f"tokenizer.ggml.{key}_token_id", len(tokens))
         if token is not None:
             texts[f"{name}_token"] = tokens[token]
     return texts

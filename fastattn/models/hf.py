@@ -44,7 +44,7 @@ class HfCheckpoint(Checkpoint[Entry | PackedEntry]):
         for file, names in _weight_files(directory).items():
             stored |= self._read_header(file, names)
         if self.config.tie_embeddings:
-            _tie(stored)
+            self._tie(stored)
         shapes = tensor_shapes(self.config)
         entries = gather(stored, shapes, read_format(directory))
         self._drop_zero_biases(entries, shapes)
@@ -63,6 +63,19 @@ class HfCheckpoint(Checkpoint[Entry | PackedEntry]):
         with self._parts(name, entry) as tensors:
             found = entry.format.g_idx(tensors, entry.shape[1])
             return None if found is None else found.clone()
+
+    def _tie(self, stored: dict[str, Entry]) -> None:
+        """One matrix is embedding and head, whichever of the two names the file has; not two that differ."""
+        embed, head = "model.embed_tokens.weight", "lm_head.weight"
+        if embed in stored and head in stored:
+            with self._mapped(embed, stored[embed]) as a, self._mapped(head, stored[head]) as b:
+                if a.dtype != b.dtype or not torch.equal(a, b):
+                    reason = "differs from the embedding, though tie_word_embeddings is true"
+                    raise CheckpointError(stored[head].file, reason, head)
+        if embed in stored:
+            stored[head] = stored[embed]
+        elif head in stored:
+            stored[embed] = stored[head]
 
     def _drop_zero_biases(
         self, entries: dict[str, Entry | PackedEntry], shapes: Mapping[str, tuple[int, ...]]
@@ -140,15 +153,6 @@ class HfCheckpoint(Checkpoint[Entry | PackedEntry]):
             if entry.file.stat().st_size != self._sizes[entry.file.name]:
                 raise CheckpointError(entry.file, "changed its size since it was opened", name)
             yield handle.get_slice(entry.stored)[:]
-
-
-def _tie(stored: dict[str, Entry]) -> None:
-    """One matrix is embedding and head, whichever of the two names the file has."""
-    embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    if embed in stored:
-        stored[head] = stored[embed]
-    elif head in stored:
-        stored[embed] = stored[head]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 
 from ..spec import MAX_LAYERS
 from .config import (
+    DTYPES,
     FAMILIES,
     MAX_HEAD_DIM,
     MAX_HEADS,
@@ -22,6 +23,7 @@ from .config import (
     check_dynamic,
     check_heads,
     check_rotary,
+    pad_id,
 )
 from .fields import Fields, read_json
 
@@ -32,7 +34,6 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LARGE = 1e9
 _MIN_THETA = 1.001  # YaRN divides by log(theta)
 
@@ -93,9 +94,9 @@ def parse_config(values: Mapping[str, Any], path: Path, generation: Fields | Non
         mlp_bias=f.flag("mlp_bias", False) if family == "llama" else False,
         qk_norm=family == "qwen3",
         tie_embeddings=f.flag("tie_word_embeddings", False),
-        bos_id=_optional_id(f, "bos_token_id", vocab),
+        bos_id=f.token_id("bos_token_id", vocab),
         eos_ids=stops.ids("eos_token_id", vocab),
-        pad_id=_optional_id(f, "pad_token_id", vocab),
+        pad_id=pad_id(f, "pad_token_id", vocab),
         dtype=_dtype(f),
     )
 
@@ -109,17 +110,12 @@ def _check_architecture(f: Fields, family: str) -> None:
         )
 
 
-def _optional_id(f: Fields, key: str, vocab: int) -> int | None:
-    # transformers writes -1 for "none" in some converted checkpoints
-    return None if f.values.get(key) == -1 else f.token_id(key, vocab)
-
-
 def _dtype(f: Fields) -> torch.dtype:
     key = "dtype" if f.has("dtype") else "torch_dtype"
     name = f.string(key, "float32")
-    if name not in _DTYPES:
-        f.fail(key, f"is {name[:40]!r}, supported are {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        f.fail(key, f"is {name[:40]!r}, supported are {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _windows(f: Fields, family: str, layers: int) -> tuple[int | None, ...]:

@@ -32,14 +32,15 @@ def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
         if (directory / name).exists():
             settings |= read_json(directory / name, _FILE_LIMIT)
     texts = {key: text for key in _SPECIAL if (text := _token_text(settings.get(key))) is not None}
-    bos = core.token_to_id(texts["bos_token"]) if "bos_token" in texts else config.bos_id
-    eos = core.token_to_id(texts["eos_token"]) if "eos_token" in texts else None
-    eos_ids = config.eos_ids if eos is None or eos in config.eos_ids else (*config.eos_ids, eos)
+    with panics(directory, "names special tokens that are not Unicode"):
+        ids = {key: core.token_to_id(text) for key, text in texts.items()}
+    eos = ids.get("eos_token")
     return Tokenizer(
         path,
         core,
-        bos_id=bos,
-        eos_ids=eos_ids,
+        # A null says that there is none.
+        bos_id=ids.get("bos_token") if "bos_token" in settings else config.bos_id,
+        eos_ids=config.eos_ids if eos is None or eos in config.eos_ids else (*config.eos_ids, eos),
         special_tokens=texts,
         chat_template=_chat_template(directory, settings),
     )

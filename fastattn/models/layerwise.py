@@ -34,7 +34,7 @@ class Sequences:
         self.config = weights.config
         (table,) = weights.tensors("model.embed_tokens.").values()
         self.residuals = [table[torch.tensor(s)] for s in ids]
-        self._rope = RopeTables(self.config.rope, self.config.max_position)
+        self._rope = RopeTables(self.config.rope)
 
     def attention_inputs(self, layer: Layer) -> Iterator[Tensor]:
         """Inputs of q, k and v."""
@@ -48,7 +48,8 @@ class Sequences:
         cache = PagedKvCache(1, pages, _PAGE, attention.kv_heads, self.config.head_dim)
         for x in self.residuals:
             step = cache.reserve([0], [len(x)])
-            forward = Forward(self.config, "prefill", cache, step, *self._rope.upto(step.max_used))
+            cos, sin, rows = self._rope.of(step)
+            forward = Forward(self.config, "prefill", cache, step._replace(positions=rows), cos, sin)
             yield AttentionHalf(attention, 0, attention.norm(x)[0], forward).gemm_input(0, len(x))
             cache.free(0)
 

@@ -174,26 +174,33 @@ class Decoder:
     ) -> None:
         self.config, self.embedding, self.blocks = config, embedding, tuple(blocks)
         self.norm, self.head, self.group, self.policy = norm, head, group, policy
-        self.rope = RopeTables(config.rope, config.max_position, norm.weight.device)
+        self.rope = RopeTables(config.rope, norm.weight.device)
         self.schedule = schedule
         #: Whether half-blocks may run as single native calls; the result is the same.
         self.fused = True
         self._known: dict[Phase, tuple[Callable[[Point], SyncPolicy], bool]] = {}
 
-    def forward(self, ids: Tensor, step: KvStep, cache: KvCache) -> Tensor:
-        """Normalised hidden states (total, hidden) of packed token ids (total,); appends to the cache."""
+    def forward(
+        self, ids: Tensor, step: KvStep, cache: KvCache, lengths: Sequence[int] | None = None
+    ) -> Tensor:
+        """Normalised hidden states (total, hidden) of packed token ids (total,); appends to the cache.
+
+        ``lengths``: as of `RopeTables.of`.
+        """
         phase: Phase = "prefill" if step.max_new > 1 else "decode"
-        shared = self._shared(phase, step, cache)
+        shared = self._begin(phase, step, cache, lengths)
         spans = self.schedule[phase].spans(ids.shape[0]) if self.group.world > 1 else ()
         if shared.fused and len(spans) <= 1 and self._sums_plainly(phase):
             return shared.fused.forward(ids)
         x = self.embedding(ids)
         if len(spans) <= 1:
             return woven([self._layers(x, shared)])[0]
-        tiles = [self._shared(phase, shared.tile(lo, hi), cache) for lo, hi in spans]
+        tiles = [self._shared(phase, shared.tile(lo, hi), cache, shared.cos, shared.sin) for lo, hi in spans]
         return torch.cat(woven([self._layers(x[lo:hi], t) for (lo, hi), t in zip(spans, tiles, strict=True)]))
 
-    def next_tokens(self, ids: Tensor, step: KvStep, cache: KvCache) -> Tensor | None:
+    def next_tokens(
+        self, ids: Tensor, step: KvStep, cache: KvCache, lengths: Sequence[int] | None = None
+    ) -> Tensor | None:
         """The likeliest token after each of ``ids``, one new one a sequence, as one native call: (rows,)
         int64 to (rows,) int64, on every rank.
 
@@ -203,11 +210,15 @@ class Decoder:
             return None
         if self.group.world > 1 and len(self.schedule["decode"].spans(ids.shape[0])) > 1:
             return None
-        fused = self._shared("decode", step, cache).fused
+        fused = self._begin("decode", step, cache, lengths).fused
         return fused.next_tokens(ids) if fused and fused.has_head else None
 
-    def _shared(self, phase: Phase, step: KvStep, cache: KvCache) -> Forward:
-        cos, sin = self.rope.upto(step.max_used)
+    def _begin(self, phase: Phase, step: KvStep, cache: KvCache, lengths: Sequence[int] | None) -> Forward:
+        cos, sin, rows = self.rope.of(step, lengths)
+        # Nothing but the tables is looked up by positions.
+        return self._shared(phase, step._replace(positions=rows), cache, cos, sin)
+
+    def _shared(self, phase: Phase, step: KvStep, cache: KvCache, cos: Tensor, sin: Tensor) -> Forward:
         fused = None
         if self.fused and self._fused:
             fused = self._fused.step(step.slots.shape[0], cache, step, cos, sin)

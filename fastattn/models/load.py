@@ -29,10 +29,10 @@ from ..parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 from ..quant import packed
 from ..spec import PackedWeight, Shard, SyncPlan, TPGroup
 from .checkpoint import Checkpoint, open_checkpoint
+from .config import DTYPES
 from .generate import Model
 from .llama import Attention, Decoder, Mlp, RmsNorm
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GROUP = 32  # of the common quantized formats
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -23,13 +23,12 @@ def chunks(tokenizer: Tokenizer, text: str, context: int, count: int) -> list[li
 
     Raises ValueError when the text has too few tokens.
     """
-    begin = tokenizer.encode("")
     tokens = tokenizer.encode(text, add_special=False)
-    length = context - len(begin)
+    length = context - len(tokenizer.begin)
     if count < 1 or length < 2 or count * length > len(tokens):
         raise ValueError(f"text: {len(tokens)} tokens, too few for {count} chunks of {context}")
     step = (len(tokens) - length) / max(1, count - 1)
-    return [[*begin, *tokens[int(i * step) : int(i * step) + length]] for i in range(count)]
+    return [[*tokenizer.begin, *tokens[int(i * step) : int(i * step) + length]] for i in range(count)]
 
 
 def nll(model: Model, ids: Sequence[Sequence[int]], step: int | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from ..quant import gptq, words
 from ..quant.gptq_solver import Hessian, Quantized
 from ..quant.recipe import Heads, Recipe
 from ..spec import CheckpointError
+from . import hf_write
 from .calibration import cut_texts
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import ModelConfig, tensor_shapes
@@ -107,6 +108,7 @@ def write_quantized(
     _check_packable(checkpoint.path, weights.config, recipe)
     seen = hashlib.sha256(repr(calibration).encode()).hexdigest()
     config = replace(weights.config, dtype=parse_dtype(dtype, checkpoint))
+    hf_write.config_values(checkpoint, config)  # what has none is refused before the work
     run = {"model": checkpoint.fingerprint(), "calibration": seen, "dtype": str(config.dtype)}
     files = QuantizedFiles(Path(out), config, recipe, run)
     if not files.has_dense():

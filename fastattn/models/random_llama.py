@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from ..quant.grouped import trivial_g_idx
+from . import hf_write
 from .config import tensor_shapes
 from .hf_config import parse_config
 
 FORMS = ("fp16", "int4")
 _SPECIALS = ("<s>", "</s>")
-_SHARD_BYTES = 4 << 30
 
 
 class RandomLlama(NamedTuple):
@@ -69,36 +68,29 @@ def parse(text: str) -> RandomLlama | None:
 
 
 def write(made: RandomLlama, folder: Path, seed: int = 0) -> Path:
-    """Writes config.json, the weights and a tokenizer of bytes; the same ones for the same seed."""
+    """Writes config.json, the weights, a file for each layer, and a tokenizer of bytes; by ``seed`` alone."""
     config = made.config()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
     _byte_tokenizer().save(str(folder / "tokenizer.json"))
-    names = {"bos_token": _SPECIALS[0], "eos_token": _SPECIALS[1]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    specials = {"bos_token": _SPECIALS[0], "eos_token": _SPECIALS[1]}
+    hf_write.write_json(folder / "tokenizer_config.json", specials)
     rng = torch.Generator().manual_seed(seed)
-    shards: list[dict[str, Tensor]] = [{}]
-    places: dict[str, int] = {}
-    for name, shape in tensor_shapes(parse_config(config, folder / "config.json")).items():
-        tensors = _tensors(made, name, shape, rng)
-        if sum(t.nbytes for t in shards[-1].values()) > _SHARD_BYTES:
-            _save(folder, len(shards), shards[-1])
-            shards[-1].clear()
-            shards.append({})
-        shards[-1] |= tensors
-        places |= dict.fromkeys(tensors, len(shards))
-    _save(folder, len(shards), shards[-1])
-    index = {"metadata": {}, "weight_map": {name: _shard_name(n) for name, n in places.items()}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shapes = tensor_shapes(parse_config(config, folder / "config.json"))
+    parts = [list(names) for _, names in groupby(shapes, _layer)]
+    shards = [hf_write.shard_name(i + 1, len(parts)) for i in range(len(parts))]
+    for shard, part in zip(shards, parts, strict=True):
+        tensors: dict[str, Tensor] = {}
+        for name in part:
+            tensors |= _tensors(made, name, shapes[name], rng)
+        hf_write.write_tensors(folder / shard, tensors)
+    hf_write.write_index(folder, shards)
+    hf_write.write_json(folder / "config.json", config)
     return folder
 
 
-def _shard_name(number: int) -> str:
-    return f"model-{number:05}.safetensors"
-
-
-def _save(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, folder / _shard_name(number), {"format": "pt"})
+def _layer(name: str) -> str:
+    """The layer that a tensor is of, "" outside them."""
+    return name.split(".")[2] if ".layers." in name else ""
 
 
 def _tensors(made: RandomLlama, name: str, shape: tuple[int, ...], rng: torch.Generator) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ class SamplingParams:
     Args:
         max_tokens: tokens to generate at most.
         temperature: 0: greedy.
-        top_k: keep the k likeliest tokens; 0: all.
+        top_k: keep the k likeliest tokens, of equal ones any; 0: all.
         top_p: then keep the smallest set whose probability reaches top_p.
         seed: of the random numbers; sequence i of a batch uses seed + i, whatever the batch.
         stop: texts that end a completion; they are not part of it.
@@ -48,6 +49,10 @@ class SamplingParams:
             raise ValueError("stop: an empty text would end every completion")
 
 
+class LogitsError(ValueError):
+    """No token can be chosen: the model's logits are not numbers."""
+
+
 class Sampler:
     """Draws the next token of each sequence of a batch."""
 
@@ -57,25 +62,36 @@ class Sampler:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, logits: Tensor, seqs: Sequence[int]) -> list[int]:
-        """Token of each row of ``logits`` (len(seqs), vocab); row r belongs to sequence ``seqs[r]``."""
+        """Token of each row of ``logits`` (len(seqs), vocab); row r belongs to sequence ``seqs[r]``.
+
+        Raises LogitsError where the largest logit of a row is NaN or infinite.
+        """
+        logits = logits.float()
+        # On the CPU, numpy's argmax is vectorized and torch's is not: 6 us against 82 for 49,152 logits.
+        rows = logits.numpy() if logits.device.type == "cpu" else logits
+        tokens = torch.as_tensor(rows.argmax(-1))  # both take a NaN for the largest
+        largest = logits.gather(-1, tokens[:, None])
+        for seq, value in zip(seqs, largest[:, 0].tolist(), strict=True):
+            if not math.isfinite(value):
+                raise LogitsError(
+                    f"the largest logit of sequence {seq} is {value}, expected a finite number: the weights "
+                    "hold values that are not, or a sum left the range of the dtype"
+                )
         if self.params.temperature == 0:
-            # On the CPU, numpy's argmax is vectorized and torch's is not: 6 us against 82 for 49,152 logits.
-            best = logits.float().numpy() if logits.device.type == "cpu" else logits
-            tokens: list[int] = best.argmax(-1).tolist()
-            return tokens
-        probabilities = self._probabilities(logits.float().cpu())
+            return tokens.tolist()
+        probabilities = self._probabilities((logits - largest).cpu())
         return [
             int(torch.multinomial(row, 1, generator=self._generators[seq]))
             for row, seq in zip(probabilities, seqs, strict=True)
         ]
 
     def _probabilities(self, logits: Tensor) -> Tensor:
+        """Of logits whose largest is 0, so that no temperature overflows to infinity - infinity."""
         p = self.params
-        # In float64 and from the largest down, so that no temperature overflows to infinity - infinity.
-        logits = ((logits - logits.amax(-1, keepdim=True)).double() / p.temperature).float()
+        logits = (logits.double() / p.temperature).float()
         if 0 < p.top_k < logits.shape[-1]:
-            kth = logits.topk(p.top_k, dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < kth, -torch.inf)
+            kept = logits.topk(p.top_k, dim=-1)
+            logits = torch.full_like(logits, -torch.inf).scatter_(-1, kept.indices, kept.values)
         probabilities = logits.softmax(-1)
         if p.top_p < 1:
             ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, compress
 from typing import TYPE_CHECKING, Any
 
 from ..spec import CheckpointError
@@ -18,10 +19,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that a
 
 
 class Tokenizer:
-    """The tokenizer of a model, on top of a `tokenizers.Tokenizer`.
-
-    ``vocab_size`` counts its own tokens and may be below the model's, whose matrices are often padded.
-    """
+    """The tokenizer of a model, on top of a `tokenizers.Tokenizer`."""
 
     def __init__(
         self,
@@ -33,14 +31,19 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         chat_template: str | None,
     ) -> None:
-        """``special_tokens``: the texts that a chat template may name (bos_token, eos_token, ...)."""
+        """``eos_ids``: that end a completion. ``special_tokens``: the texts that a chat template may name
+        (bos_token, eos_token, ...).
+        """
         self.path = path
         self.bos_id, self.eos_ids = bos_id, eos_ids
         self._core = core
         # A file may ask for padding to a billion tokens; neither belongs to encoding one text.
         core.no_padding()
         core.no_truncation()
-        self.vocab_size: int = core.get_vocab_size(with_added_tokens=True)
+        with panics(path, "the tokenizer failed to encode"):
+            probe = core.encode("a")
+        #: What it puts before a text.
+        self.begin: list[int] = list(compress(probe.ids, accumulate(probe.special_tokens_mask, min)))
         self._special_tokens = dict(special_tokens)
         self._template_source = chat_template
         self._template: ChatTemplate | None = None
@@ -48,8 +51,8 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of ``text``. Special tokens written out in the text are recognized.
 
-        ``add_special`` adds what the tokenizer puts around a text, such as a beginning-of-text token; that
-        one is not doubled when the text, as that of chat templates often does, begins with it.
+        ``add_special`` adds what the tokenizer puts around a text, such as a beginning-of-text token; it does
+        not add that one to a text that, as those of chat templates often do, begins with it.
         """
         try:
             text.encode("utf-8")
@@ -57,7 +60,7 @@ class Tokenizer:
             raise ValueError(f"text: not Unicode, {error}") from error
         with panics(self.path, "the tokenizer failed to encode"):
             ids: list[int] = self._core.encode(text, add_special_tokens=add_special).ids
-        doubled = add_special and self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]
+        doubled = add_special and self.begin[:1] == [self.bos_id] and ids[:2] == [self.bos_id] * 2
         return ids[1:] if doubled else ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -82,14 +85,9 @@ class Tokenizer:
             "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
         }
 
-    def stream(self) -> Stream:
-        """A detokenizer for ids that arrive one by one."""
-        return Stream(self.decode)
-
-    def token_id(self, token: str) -> int | None:
-        """The id of a token by its exact text."""
-        found: int | None = self._core.token_to_id(token)
-        return found
+    def stream(self, before: Sequence[int] = ()) -> Stream:
+        """A detokenizer for ids that arrive one by one, after ``before``."""
+        return Stream(self.decode, before)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation, by the model's own chat template.
@@ -107,16 +105,18 @@ class Tokenizer:
 
 
 class Stream:
-    """Incremental detokenizer: its pieces make the decoded whole, cut where characters are complete.
+    """Incremental detokenizer: the text that comes after ``before``, cut where characters are complete.
 
-    A token may end inside a character, and a decoder may treat a token by the ones before it. So the new
-    text is the difference of two decodings that begin at the tokens of the last piece.
+    A token may end inside a character, and a decoder may treat a token by the ones before it: SentencePiece's
+    drops the space that begins a text. So the new text is the difference of two decodings that begin at the
+    tokens of the last piece. Of bytes that are not UTF-8, SentencePiece's decoder makes U+FFFD of a whole run
+    once it sees one that is not; here characters before that one have been given out.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._ids: list[int] = []  # of the last piece, then those not given out yet
-        self._given = 0  # how many of them belong to the last piece
+        self._ids = _end(decode, before)  # of the last piece, then those not given out yet
+        self._given = len(self._ids)  # how many of them belong to the last piece
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes, often "" within a character of several bytes."""
@@ -136,6 +136,17 @@ class Stream:
         self._ids = self._ids[self._given :]
         self._given = len(self._ids)
         return piece
+
+
+def _end(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> list[int]:
+    """A few ids at the end that are text of whole characters; all where none are."""
+    count = 1
+    while count < len(ids):
+        text = decode(ids[-count:])
+        if text and _INCOMPLETE not in text:
+            return list(ids[-count:])
+        count *= 2
+    return list(ids)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Trials:
                 f"a plan cannot be measured: {'; '.join(reasons)}; name exact or tiled+exact instead"
             )
         config = model.config
-        most = config.max_position - 1
+        most = config.context - 1
         if not 2 <= prefill_tokens <= most:
             raise ValueError(f"prefill_tokens: {prefill_tokens}, expected 2 to {most}, the model's context")
         if batch < 1:

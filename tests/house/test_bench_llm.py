@@ -60,13 +60,16 @@ def test_groups_of_4_bits_fill_its_matrices(hidden: int, tmp_path: Path) -> None
     assert bool(torch.isfinite(out).all())
 
 
-def test_a_random_model_in_several_files_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = RandomLlama(2, 64)
-    whole = fastattn.load(random_llama.write(made, tmp_path / "one")).logits([[3, 4]])
-    monkeypatch.setattr(random_llama, "_SHARD_BYTES", 20_000)
-    folder = random_llama.write(made, tmp_path / "many")
-    assert len(list(folder.glob("*.safetensors"))) > 3
-    assert torch.equal(fastattn.load(folder).logits([[3, 4]])[0], whole[0])
+def test_a_random_model_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    first, again, other = (
+        random_llama.write(RandomLlama(2, 64), tmp_path / str(i), seed) for i, seed in enumerate((0, 0, 1))
+    )
+    names = sorted(p.name for p in first.iterdir())
+    assert [n for n in names if n.endswith(".safetensors")] == [
+        f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)
+    ]
+    assert all((first / n).read_bytes() == (again / n).read_bytes() for n in names)
+    assert not torch.equal(*(fastattn.load(f).logits([[3, 4]])[0] for f in (first, other)))
 
 
 @pytest.mark.parametrize("text", ["random:2", "random:0x64", "random:2x65", "random:2x64:int8"])

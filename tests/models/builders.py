@@ -139,12 +139,17 @@ def quantize(matrix: np.ndarray, kind: GGMLQuantizationType, seed: int = 0) -> n
 
 
 def save_gguf(
-    model: Any, path: Path, quant: str = "F32", *, extra: dict[str, np.ndarray] | None = None
+    model: Any,
+    path: Path,
+    quant: str = "F32",
+    *,
+    extra: dict[str, np.ndarray] | None = None,
+    fields: dict[str, str | float] | None = None,
 ) -> dict[str, np.ndarray]:
     """Writes a transformers model as GGUF; returns the float32 values that its matrices hold, by HF's names.
 
     Matrices are of type ``quant``, vectors F32. Rows of q and k of llama and mistral come back, as they are
-    stored, in interleaved order. ``extra`` adds F32 tensors by GGUF's names.
+    stored, in interleaved order. ``extra`` adds F32 tensors by GGUF's names, ``fields`` metadata.
     """
     c = model.config
     arch = "llama" if c.model_type == "mistral" else c.model_type
@@ -167,6 +172,9 @@ def save_gguf(
     if c.model_type == "mistral" and c.sliding_window:
         writer.add_sliding_window(c.sliding_window)
     _write_tokenizer(writer)
+    for key, value in (fields or {}).items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(key, value)
     values = {}
     for i, (name, parameter) in enumerate(model.state_dict().items()):
         if name == "lm_head.weight" and c.tie_word_embeddings:

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from fastattn.models.checkpoint import open_checkpoint
+from fastattn.models.config import tensor_shapes
 from fastattn.spec import CheckpointError, Cut, Shard
 
 SECONDS = 10.0  # for one file of some hundred kilobytes; sound ones take a hundredth of it
+_rendered: set[str] = set()  # settings whose template works; each time would be a process of its own
 
 
 def use(path: Path) -> bool:
@@ -20,7 +22,7 @@ def use(path: Path) -> bool:
     start = time.monotonic()
     try:
         checkpoint = open_checkpoint(path)
-        for name in checkpoint.names():
+        for name in tensor_shapes(checkpoint.config):
             shape = checkpoint.shape(name)
             if len(shape) == 2:
                 checkpoint.load(name, Shard(0, 1, Cut(shape[0]), Cut(shape[1], ((0, shape[1] // 2),))))
@@ -29,7 +31,10 @@ def use(path: Path) -> bool:
         checkpoint.fingerprint()
         tokenizer = checkpoint.tokenizer()
         tokenizer.decode(tokenizer.encode("The dog, 123 naïve 😀<|im_end|>"))
-        tokenizer.chat([{"role": "user", "content": "hi"}])
+        settings = tokenizer.files()["tokenizer_config.json"]
+        if settings not in _rendered:
+            tokenizer.chat([{"role": "user", "content": "hi"}])
+            _rendered.add(settings)
     except CheckpointError:
         return False
     finally:

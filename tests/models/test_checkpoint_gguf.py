@@ -17,6 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from fastattn.models import gguf_blocks, gguf_types
 from fastattn.models.checkpoint import Checkpoint, open_checkpoint
+from fastattn.models.config import tensor_shapes
 from fastattn.models.gguf_header import Strings, read_header
 from fastattn.models.gguf_types import ggml_type
 from fastattn.quant import packed
@@ -77,7 +78,7 @@ def test_models_of_every_type(kind: str, tmp_path: Path) -> None:
     model = model_of("qwen3", **BIG)
     values = save_gguf(model, tmp_path / "m.gguf", kind)
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
-    assert set(checkpoint.names()) == set(values)
+    assert set(tensor_shapes(checkpoint.config)) == set(values)
     for name, expected in values.items():
         if expected.ndim == 1:
             assert np.array_equal(checkpoint.tensor(name, torch.float32).numpy(), expected)
@@ -189,12 +190,45 @@ def test_rope_factors_of_llama3(tmp_path: Path) -> None:
 
     plain = 1 / rope.theta ** (torch.arange(0, 16, 2).float() / 16)
     for length in (10, 10_000):
-        frequencies, factor = inverse_frequencies(rope, 512, length)
+        frequencies, factor = inverse_frequencies(rope, length)
         assert torch.allclose(frequencies, plain / torch.from_numpy(factors), rtol=1e-6)
         assert factor == 1.0
     save_gguf(model_of("llama"), tmp_path / "bad.gguf", extra={"rope_freqs.weight": factors[:5]})
     with pytest.raises(CheckpointError, match=r"rope_freqs.weight: .*list of 8"):
         open_checkpoint(tmp_path / "bad.gguf")
+
+
+SCALINGS = {
+    "factor alone": ({"scaling.factor": 4.0}, "linear", {"factor": 4.0}),
+    "older name": ({"scale_linear": 4.0}, "linear", {"factor": 4.0}),
+    "both names": ({"scaling.factor": 2.0, "scale_linear": 4.0}, "linear", {"factor": 2.0}),
+    "linear": ({"scaling.type": "linear", "scaling.factor": 4.0}, "linear", {"factor": 4.0}),
+    "none": ({"scaling.type": "none", "scaling.factor": 4.0}, "default", {}),
+    "one": ({"scale_linear": 1.0}, "default", {}),
+    "yarn": (
+        {"scaling.type": "yarn", "scaling.factor": 1.0},
+        "yarn",
+        {"factor": 1.0, "original_max_position_embeddings": 512.0, "attention_factor": 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCALINGS)
+def test_rope_scaling(case: str, tmp_path: Path) -> None:
+    fields, kind, params = SCALINGS[case]
+    fields = {f"llama.rope.{key}": value for key, value in fields.items()}
+    save_gguf(model_of("llama"), tmp_path / "m.gguf", fields=fields)
+    config = open_checkpoint(tmp_path / "m.gguf").config
+    assert (config.rope.kind, config.rope.params) == (kind, params)
+    assert config.context == 512 * params.get("factor", 1)
+
+
+def test_padding_outside_the_vocabulary_is_none(tmp_path: Path) -> None:
+    fields: dict[str, str | float] = {"tokenizer.ggml.padding_token_id": 0xFFFFFFFF}
+    save_gguf(model_of("llama"), tmp_path / "m.gguf", fields=fields)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    assert checkpoint.config.pad_id is None
+    assert "pad_token" not in checkpoint.tokenizer().files()["tokenizer_config.json"]
 
 
 def test_types_equal_the_librarys() -> None:
@@ -265,6 +299,12 @@ def test_refused_metadata(case: str, tmp_path: Path) -> None:
         open_checkpoint(write(tmp_path / "m.gguf", **fields))
 
 
+def test_tensors_that_the_model_lacks_are_named(tmp_path: Path) -> None:
+    save_gguf(model_of("llama"), tmp_path / "m.gguf", extra={"output_norm.bias": np.ones(64, np.float32)})
+    with pytest.raises(CheckpointError, match=r"model.norm.bias: is not part of this llama model"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
 def test_refused_types(tmp_path: Path) -> None:
     model = model_of("llama")
     extra = {"blk.0.attn_q.bias": np.ones(64, np.int32)}
@@ -302,7 +342,7 @@ def test_smollm2() -> None:
     c = checkpoint.config
     assert (c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim, c.vocab_size) == (30, 9, 3, 64, 49152)
     assert (c.tie_embeddings, c.rope.interleaved, c.rope.theta) == (True, True, 100000.0)
-    assert len(checkpoint.names()) == 273
+    assert len(tensor_shapes(c)) == 272
     theirs = {t.name: t for t in gguf.GGUFReader(checkpoint.path).tensors}
     for ours, name in (("model.layers.29.mlp.down_proj", "blk.29.ffn_down"), ("lm_head", "token_embd")):
         tensor = theirs[f"{name}.weight"]

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastattn.models.checkpoint import Checkpoint, open_checkpoint
+from fastattn.models.config import tensor_shapes
 from fastattn.spec import CheckpointError, Cut, Shard
 from tests.models.builders import FAMILIES, hf_model, save_hf
 
@@ -47,10 +48,9 @@ def test_equals_transformers(family: str, dtype: torch.dtype, shards: int, tmp_p
     assert len(list(tmp_path.glob("*.safetensors"))) >= shards
     checkpoint = open_checkpoint(tmp_path)
     expected = model.state_dict()
-    assert set(checkpoint.names()) == set(expected)
+    assert set(tensor_shapes(checkpoint.config)) == set(expected)
     assert checkpoint.config.dtype == dtype
     for name, tensor in expected.items():
-        assert checkpoint.has(name)
         assert checkpoint.shape(name) == tuple(tensor.shape)
         if tensor.ndim == 2:
             weight = checkpoint.load(name, whole(checkpoint, name))
@@ -58,7 +58,6 @@ def test_equals_transformers(family: str, dtype: torch.dtype, shards: int, tmp_p
             assert torch.equal(weight.tensors["weight"], tensor)
         else:
             assert torch.equal(checkpoint.tensor(name, dtype), tensor)
-    assert not checkpoint.has("model.layers.2.self_attn.q_proj.weight")
 
 
 CUTS = {
@@ -114,9 +113,23 @@ def test_tied_head(tmp_path: Path) -> None:
     save_hf(model, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.config.tie_embeddings
-    assert checkpoint.has("lm_head.weight")
     head = checkpoint.load("lm_head.weight", whole(checkpoint, "lm_head.weight")).tensors["weight"]
     assert torch.equal(head, model.get_output_embeddings().weight)
+
+
+def test_a_stored_head_that_is_not_the_embedding(tmp_path: Path) -> None:
+    save_hf(hf_model("llama", tie_word_embeddings=True), tmp_path)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(tmp_path, **{"lm_head.weight": embedding.clone()})
+    checkpoint = open_checkpoint(tmp_path)
+    head = checkpoint.load("lm_head.weight", whole(checkpoint, "lm_head.weight")).tensors["weight"]
+    assert torch.equal(head, embedding)
+    other = embedding.clone()
+    other[5, 5] += 1
+    for changed in (other, embedding.half(), embedding[1:].clone()):
+        rewrite(tmp_path, **{"lm_head.weight": changed})
+        with pytest.raises(CheckpointError, match=r"lm_head.weight: differs from the embedding"):
+            open_checkpoint(tmp_path)
 
 
 def test_fingerprint(copied: Path, saved: Path) -> None:
@@ -156,6 +169,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "float64": ({"model.norm.weight": torch.ones(64, dtype=torch.float64)}, r"norm.weight: has dtype F64"),
     "float8": ({"model.norm.weight": torch.ones(64).to(torch.float8_e4m3fn)}, r"has dtype F8_E4M3"),
     "bias": ({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, r"q_proj.bias: is not part of"),
+    "head bias": ({"lm_head.bias": torch.ones(320)}, r"lm_head.bias: is not part of"),
+    "norm bias": ({"model.norm.bias": torch.ones(64)}, r"model.norm.bias: is not part of"),
     "layers": ({"model.layers.2.mlp.up_proj.weight": torch.ones(160, 64)}, r"is not part of .* of 2 layers"),
 }  # fmt: skip
 
@@ -170,7 +185,8 @@ def test_refused_tensors(case: str, copied: Path) -> None:
 
 def test_old_rotary_buffers_are_ignored(copied: Path) -> None:
     rewrite(copied, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
-    assert not open_checkpoint(copied).has("model.layers.0.self_attn.rotary_emb.inv_freq")
+    with pytest.raises(CheckpointError, match="no such tensor"):
+        open_checkpoint(copied).shape("model.layers.0.self_attn.rotary_emb.inv_freq")
 
 
 @pytest.mark.parametrize("suffix", ["bin", "pt", "pth"])

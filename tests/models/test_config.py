@@ -94,7 +94,7 @@ def test_frequencies_equal_transformers(case: str, version: str) -> None:
         values["rope_theta"] = values["rope_parameters"].pop("rope_theta")
         values["rope_scaling"] = values.pop("rope_parameters")
     config = parse_config(values, PATH)
-    ours, factor = inverse_frequencies(config.rope, config.max_position, 64)
+    ours, factor = inverse_frequencies(config.rope, 64)
     theirs = model.model.rotary_emb
     assert torch.allclose(ours, theirs.inv_freq, rtol=1e-6, atol=0)
     assert factor == pytest.approx(theirs.attention_scaling, rel=1e-6)
@@ -124,6 +124,37 @@ def test_generation_config_names_the_stop_tokens(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 1000]}))
     with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id: .*0 to 999"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("none", [-1, [-1], [], None], ids=str)
+def test_ids_that_mean_none(none: Any) -> None:
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), none)
+    config = parse_config({**LLAMA, **ids, "pad_token_id": 1000}, PATH)  # padding: one past the vocabulary
+    assert (config.bos_id, config.eos_ids, config.pad_id) == (None, (), None)
+    assert parse_config({**LLAMA, "eos_token_id": [-1, 7], "pad_token_id": 3}, PATH).eos_ids == (7,)
+    assert parse_config({**LLAMA, "pad_token_id": 3}, PATH).pad_id == 3
+
+
+CONTEXTS = {
+    "default": ({}, 2048),
+    "llama3": ({"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, 2048),
+    "longrope": ({**LONG, "original_max_position_embeddings": 512}, 2048),
+    "linear": ({"factor": 2.5}, 5120),
+    "dynamic": ({"factor": 2.0, "original_max_position_embeddings": 512}, 4096),
+    "yarn": ({"factor": 4.0}, 8192),
+    "yarn-named": ({"factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+    "yarn-extended": ({"factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+    "yarn-implied": ({"original_max_position_embeddings": 512}, 2048),
+    "yarn-less": ({"factor": 2.0, "original_max_position_embeddings": 512}, 2048),
+    "yarn-endless": ({"factor": 1e9}, 1 << 24),
+}
+
+
+@pytest.mark.parametrize("case", CONTEXTS)
+def test_scaling_extends_the_context(case: str) -> None:
+    params, context = CONTEXTS[case]
+    config = parse_config({**LLAMA, "rope_scaling": {"rope_type": case.partition("-")[0], **params}}, PATH)
+    assert (config.max_position, config.context) == (2048, context)
 
 
 def test_qwen_layer_types_rule() -> None:

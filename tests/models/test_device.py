@@ -15,6 +15,7 @@ from torch import Tensor
 import fastattn
 from fastattn import dispatch
 from fastattn.backends import volta
+from fastattn.memory.paged import PagedKvCache
 from fastattn.models.sampling import SamplingParams
 from fastattn.quant.packed import to_device
 from tests.ops.weights import make
@@ -57,7 +58,8 @@ def test_every_weight_moves(directory: Path) -> None:
     assert {t.device.type for t in here} == {"cpu"}
     assert {t.device.type for t in there} == {"meta"}
     assert [(t.shape, t.dtype) for t in here] == [(t.shape, t.dtype) for t in there]
-    assert elsewhere.rope.upto(10)[0].device.type == "meta"
+    cache = PagedKvCache(1, 1, 16, 1, 16, device="meta")
+    assert {t.device.type for t in elsewhere.rope.of(cache.reserve([0], [10]))} == {"meta"}
 
 
 def test_every_tensor_of_a_packed_weight_moves() -> None:

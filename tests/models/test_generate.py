@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import fastattn
 from fastattn.models import generate as module
 from fastattn.models.generate import Model
-from fastattn.models.sampling import SamplingParams
+from fastattn.models.sampling import LogitsError, SamplingParams
 from tests.models.builders import hf_model, save_hf
 
 
@@ -71,7 +74,8 @@ def test_streamed_text_is_the_text(model: Model) -> None:
     for seq, c in enumerate(done):
         assert [t for t, _ in seen[seq]] == c.token_ids
         assert "".join(text for _, text in seen[seq]) == c.text
-        assert c.text == model.tokenizer.decode(c.token_ids)
+        decode = model.tokenizer.decode
+        assert c.text == decode(c.prompt_ids + c.token_ids)[len(decode(c.prompt_ids)) :]
 
 
 def test_seeds(model: Model) -> None:
@@ -84,15 +88,17 @@ def test_seeds(model: Model) -> None:
     assert [c.token_ids for c in model.generate([batch[0]], other)] == first[1:]
 
 
-def test_end_token_stops_and_is_not_part_of_the_completion(model: Model) -> None:
+def test_end_token_stops_and_is_not_part_of_the_completion(model: Model, tmp_path: Path) -> None:
     (prompt,) = prompts(6)
     (free,) = model.generate([prompt], GREEDY)
     end = free.token_ids[5]
     at = free.token_ids.index(end)
-    ended = Model(
-        model.config.__class__(**{**vars(model.config), "eos_ids": (end,)}),
-        model.tokenizer, model.decoder, model.group, model.dtype,
-    )  # fmt: skip
+    folder = save_hf(hf_model("mistral", seed=5), tmp_path)
+    # No other file names this one.
+    text = Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(end)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": text}))
+    (folder / "generation_config.json").unlink()
+    ended = fastattn.load(folder)
     shown: list[int] = []
     ended.generate([prompt], SamplingParams(max_tokens=12), on_token=lambda s, t, text: shown.append(t))
     assert shown == [*free.token_ids[:at], end]
@@ -129,8 +135,10 @@ def test_the_context_limits_a_completion(model: Model) -> None:
         ([5] * 512, "512 tokens, the model's context is 512"),
         ([320], "outside the vocabulary of 320"),
         ([-1], "outside the vocabulary"),
+        (["a", "b"], "expected a text or token ids"),
+        ([1.7, 5.2], "expected a text or token ids"),
     ],
-    ids=["empty", "empty-text", "long", "large-id", "negative-id"],
+    ids=["empty", "empty-text", "long", "large-id", "negative-id", "texts", "floats"],
 )
 def test_bad_prompts(model: Model, prompt: object, message: str) -> None:
     with pytest.raises(ValueError, match=rf"prompts\[1\]: .*{message}"):
@@ -158,6 +166,50 @@ def test_logits_take_the_whole_context_and_no_more(model: Model) -> None:
         model.logits(prompts(context + 1))
     with pytest.raises(ValueError, match=r"prompts\[0\]: no tokens"):
         model.logits([[]])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_not_numbers(temperature: float, tmp_path: Path) -> None:
+    theirs = hf_model("llama")
+    with torch.no_grad():
+        theirs.model.norm.weight[3] = float("nan")
+    broken = fastattn.load(save_hf(theirs, tmp_path))
+    with pytest.raises(LogitsError, match="largest logit of sequence 0 is nan"):
+        broken.generate([[5]], SamplingParams(temperature=temperature))
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Model]:
+    """LongRoPE, other factors past 40 tokens: transformers' model and ours."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 40,
+        "short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)],
+    }  # fmt: skip
+    theirs = hf_model("llama", seed=8, rope_parameters=rope)
+    return theirs, fastattn.load(save_hf(theirs, tmp_path_factory.mktemp("long")))
+
+
+def test_longrope_in_chunks_equals_transformers(
+    long: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, ours = long
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 16)
+    (prompt,) = prompts(70)
+    (done,) = ours.generate([prompt], GREEDY)
+    whole = prompt + done.token_ids
+    with torch.no_grad():
+        wanted = theirs(torch.tensor([whole])).logits[0]
+    assert done.token_ids == wanted[len(prompt) - 1 : -1].argmax(-1).tolist()
+    for step in (None, 1, 16):
+        torch.testing.assert_close(ours.logits([whole], step)[0], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_longrope_in_a_batch_equals_each_alone(long: tuple[Any, Model]) -> None:
+    _, ours = long
+    batch = prompts(15, 70, 30)  # stays short, is long, becomes long
+    together = ours.generate(batch, GREEDY)
+    for prompt, done in zip(batch, together, strict=True):
+        assert done.token_ids == ours.generate([prompt], GREEDY)[0].token_ids
 
 
 def test_no_prompts(model: Model) -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 import fastattn
 from fastattn.models.perplexity import change, chunks, nll, perplexity
 from tests.models.builders import byte_level_tokenizer, hf_model, save_hf
+from tests.models.vocabularies import built, byte_level_fields
 
 TEXT = "The quick brown fox jumps over the lazy dog, and numbers like 1234 follow. " * 40
 
@@ -32,6 +33,14 @@ def test_chunks_lie_evenly_and_apart(directory: Path) -> None:
         starts = [int(i * step) for i in range(count)]
         assert made == [tokens[s : s + context] for s in starts]
         assert all(b - a >= context for a, b in pairwise(starts))
+
+
+def test_chunks_begin_as_texts_begin_and_do_not_end() -> None:
+    flags = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    tokenizer = built({**byte_level_fields(), **flags})
+    (chunk,) = chunks(tokenizer, TEXT, 16, 1)
+    assert chunk == tokenizer.encode(TEXT)[:16]
+    assert (chunk[0], chunk.count(2)) == (0, 0)
 
 
 @pytest.mark.parametrize(("context", "count"), [(16, 0), (1, 4), (16, 10_000)])

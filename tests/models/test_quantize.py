@@ -283,6 +283,13 @@ def test_matrices_that_do_not_fill_words_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "q").exists()
 
 
+def test_a_model_that_no_config_describes_is_refused_before_the_work(tmp_path: Path) -> None:
+    save_gguf(hf_model("qwen3", head_dim=32), tmp_path / "m.gguf", fields={"qwen3.rope.dimension_count": 16})
+    with pytest.raises(CheckpointError, match=r"no config\.json in Hugging Face's words: rope"):
+        quantize(tmp_path / "m.gguf", tmp_path / "q", Recipe(group_size=32), TEXT, **SMALL)
+    assert not (tmp_path / "q").exists()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_named(bad: float, tmp_path: Path) -> None:
     model = hf_model("llama")

@@ -7,14 +7,16 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from fastattn.memory.paged import PagedKvCache
 from fastattn.models.config import RopeConfig
 from fastattn.models.rope import RopeTables, inverse_frequencies
+from fastattn.spec import KvStep
 
 DIM, MAX_POSITION, THETA = 32, 128, 5e5
 SCALINGS = {
     "default": {},
     "linear": {"factor": 4.0},
-    "dynamic": {"factor": 2.0},
+    "dynamic": {"factor": 2.0, "original_max_position_embeddings": MAX_POSITION},
     "llama3": {
         "factor": 8.0,
         "low_freq_factor": 1.0,
@@ -41,6 +43,18 @@ SCALINGS = {
 }
 
 
+def steps(*chunks: tuple[int, ...]) -> list[KvStep]:
+    """Forwards of new tokens of each sequence, one after the other."""
+    cache = PagedKvCache(1, 200, 8, 1, DIM)
+    return [cache.reserve(range(len(new)), new) for new in chunks]
+
+
+def turned(tables: RopeTables, step: KvStep, lengths: list[int] | None = None) -> torch.Tensor:
+    """cos and sin of each new token (total, DIM)."""
+    cos, sin, rows = tables.of(step, lengths)
+    return torch.cat((cos[rows], sin[rows]), -1)
+
+
 @pytest.mark.parametrize("length", [5, 32, 33, 128, 200])
 @pytest.mark.parametrize("name", SCALINGS)
 def test_equals_transformers(name: str, length: int) -> None:
@@ -56,25 +70,38 @@ def test_equals_transformers(name: str, length: int) -> None:
     )
     with torch.no_grad():
         cos, sin = theirs(torch.empty(1), torch.arange(length)[None])
-    tables = RopeTables(RopeConfig(THETA, kind, DIM, False, params), MAX_POSITION)
-    for ours, wanted in zip(tables.upto(length), (cos, sin), strict=True):
-        torch.testing.assert_close(ours[:length], wanted[0, :, : DIM // 2], rtol=0, atol=2e-5)
+    wanted = torch.cat((cos[0, :, : DIM // 2], sin[0, :, : DIM // 2]), -1)
+    tables = RopeTables(RopeConfig(THETA, kind, DIM, False, params))
+    torch.testing.assert_close(turned(tables, *steps((length,))), wanted, rtol=0, atol=2e-5)
 
 
 def test_tables_grow_and_are_kept() -> None:
-    tables = RopeTables(RopeConfig(THETA, "default", DIM, False), MAX_POSITION)
-    first = tables.upto(100)
-    assert tables.upto(256)[0] is first[0]
-    assert len(tables.upto(257)[0]) == 512
+    tables = RopeTables(RopeConfig(THETA, "default", DIM, False))
+    first, second, third = steps((100,), (156,), (1,))
+    cos, _, rows = tables.of(first)
+    assert rows is first.positions
+    assert tables.of(second)[0] is cos
+    assert len(tables.of(third)[0]) == 512
 
 
-def test_longrope_changes_tables_at_the_original_length() -> None:
-    tables = RopeTables(RopeConfig(THETA, "longrope", DIM, False, SCALINGS["longrope"]), MAX_POSITION)
-    short, long = tables.upto(32)[0], tables.upto(33)[0]
-    assert not torch.equal(short[:32], long[:32])
-    assert torch.equal(tables.upto(32)[0], short)
+@pytest.mark.parametrize("name", ["longrope", "dynamic"])
+def test_lengths_decide_not_the_batch_nor_the_chunks(name: str) -> None:
+    tables = RopeTables(RopeConfig(THETA, name, DIM, False, SCALINGS[name]))
+    lengths = [20, 150, 140, 60]
+    alone = [turned(tables, *steps((n,))) for n in lengths]
+    assert not torch.equal(alone[0], alone[1][:20])
+    assert torch.equal(turned(tables, *steps(tuple(lengths))), torch.cat(alone))
+    for step, lo, hi in zip(steps((15,) * 4, (5,) * 4), (0, 15), (15, 20), strict=True):
+        assert torch.equal(turned(tables, step, lengths), torch.cat([a[lo:hi] for a in alone]))
+
+
+def test_llama3s_divisors_out_of_a_gguf_file_make_one_table() -> None:
+    same = [1 + i / 16 for i in range(DIM // 2)]
+    params = SCALINGS["longrope"] | {"short_factor": same, "long_factor": same}
+    step = steps((100, 20))[0]
+    assert RopeTables(RopeConfig(THETA, "longrope", DIM, False, params)).of(step)[2] is step.positions
 
 
 def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match="rope kind: 'spiral'"):
-        inverse_frequencies(RopeConfig(THETA, "spiral", DIM, False), MAX_POSITION, 1)
+        inverse_frequencies(RopeConfig(THETA, "spiral", DIM, False), 1)

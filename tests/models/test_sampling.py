@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastattn.models.sampling import Sampler, SamplingParams, StopText
+from fastattn.models.sampling import LogitsError, Sampler, SamplingParams, StopText
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0]])
 
@@ -43,6 +43,30 @@ def test_seeds_at_the_ends(seed: int) -> None:
 def test_top_k() -> None:
     found = frequencies(SamplingParams(temperature=1.0, top_k=2))
     assert (found > 0).tolist() == [False, True, False, True, False]
+
+
+def test_top_k_of_equal_logits_is_k_tokens() -> None:
+    params = SamplingParams(temperature=1.0, top_k=2)
+    tokens = Sampler(params, 1)(torch.zeros(500, 9), [0] * 500)
+    assert len(set(tokens)) == 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_numbers(bad: float, temperature: float) -> None:
+    logits = LOGITS.repeat(2, 1)
+    logits[1] = logits[1] * 0 + bad if bad < 0 else logits[1]
+    logits[1, 2] = bad
+    sampler = Sampler(SamplingParams(temperature=temperature), 8)
+    with pytest.raises(LogitsError, match=f"largest logit of sequence 7 is {bad}"):
+        sampler(logits, [3, 7])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_forbidden_tokens_are_not_chosen(temperature: float) -> None:
+    logits = torch.full((1, 4), -torch.inf)
+    logits[0, 2] = -3.0
+    assert Sampler(SamplingParams(temperature=temperature), 1)(logits, [0]) == [2]
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:

@@ -43,8 +43,7 @@ def test_smollm2_equals_transformers(smollm2: Tokenizer, smollm2_of_transformers
     for wanted in (True, False):
         prompt = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=wanted)
         assert smollm2.chat(messages, wanted) == prompt
-    assert (smollm2.vocab_size, smollm2.bos_id, smollm2.eos_ids) == (49152, 1, (2,))
-    assert smollm2.token_id("<|im_end|>") == 2
+    assert (smollm2.bos_id, smollm2.eos_ids, smollm2.begin) == (1, (2,), [])
 
 
 # -------------------------------------------------------------------- byte-level BPE against plain Python
@@ -172,6 +171,22 @@ def test_begin_and_end_tokens() -> None:
             assert tokenizer.encode("the dog", add_special=False) == plain
             # A chat template has written it already.
             assert tokenizer.encode(SPECIALS[0] + "the dog") == [0] + plain + [2] * eos
+            # Nor is one lost of those that the text has.
+            assert tokenizer.encode(SPECIALS[0] * 2 + "the dog") == [0, 0] + plain + [2] * eos
+            assert tokenizer.encode(SPECIALS[0] * 2, add_special=False) == [0, 0]
+            assert tokenizer.begin == [0] * bos
+
+
+def test_a_token_that_begins_a_text_also_ends_it() -> None:
+    fields = {**byte_level_fields(), "tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.eos_token_id": 0}
+    tokenizer = built(fields, eos_ids=(0,))
+    assert tokenizer.begin == []
+    assert tokenizer.encode(SPECIALS[0]) == [0, 0]
+
+
+def test_padding_that_is_no_token() -> None:
+    fields = {**byte_level_fields(), "tokenizer.ggml.padding_token_id": 0xFFFFFFFF}
+    assert built(fields).encode("the dog") == built(byte_level_fields()).encode("the dog")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

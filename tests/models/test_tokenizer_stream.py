@@ -15,8 +15,8 @@ BYTES = built(byte_level_fields())
 PIECES = built(sentencepiece_fields(), bos_id=1)
 
 
-def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    stream = tokenizer.stream()
+def streamed(tokenizer: Tokenizer, ids: list[int], before: list[int] | None = None) -> list[str]:
+    stream = tokenizer.stream(before or [])
     return [*(stream.push(i) for i in ids), stream.flush()]
 
 
@@ -43,6 +43,40 @@ def test_stream_holds_back_half_characters() -> None:
     assert len(ids) == 7  # a token a byte
     assert streamed(BYTES, ids) == ["", "é", "", "", "", "😀", "x", ""]
     assert streamed(BYTES, ids[:4]) == ["", "é", "", "", "\ufffd"]
+
+
+@given(st.text(max_size=40), st.integers(0, 40))
+@settings(max_examples=150)
+def test_stream_goes_on_after_other_text(text: str, at: int) -> None:
+    for tokenizer in (BYTES, PIECES):
+        ids = tokenizer.encode(text)
+        at = min(at, len(ids))
+        before = tokenizer.decode(ids[:at])
+        if "\ufffd" not in before:
+            assert before + "".join(streamed(tokenizer, ids[at:], ids[:at])) == tokenizer.decode(ids)
+
+
+def test_a_completion_keeps_its_first_space() -> None:
+    prompt, whole = PIECES.encode("the quick"), PIECES.encode("the quick brown")
+    assert whole[: len(prompt)] == prompt
+    assert "".join(streamed(PIECES, whole[len(prompt) :], prompt)) == " brown"
+    assert "".join(streamed(PIECES, PIECES.encode("the"), [1])) == "the"  # nothing was before
+    # The tokens of a prompt of rare characters are bytes, and its last ones begin within a character.
+    assert (
+        "".join(streamed(PIECES, PIECES.encode("語", add_special=False)[1:], PIECES.encode("日本"))) == "語"
+    )
+
+
+def test_a_long_prompt_is_not_decoded_for_its_end() -> None:
+    longest = 0
+
+    def decode(ids: Any) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return BYTES.decode(ids)
+
+    Stream(decode, BYTES.encode("the dog sleeps, and then 😀" * 500))
+    assert longest <= 8
 
 
 def test_stream_costs_the_same_for_every_token() -> None:
