@@ -54,7 +54,10 @@ def parallelize(model: M, tp: str | TPGroup | None = "auto", sync: str = "exact"
     family = getattr(config, "model_type", None)
     if family not in _FAMILIES:
         raise UnsupportedError(f"model: of type {family!r}, expected one of {', '.join(_FAMILIES)}")
-    blocks = model.get_submodule("model.layers")
+    blocks = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(blocks, nn.Module):
+        what = type(model).__name__
+        raise UnsupportedError(f"model: {what} has no model.layers, expected a causal model")
     policy, schedule = parse(sync)
     if not isinstance(policy, Sum) or schedule.name != "plain":
         raise UnsupportedError(
@@ -64,6 +67,9 @@ def parallelize(model: M, tp: str | TPGroup | None = "auto", sync: str = "exact"
     for name, layer in _linears(blocks):
         if type(layer) is not nn.Linear:
             raise UnsupportedError(f"model: {name} is a {type(layer).__name__}, expected a dense nn.Linear")
+        if layer.weight.dtype not in packed.FLOATS:
+            accepted = ", ".join(map(str, packed.FLOATS))
+            raise UnsupportedError(f"model: {name} is of {layer.weight.dtype}, expected one of {accepted}")
     weights = next(model.parameters())
     g = ranks_of(tp, weights.device)
     dims = _dims(config)
