@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -145,9 +146,9 @@ def build_args(
         raise ValueError("cache_batch_idx: selects rows of a contiguous cache; k is paged or packed")
 
     left, right = _window(window)
-    if not 0 <= softcap < float("inf"):
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: {softcap}, expected a finite number >= 0")
-    if scale is not None and not abs(scale) < float("inf"):
+    if scale is not None and not abs(scale) < math.inf:
         raise ValueError(f"scale: {scale}, expected a finite number")
     if kv_layout not in ("nhd", "npu_nz"):
         raise ValueError(f"kv_layout: {kv_layout!r}, expected 'nhd' or 'npu_nz'")
