@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .ops import call_attention, refuse_grad
+from .indices import as_int32, per_sequence
+from .ops import DTYPES, call_attention, refuse_grad
 from .spec import AttentionArgs
 from .strides import contiguous_rows
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Window = Sequence[int | None] | None
 _WIDEST = 1 << 40  # past any position: a wider window sees no more, and sums with it must not overflow
 
@@ -47,7 +49,8 @@ def attention(
     """Softmax attention, on the fastest backend that can run the call.
 
     Args:
-        q: (B, Sq, H, D), or packed (total_q, H, D) with ``cu_seqlens_q``. float32, float16 or bfloat16.
+        q: (B, Sq, H, D), or packed (total_q, H, D) with ``cu_seqlens_q``. float32, float16, bfloat16 or
+            float64.
         k, v: (B, Sk, Hkv, D) and (B, Sk, Hkv, Dv); packed (total_k, Hkv, D) with ``cu_seqlens_k``; or
             pages (P, page, Hkv, D) with ``block_table``. Hkv divides H: query head h reads h // (H / Hkv).
         causal: bottom-right aligned: query i sees keys j <= i + Sk - Sq.
@@ -56,14 +59,16 @@ def attention(
         softcap: s becomes ``softcap * tanh(s / softcap)``; 0: off.
         alibi_slopes: float32 (H,) or (B, H); adds ``-slope * |query position - key position|``.
         sinks: (H,), one learned logit per head in the softmax's denominator.
-        attn_mask: bool (True: keep) or additive, broadcastable to (B, H, Sq, Sk); dense q and k only.
+        attn_mask: bool (True: keep) or additive, broadcastable to (B, H, Sq, Sk), where Sk counts all rows
+            of k, or of a sequence's pages; not with packed q or k.
         scale: of the scores; None: ``1 / sqrt(D)``.
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), cumulative lengths of packed sequences.
         max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths; None: the total.
         block_table: int32 (B, max_pages), the pages of each sequence.
         cache_seqlens: int32 (B,) or int: keys present of each sequence in k and v.
         cache_batch_idx: int32 (B,): the row of k and v that each sequence reads.
-        cache_leftpad: int32 (B,): index of each sequence's first valid key; positions count from it.
+        cache_leftpad: int32 (B,): index of each sequence's first valid key; positions count from it. A
+            sequence whose keys all come before it has none.
         q_pos0, k_pos0: int32 (B,): position of the first query and key, in place of the bottom-right rule.
         kv_layout: "nhd", or "npu_nz" (Ascend's fractal format).
         k_scale, v_scale: float32 (Hkv,), for keys and values stored in a narrower type.
@@ -121,8 +126,7 @@ def build_args(
     refuse_grad(q=q, k=k, v=v, attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks)
     heads, kv_heads, head_dim = _check_qkv(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, k_scale, v_scale)
     batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    cache_seqlens = per_sequence("cache_seqlens", cache_seqlens, batch, q.device)
 
     if block_table is not None:
         if block_table.ndim != 2:
@@ -142,8 +146,10 @@ def build_args(
         raise ValueError("cache_batch_idx: selects rows of a contiguous cache; k is paged or packed")
 
     left, right = _window(window)
-    if not 0 <= softcap < float("inf"):
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: {softcap}, expected a finite number >= 0")
+    if scale is not None and not abs(scale) < math.inf:
+        raise ValueError(f"scale: {scale}, expected a finite number")
     if kv_layout not in ("nhd", "npu_nz"):
         raise ValueError(f"kv_layout: {kv_layout!r}, expected 'nhd' or 'npu_nz'")
     return AttentionArgs(
@@ -192,9 +198,9 @@ def _check_qkv(
         _check_device(name, t, q)
     if v.dtype != k.dtype:
         raise ValueError(f"v: {v.dtype}, k is {k.dtype}")
-    _check_rank("q", q, "cu_seqlens_q", cu_seqlens_q)
-    _check_rank("k", k, "cu_seqlens_k", None if block_table is not None else cu_seqlens_k)
-    _check_rank("v", v, "cu_seqlens_k", None if block_table is not None else cu_seqlens_k)
+    check_rank("q", q, "cu_seqlens_q", cu_seqlens_q)
+    check_rank("k", k, "cu_seqlens_k", None if block_table is not None else cu_seqlens_k)
+    check_rank("v", v, "cu_seqlens_k", None if block_table is not None else cu_seqlens_k)
     heads, head_dim = q.shape[-2:]
     kv_heads = k.shape[-2]
     if k.shape[-1] != head_dim:
@@ -210,7 +216,8 @@ def _check_qkv(
     return heads, kv_heads, head_dim
 
 
-def _check_rank(name: str, t: Tensor, cu_name: str, cu_seqlens: Tensor | None) -> None:
+def check_rank(name: str, t: Tensor, cu_name: str = "", cu_seqlens: Tensor | None = None) -> None:
+    """Raises ValueError unless ``t`` is dense, or with ``cu_seqlens`` packed, by its number of dimensions."""
     if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1):
         raise ValueError(f"{cu_name}: {tuple(cu_seqlens.shape)}, expected (batch + 1,)")
     if t.ndim != (4 if cu_seqlens is None else 3):
@@ -229,24 +236,29 @@ def _window(window: Window) -> tuple[int | None, int | None]:
         return None, None
     if len(window) != 2:
         raise ValueError(f"window: {window!r}, expected (left, right)")
-    for side in window:
-        if side is not None and side < -1:
-            raise ValueError(
-                f"window: {tuple(window)}, each side is a number >= 0, or None or -1 for unbounded"
-            )
-    left, right = (None if side is None or side == -1 else min(int(side), _WIDEST) for side in window)
+    left, right = map(_side, window)
     return left, right
+
+
+def _side(side: int | None) -> int | None:
+    if side is None:
+        return None
+    try:
+        keys = operator.index(side)
+    except TypeError:
+        keys = -2
+    if keys < -1:
+        raise ValueError(f"window: {side!r}, each side is an integer >= 0, or None or -1 for unbounded")
+    return None if keys == -1 else min(keys, _WIDEST)
 
 
 def _int32(name: str, t: Tensor | None, q: Tensor, *shape: int) -> Tensor | None:
     if t is None:
         return None
-    if t.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: {t.dtype}, expected int32")
     if tuple(t.shape) != shape:
         raise ValueError(f"{name}: {tuple(t.shape)}, expected {shape}")
     _check_device(name, t, q)
-    return t.to(torch.int32).contiguous()
+    return as_int32(name, t).contiguous()
 
 
 def _float32(name: str, t: Tensor | None, q: Tensor, *shapes: tuple[int, ...]) -> Tensor | None:

@@ -29,12 +29,6 @@ BACKENDS = (*AUTOMATIC, "reference")
 #: How often each (backend, op) ran in this process.
 calls: Counter[tuple[str, str]] = Counter()
 
-if settings.backend and not {*settings.backend.split(",")} <= {*BACKENDS}:
-    raise ValueError(
-        f"environment variable FASTATTN_BACKEND={settings.backend!r}: expected backends' names, separated by "
-        f"commas, of {', '.join(BACKENDS)}"
-    )
-
 _forced: ContextVar[str] = ContextVar("fastattn_backend", default="")
 _resolved: dict[tuple[str, Any, str], tuple[str, Op]] = {}
 
@@ -53,7 +47,8 @@ def use_backend(name: str) -> Iterator[None]:
     is compiled with ``fullgraph=True`` (torch says so), where ``backend=`` does the same.
     """
     # Not by `order`: torch.compile, which may trace this, warns of functions with a cache.
-    token = _forced.set(",".join(map(_known, name.split(","))))
+    names = name.split(",") if isinstance(name, str) else [name]
+    token = _forced.set(",".join(map(_known, names)))
     try:
         yield
     finally:
@@ -141,9 +136,8 @@ def pages(
     return small_pages(head_dim, dtype, features)
 
 
-def explain(op: str, args: OpArgs) -> dict[str, list[str]]:
+def explain(op: str, signature: Any) -> dict[str, list[str]]:
     """Reasons of every backend against this call, in dispatch order."""
-    signature = args.signature()
     return {name: reasons_against(name, op, signature) for name in BACKENDS}
 
 
@@ -162,7 +156,16 @@ def resolve(op: str, signature: Any, backend: str = "") -> tuple[str, Op]:
 
 def named() -> str:
     """What `use_backend` or FASTATTN_BACKEND asks for, as `order` takes it; "" when neither does."""
-    return _forced.get() or settings.backend
+    return _forced.get() or _in_environment()
+
+
+@cache
+def _in_environment() -> str:
+    try:
+        order(settings.backend)
+    except ValueError as error:
+        raise ValueError(f"environment variable FASTATTN_BACKEND={settings.backend!r}: {error}") from None
+    return settings.backend
 
 
 def run(op: str, args: OpArgs, backend: str = "") -> Any:

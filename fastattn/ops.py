@@ -31,6 +31,9 @@ from .spec import (
     UnsupportedError,
 )
 
+#: What queries, activations and other numbers of a call may be.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 _lib = torch.library.Library("fastattn", "DEF")
 _ops = torch.ops.fastattn
 
@@ -52,6 +55,13 @@ def refuse_grad(**tensors: Tensor | None) -> None:
                 f"{name}: requires grad; fastattn is an inference library and has no backward pass: call it "
                 f"under torch.no_grad() or torch.inference_mode(), or pass {name}.detach()"
             )
+
+
+def _check_floats(x: Tensor) -> None:
+    if not x.ndim:
+        raise ValueError("x: a scalar, expected at least one dimension")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
 
 
 # ------------------------------------------------------------------------------------------ attention
@@ -164,6 +174,7 @@ def rotary(
 ) -> Tensor:
     """``x`` (N, heads, D) rotated to ``positions`` (N,); see `spec.RotaryArgs`."""
     refuse_grad(x=x)
+    _check_floats(x)
     if x.ndim != 3:
         raise ValueError(f"x: {tuple(x.shape)}, expected (N, heads, head_dim)")
     _check_rotary(x, cos, sin, positions)
@@ -195,6 +206,9 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of ``x + residual`` and that sum (empty without a residual); see `spec.RmsNormArgs`."""
     refuse_grad(x=x, weight=weight, residual=residual)
+    _check_floats(x)
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps: {eps}, expected a finite number >= 0")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}")
     if residual is not None and residual.shape != x.shape:
@@ -216,6 +230,7 @@ _define(
 def swiglu(x: Tensor, *, backend: str | None = None) -> Tensor:
     """``silu(gate) * up`` of ``x`` (N, 2 F), gate first."""
     refuse_grad(x=x)
+    _check_floats(x)
     if x.shape[-1] % 2:
         raise ValueError(f"x: last dimension {x.shape[-1]} is odd, expected gate and up of equal width")
     return _ops.swiglu(x, backend or "")
@@ -341,6 +356,8 @@ def mx_unpack(
 ) -> Tensor:
     """The values (..., n) that `mx_pack` kept."""
     mx.check_format(element, block, scale)
+    if n < 0:
+        raise ValueError(f"n: {n}, expected at least 0")
     expected = _mx_shapes(codes.shape[:-1], n, element, block, scale)
     if (tuple(codes.shape), tuple(scales.shape)) != expected:
         raise ValueError(f"codes, scales: {tuple(codes.shape)}, {tuple(scales.shape)}, expected {expected}")

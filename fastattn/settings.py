@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 
 def _flag(text: str) -> bool:
@@ -111,4 +111,15 @@ class Settings:
         return [(f.metadata["name"], f.metadata["accepted"], f.metadata["doc"]) for f in fields(cls)]
 
 
-settings = Settings.from_env(os.environ)
+class _Environment:
+    """This process's `Settings`, parsed when first asked for.
+
+    Not at import: the command line has to be imported before it can say what is wrong.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        self.__dict__ |= vars(Settings.from_env(os.environ))
+        return object.__getattribute__(self, name)
+
+
+settings = cast(Settings, _Environment())

@@ -5,7 +5,7 @@ Imports torch only, and everything may import it. Five ideas carry the package (
 1. one record describes a call (`AttentionArgs` and its smaller siblings);
 2. a backend is a table of ops that says what it cannot do (`Backend`, `Op`);
 3. policy per sync point x schedule per forward x layout per weight (`SyncPolicy`, `SyncPlan`, `Shard`);
-4. a weight has a format, a shard and a placement (`PackedWeight`, `WeightFormat`, `Placement`);
+4. a weight has one layout in memory, whatever its format on disk (`PackedWeight`);
 5. a KV cache has parts, each with a home (`KvCache`, `KvPart`).
 
 Conventions
@@ -21,7 +21,6 @@ Conventions
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -57,6 +56,10 @@ class SyncError(RuntimeError):
     def __init__(self, rank: int, where: str, reason: str) -> None:
         self.rank, self.where, self.reason = rank, where, reason
         super().__init__(f"rank {rank}: {where}: {reason}")
+
+
+#: Of the user or the machine: an application reports each by its message alone.
+REPORTED = (SyncError, CacheFull, ValueError, OSError)
 
 
 # ------------------------------------------------------------------------------------- records of calls
@@ -192,7 +195,8 @@ class AppendKvArgs(NamedTuple):
         return _set_fields(self, frozenset({"k_cache", "v_cache", "k", "v", "slots"}))
 
     def signature(self) -> OpSignature:
-        dims = (self.k_cache.shape[1], self.k.shape[-1], self.v.shape[-1], self.kv_layout)
+        # Not the rows of a page: a contiguous cache that grows would have a new signature each token.
+        dims = (self.k.shape[-1], self.v.shape[-1], self.kv_layout)
         return OpSignature(self.k.device, self.k.dtype, (self.k_cache.dtype,), dims, self.features())
 
 
@@ -449,54 +453,16 @@ class PackedWeight(NamedTuple):
     bias: Tensor | None = None  # added once, after the sum
 
 
-class Checkpoint(Protocol):
-    """A model on disk, read lazily; every error is a `CheckpointError`."""
-
-    path: str
-
-    def names(self) -> Sequence[str]: ...
-
-    def load(self, name: str, shard: Shard) -> PackedWeight:
-        """The shard of a matrix in its own format; reads only the bytes it needs."""
-        ...
-
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A small tensor (norm weight, bias) dequantized, whole."""
-        ...
-
-
-class WeightFormat(Protocol):
-    """How one kind of weight is stored on disk and in memory."""
-
-    name: str
-    bits: int
-    in_align: int  # cheap cuts; others must still be exact
-    out_align: int
-
-    def describe(self, ckpt: Checkpoint, name: str) -> tuple[int, int, torch.dtype]: ...
-    def load(self, ckpt: Checkpoint, name: str, shard: Shard) -> PackedWeight: ...
-    def dequantize(self, w: PackedWeight, dtype: torch.dtype) -> Tensor: ...
-    def to_bytes(self, w: PackedWeight) -> tuple[dict[str, Any], list[memoryview]]: ...
-    def from_bytes(self, head: dict[str, Any], buf: memoryview) -> PackedWeight: ...
-
-
-class Placement(Protocol):
-    """Where weights live: resident, or a sliding window over half-blocks."""
-
-    def borrow(self, layer: int, site: str) -> AbstractContextManager[Mapping[str, PackedWeight]]: ...
-    def hint(self, order: Sequence[tuple[int, str]]) -> None: ...
-
-
 # ------------------------------------------------------------------------------------------- KV caches
 class KvPart(NamedTuple):
-    """What one attention call can read of a cache."""
+    """What one attention call can read of a cache; its tensors are on one device."""
 
     k: Tensor
     v: Tensor
     block_table: Tensor | None
     seqused: Tensor  # int32 (B,)
     pos0: Tensor | None  # int32 (B,): position of the part's first key; None: 0
-    heads: slice = slice(None)
+    heads: slice = slice(None)  # of the cache's KV heads, those that k and v hold
     layout: str = "nhd"
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None

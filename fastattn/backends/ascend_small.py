@@ -204,8 +204,8 @@ def _append_reasons(s: OpSignature) -> list[str]:
         out.append("kv_layout: nhd; NZ is for 310P and 910A")
     if out or compiles_kernels():
         return out
-    page, dim, v_dim, layout = s.dims
-    k_cache, v_cache = (_meta(s.other_dtypes[0], 1, int(page), 1, int(d)) for d in (dim, v_dim))
+    dim, v_dim, layout = s.dims
+    k_cache, v_cache = (_meta(s.other_dtypes[0], 1, 1, 1, int(d)) for d in (dim, v_dim))
     k, v = (_meta(s.dtype, 1, 1, int(d)) for d in (dim, v_dim))
     slots = torch.zeros(1, dtype=torch.int64)
     return _without_kernels(

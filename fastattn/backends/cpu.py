@@ -42,7 +42,7 @@ def _run_attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
         _contiguous(a.block_table),
         _contiguous(a.seqused_k),
         _contiguous(a.cache_batch_idx),
-        _contiguous(a.cache_leftpad),
+        _leftpad(a),
         _contiguous(a.q_pos0),
         _contiguous(a.k_pos0),
         _contiguous(a.k_scale),
@@ -58,6 +58,17 @@ def _run_attention(a: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
+
+
+def _leftpad(a: AttentionArgs) -> Tensor | None:
+    """At most the keys in use, more than which the kernel does not take."""
+    if a.cache_leftpad is None:
+        return None
+    if a.seqused_k is not None:
+        return a.cache_leftpad.minimum(a.seqused_k)
+    if a.cu_seqlens_k is not None:
+        return a.cache_leftpad.minimum(a.cu_seqlens_k.diff())
+    return a.cache_leftpad.clamp(max=a.k.shape[1])
 
 
 def _lse_shape(a: AttentionArgs) -> tuple[int, ...]:

@@ -78,6 +78,7 @@ def _gather(a: AttentionArgs, b: int) -> tuple[int, int, Tensor, Tensor]:
         row = b if a.cache_batch_idx is None else int(a.cache_batch_idx[b])
         k, v = k[row], v[row]
     hi = k.shape[0] if a.seqused_k is None else int(a.seqused_k[b])
+    lo = min(lo, hi)
     return lo, hi, k[lo:hi].unsqueeze(0), v[lo:hi].unsqueeze(0)
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..indices import readable, within
 from ..quant import packed
-from ..settings import settings
 from ..spec import (
     AppendKvArgs,
     EmbeddingArgs,
@@ -31,10 +31,8 @@ TILE = 1 << 24
 
 def check_indices(index: Tensor, name: str, size: int, lowest: int = 0) -> None:
     """Raises ValueError for an index outside ``lowest..size - 1``; on an accelerator only when strict."""
-    if index.numel() and (settings.strict or index.device.type == "cpu"):
-        lo, hi = (int(v) for v in torch.aminmax(index))
-        if hi >= size or lo < lowest:
-            raise ValueError(f"{name}: values {lo}..{hi}, expected {lowest}..{size - 1}")
+    if readable(index):
+        within(name, index, lowest, size - 1)
 
 
 # --------------------------------------------------------------------------------- rotary and KV append

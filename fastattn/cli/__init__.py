@@ -7,7 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .. import __version__
+from .. import __version__, dispatch
+from ..parallel.group import abort
+from ..spec import REPORTED
 from . import generate, info, plan, quantize, report, tune
 
 
@@ -20,12 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
+        dispatch.named()  # reads the environment, whatever the command
         status = args.run(args)
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
     except (KeyboardInterrupt, BrokenPipeError) as end:
         # Without an orderly exit: that would wait for exchanges, and flush to whom nobody listens.
         os._exit(130 if isinstance(end, KeyboardInterrupt) else 141)
+    except REPORTED as error:
+        abort(None, error)
     return status
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..parallel import group as ranks
-from ..spec import CacheFull, SyncError, TPGroup
+from ..spec import REPORTED, SyncError, TPGroup
 
 
 def add_rank_arguments(p: argparse.ArgumentParser) -> None:
@@ -22,9 +22,9 @@ def on_ranks(
 ) -> int:
     """``work(args, group)`` on the ranks that the launcher describes; returns the exit status 0.
 
-    An error of the user or the machine is one message on stderr and ends the process with status 1.
+    One of `spec.REPORTED` is one message on stderr, which names the rank, and ends the process with status 1.
     """
-    group = ranks.single()
+    group = None
     try:
         group = ranks.init(args.timeout, args.split, device)
         work(args, group)
@@ -32,7 +32,7 @@ def on_ranks(
             raise SyncError(group.rank, "shutdown", "an exchange still hangs")
     except BrokenPipeError:
         raise
-    except (SyncError, CacheFull, ValueError, OSError) as error:
+    except REPORTED as error:
         ranks.abort(group, error)
     return 0
 

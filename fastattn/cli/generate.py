@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from ..devices import device_named
 from ..parallel import group as ranks
 from ..spec import TPGroup
 from .common import add_rank_arguments, on_ranks
@@ -54,10 +55,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     if not args.prompt and os.environ.get("RANK", "0") == "0":
-        try:
-            args.prompt = [_read_stdin()]  # before other ranks begin to wait for us
-        except (ValueError, OSError) as error:
-            ranks.abort(ranks.single(), error)
+        args.prompt = [_read_stdin()]  # before other ranks begin to wait for us
     return on_ranks(args, _run, args.device)
 
 
@@ -77,6 +75,8 @@ def _run(args: argparse.Namespace, group: TPGroup) -> None:
     from ..models.load import load
     from ..models.sampling import SamplingParams
 
+    if device_named(args.device).type == "meta":
+        raise ValueError("--device: 'meta', expected a device that computes")
     first = group.rank == 0
     threads = ranks.set_threads(group, args.threads)
     params = SamplingParams(

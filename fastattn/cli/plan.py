@@ -93,7 +93,7 @@ def _quality(args: argparse.Namespace, model: Model, text: str | None) -> Qualit
 
     if text is None:
         return Quality(model, None, args.max_increase)
-    context = min(_CONTEXT, model.config.max_position)
+    context = min(_CONTEXT, model.config.context)
     count = min(_CHUNKS, len(model.tokenizer.encode(text)) // context)
     return Quality(model, chunks(model.tokenizer, text, context, max(2, count)), args.max_increase)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
@@ -10,8 +11,9 @@ import torch
 
 from .. import dispatch
 from ..attention import build_args
-from ..settings import settings
-from ..spec import AttentionSignature
+from ..spec import AttentionSignature, UnsupportedError
+
+_MOST_VALUES = 1 << 56  # of a tensor: their bytes still fit into 64 bits
 
 
 class _Device(NamedTuple):
@@ -34,18 +36,19 @@ def why(spec: str) -> str:
     Nothing is allocated, and no device needs to be present. Raises ValueError for a bad spec.
     """
     signature = signature_of(spec)
+    asked_for = dispatch.named()
     try:
-        chosen = dispatch.resolve("attention", signature, settings.backend)[0]
-    except ValueError:
+        chosen = dispatch.resolve("attention", signature, asked_for)[0]
+    except UnsupportedError:
         chosen = ""
-    against = {name: dispatch.reasons_against(name, "attention", signature) for name in dispatch.BACKENDS}
+    against = dispatch.explain("attention", signature)
     by_name = {name: "" if name in dispatch.AUTOMATIC else " when named" for name in against}
     table = {
         name: "; ".join(reasons)
         or f"can run it{by_name[name]}{' <- and would be chosen' if name == chosen else ''}"
         for name, reasons in against.items()
     }
-    forced = f" (FASTATTN_BACKEND={settings.backend})" if settings.backend else ""
+    forced = f" (FASTATTN_BACKEND={asked_for})" if asked_for else ""
     last = [] if chosen else [f"no backend would run it{forced}"]
     return "\n".join([f"attention {spec}", *aligned(table, "  "), *last])
 
@@ -66,34 +69,42 @@ def signature_of(spec: str) -> AttentionSignature:
             raise ValueError(f"--why: {name}=BATCHxSEQLENxHEADSxHEAD_DIM is missing")
     dtype = _dtype("dtype", given.get("dtype", "float32"))
     kv_dtype = _dtype("kv_dtype", given["kv_dtype"]) if "kv_dtype" in given else dtype
-    q = torch.empty(_shape("q", given["q"]), dtype=dtype, device="meta")
-    k = torch.empty(_shape("k", given["k"]), dtype=kv_dtype, device="meta")
-    v = torch.empty(_shape("v", given.get("v", given["k"])), dtype=kv_dtype, device="meta")
-    batch = int(given["cu_seqlens_q"]) if given.get("cu_seqlens_q", "").isdigit() else q.shape[0]
+    q = _meta("q", _shape("q", given["q"]), dtype)
+    k = _meta("k", _shape("k", given["k"]), kv_dtype)
+    v = _meta("v", _shape("v", given.get("v", given["k"])), kv_dtype)
+    batch = _count("cu_seqlens_q", given["cu_seqlens_q"]) if "cu_seqlens_q" in given else q.shape[0]
     sizes = {"heads": q.shape[-2], "kv_heads": k.shape[-2], "batch": batch}
     options: dict[str, Any] = {}
     for name, text in given.items():
         if name in _WORDS:
             size = _WORDS[name]
-            options[name] = True if size is None else _meta(name, sizes[size])
+            options[name] = (
+                True if size is None else _meta(name, (sizes[size],), _DTYPES.get(name, torch.int32))
+            )
         elif (read := _VALUES[name]) is not None:
             options[name] = read(name, text)
     if "attn_mask" in given:
         keys = k.shape[1] * (options["block_table"].shape[1] if "block_table" in options else 1)
-        options["attn_mask"] = torch.empty((q.shape[1], keys), dtype=options["attn_mask"], device="meta")
+        shape = (batch, q.shape[-2], q.shape[1], keys)
+        options["attn_mask"] = _meta("attn_mask", shape, options["attn_mask"])
     signature = build_args(q, k, v, **options).signature()
     return signature._replace(device=_device(given.get("device", "cpu")))
 
 
-def _meta(name: str, *shape: int) -> torch.Tensor:
-    floating = name in ("alibi_slopes", "sinks", "k_scale", "v_scale")
-    return torch.empty(shape, dtype=torch.float32 if floating else torch.int32, device="meta")
+def _meta(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    if math.prod(max(1, n) for n in shape) > _MOST_VALUES:
+        raise ValueError(f"--why: {name} of {'x'.join(map(str, shape))}, more than memory can address")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _shape(name: str, text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+(x\d+){1,3}", text):
         raise ValueError(f"--why: {name}={text}, expected sizes such as 1x4096x8x128")
     return tuple(map(int, text.split("x")))
+
+
+def _cumulative(name: str, text: str) -> torch.Tensor:
+    return _meta(name, (_count(name, text) + 1,))
 
 
 def _number(name: str, text: str) -> float:
@@ -128,10 +139,10 @@ def _window(name: str, text: str) -> tuple[int | None, int | None]:
     return int(left) if left else None, int(right) if right else None
 
 
-def _cumulative(name: str, text: str) -> torch.Tensor:
-    if not text.isdigit():
+def _count(name: str, text: str) -> int:
+    if not re.fullmatch(r"\d{1,18}", text):
         raise ValueError(f"--why: {name}={text}, expected the number of sequences")
-    return _meta(name, int(text) + 1)
+    return int(text)
 
 
 def aligned(facts: Mapping[str, str], indent: str = "") -> list[str]:
@@ -146,10 +157,12 @@ _WORDS: dict[str, str | None] = {
     "cache_batch_idx": "batch", "cache_leftpad": "batch", "q_pos0": "batch", "k_pos0": "batch",
     "k_scale": "kv_heads", "v_scale": "kv_heads",
 }  # fmt: skip
+#: Of the words' tensors; int32 for the rest.
+_DTYPES = dict.fromkeys(("alibi_slopes", "sinks", "k_scale", "v_scale"), torch.float32)
 #: Words with a value, and how an option of `attention` reads it; None for those that say what tensors are.
 _VALUES: dict[str, Callable[[str, str], Any] | None] = {
     "q": None, "k": None, "v": None, "dtype": None, "kv_dtype": None, "device": None,
     "window": _window, "softcap": _number, "scale": _number, "kv_layout": lambda name, text: text,
-    "attn_mask": _dtype, "block_table": lambda name, text: _meta(name, *_shape(name, text)),
+    "attn_mask": _dtype, "block_table": lambda name, text: _meta(name, _shape(name, text)),
     "cu_seqlens_q": _cumulative, "cu_seqlens_k": _cumulative,
 }  # fmt: skip

@@ -21,6 +21,7 @@ from ..collectives.sums import Partial
 from ..ops import linear
 from ..parallel import shard
 from ..parallel.group import ranks_of
+from ..parallel.plan import with_item_bytes
 from ..parallel.policies import parse
 from ..quant import packed
 from ..quant.cuts import take
@@ -54,8 +55,13 @@ def parallelize(model: M, tp: str | TPGroup | None = "auto", sync: str = "exact"
     family = getattr(config, "model_type", None)
     if family not in _FAMILIES:
         raise UnsupportedError(f"model: of type {family!r}, expected one of {', '.join(_FAMILIES)}")
-    blocks = model.get_submodule("model.layers")
-    policy, schedule = parse(sync)
+    blocks = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(blocks, nn.Module):
+        what = type(model).__name__
+        raise UnsupportedError(f"model: {what} has no model.layers, expected a causal model")
+    weights = next(model.parameters())
+    parsed, schedule = parse(sync)
+    policy = with_item_bytes(parsed, weights.dtype.itemsize)
     if not isinstance(policy, Sum) or schedule.name != "plain":
         raise UnsupportedError(
             f"sync: {sync!r} reaches beyond one layer; here exact, direct, star and compressed can be used, "
@@ -64,7 +70,9 @@ def parallelize(model: M, tp: str | TPGroup | None = "auto", sync: str = "exact"
     for name, layer in _linears(blocks):
         if type(layer) is not nn.Linear:
             raise UnsupportedError(f"model: {name} is a {type(layer).__name__}, expected a dense nn.Linear")
-    weights = next(model.parameters())
+        if layer.weight.dtype not in packed.FLOATS:
+            accepted = ", ".join(map(str, packed.FLOATS))
+            raise UnsupportedError(f"model: {name} is of {layer.weight.dtype}, expected one of {accepted}")
     g = ranks_of(tp, weights.device)
     dims = _dims(config)
     mine = shard.plan(dims, g.world, g.weights)[g.rank]

@@ -1,1 +1,1 @@
-"""KV caches and, later, where weights live."""
+"""KV caches."""

@@ -41,7 +41,7 @@ def attend(cache: KvCache, layer: int, step: KvStep, q: Tensor, **options: Any) 
     Returns (total, H, Dv) in q's dtype.
     """
     parts = cache.parts(layer, step)
-    if len(parts) == 1 and parts[0].heads == slice(None):
+    if len(parts) == 1 and parts[0].heads == slice(None) and parts[0].k.device == q.device:
         out: Tensor = _call(parts[0], step, q, options, return_lse=False)
         return out
     return _merge(parts, step, q, options)
@@ -64,35 +64,43 @@ def _first_positions(step: KvStep) -> Tensor:
 
 
 def _merge(parts: tuple[KvPart, ...], step: KvStep, q: Tensor, options: dict[str, Any]) -> Tensor:
-    """Parts may hold different tokens, different heads or both; a sink enters once, at the end."""
+    """Parts may hold different tokens, heads or both, each on a device of its own.
+
+    Queries go to the parts and results come back; a sink enters once, at the end.
+    """
     options = dict(options)
     sinks = options.pop("sinks", None)
     total, heads, _ = q.shape
-    kv_heads = _kv_heads(parts)
-    group = heads // kv_heads
     out = q.new_zeros((total, heads, parts[0].v.shape[-1]), dtype=torch.float32)
     lse = torch.full((heads, total), -torch.inf, device=q.device)
     if sinks is not None:
         lse = sinks.float()[:, None].expand(heads, total).clone()
-    for part in parts:
-        lo, hi, _ = part.heads.indices(kv_heads)
-        mine = slice(lo * group, hi * group)
-        part_out, part_lse = _call(part, step, q[:, mine], _for_heads(options, mine), return_lse=True)
-        part_out = part_out.to(device=q.device, dtype=torch.float32)
-        part_lse = part_lse.to(q.device)
+    for part, mine in zip(parts, _query_heads(parts, heads), strict=True):
+        device = part.k.device
+        there = step._replace(cu_seqlens=step.cu_seqlens.to(device), seqused=step.seqused.to(device))
+        found = _call(part, there, q[:, mine].to(device), _for_heads(options, mine, device), return_lse=True)
+        part_out, part_lse = (t.to(q.device) for t in found)
         merged = torch.logaddexp(lse[mine], part_lse)
         base = merged.masked_fill(merged == -torch.inf, 0.0)
         keep, add = (torch.exp(x - base).T[..., None] for x in (lse[mine], part_lse))
-        out[:, mine] = out[:, mine] * keep + part_out * add
+        out[:, mine] = out[:, mine] * keep + part_out.float() * add
         lse[mine] = merged
     return out.to(q.dtype)
 
 
-def _kv_heads(parts: tuple[KvPart, ...]) -> int:
-    whole = [p.k.shape[-2] for p in parts if p.heads == slice(None)]
-    return whole[0] if whole else max(p.heads.stop for p in parts)
+def _query_heads(parts: tuple[KvPart, ...], heads: int) -> list[slice]:
+    """The query heads, of ``heads``, that read each part."""
+    held = [range(lo := p.heads.start or 0, lo + p.k.shape[-2]) for p in parts]
+    kv_heads = max(span.stop for span in held)
+    for part, span in zip(parts, held, strict=True):
+        if range(kv_heads)[part.heads] != span:
+            raise ValueError(f"heads: {part.heads} of {kv_heads} KV heads, the part has {len(span)}")
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"parts: {kv_heads} KV heads, expected a divisor of q's {heads}")
+    group = heads // kv_heads
+    return [slice(span.start * group, span.stop * group) for span in held]
 
 
-def _for_heads(options: dict[str, Any], heads: slice) -> dict[str, Any]:
+def _for_heads(options: dict[str, Any], heads: slice, device: torch.device) -> dict[str, Any]:
     slopes = options.get("alibi_slopes")
-    return options if slopes is None else {**options, "alibi_slopes": slopes[..., heads]}
+    return options if slopes is None else {**options, "alibi_slopes": slopes[..., heads].to(device)}

@@ -94,10 +94,10 @@ class PagedKvCache:
             -(-(have + n) // self.page_size) - len(self._pages(s))
             for s, have, n in zip(seqs, lengths, new, strict=True)
         ]
-        if sum(wanted) > len(self._free):
+        if sum(wanted) > self.free_pages:
             tokens = self.keys.shape[1] * self.page_size
             raise CacheFull(
-                f"the KV cache of {tokens} tokens has {len(self._free)} free pages of {self.page_size}, "
+                f"the KV cache of {tokens} tokens has {self.free_pages} free pages of {self.page_size}, "
                 f"{sum(wanted)} are needed"
             )
         for seq, pages, n in zip(seqs, wanted, new, strict=True):

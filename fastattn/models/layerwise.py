@@ -16,14 +16,14 @@ from ..memory.paged import PagedKvCache
 from ..ops import rms_norm
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..quant import packed
-from ..spec import PackedWeight
+from ..spec import PackedWeight, Pages
 from .config import ModelConfig
 from .dense import DenseWeights
 from .llama import Attention, AttentionHalf, Forward, Mlp, MlpHalf, RmsNorm
 from .perplexity import token_nll
 from .rope import RopeTables
 
-_PAGE = 32
+_PAGE = Pages().size
 
 
 class Sequences:

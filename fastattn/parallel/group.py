@@ -24,13 +24,14 @@ from ..collectives.exchange import agree, idle, memories, reason_of, witnesses
 from ..devices import device_named
 from ..settings import settings
 from ..shares import normalised, usable
-from ..spec import SyncError, TPGroup, UnsupportedError
+from ..spec import REPORTED, SyncError, TPGroup, UnsupportedError
 from ..threads import machine
 from .interface import interface_towards
 from .local import ranks_here, share_memory
 from .rendezvous import meet
 from .watch import Watch
 
+_MOST_THREADS = 1024  # asked for; OpenMP dies where it cannot start them
 _SHUTDOWN_S = 5.0  # milliseconds suffice unless an exchange still hangs
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _joined: list[TPGroup] = []  # the group this process is in
@@ -103,7 +104,7 @@ def _join(backend: str, rank: int, world: int, host: str, port: int, timeout_s: 
     store = meet(host, port, rank, world, timeout_s)
 
     def on_loss(lost: int) -> None:
-        abort(single(), SyncError(rank, "watch", f"rank {lost} ended"))
+        abort(None, SyncError(rank, "watch", f"rank {lost} ended"))
 
     watch = Watch(rank, world, store, host, timeout_s, on_loss)
     _watches.append(watch)
@@ -149,13 +150,13 @@ def shutdown(g: TPGroup) -> bool:
     return not thread.is_alive()
 
 
-def abort(g: TPGroup, error: BaseException) -> NoReturn:
-    """Prints ``error`` on stderr and ends the process at once with status 1.
+def abort(g: TPGroup | None, error: BaseException) -> NoReturn:
+    """Prints ``error`` on stderr and ends the process at once with status 1. ``g``: None before there is one.
 
     No destructor runs, so nothing can hang, and the closing sockets make the other ranks fail too.
     """
-    text = str(error) if isinstance(error, (SyncError, ValueError)) else f"{type(error).__name__}: {error}"
-    prefix = "" if isinstance(error, SyncError) or g.world == 1 else f"rank {g.rank}: "
+    text = str(error) if isinstance(error, REPORTED) else f"{type(error).__name__}: {error}"
+    prefix = "" if g is None or g.world == 1 or isinstance(error, SyncError) else f"rank {g.rank}: "
     try:
         if threading.current_thread() is threading.main_thread():  # which may else be held up writing to it
             with suppress(OSError, ValueError, AttributeError):  # nobody reads it any more, or it is closed
@@ -183,8 +184,9 @@ def set_threads(g: TPGroup, threads: int | None = None) -> Threads:
     environment = os.environ.get("OMP_NUM_THREADS", "")
     from_torchrun = environment == "1" and "TORCHELASTIC_RUN_ID" in os.environ
     if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads: {threads}, expected at least 1")
+        most = max(_MOST_THREADS, os.cpu_count() or 1)
+        if not 1 <= threads <= most:
+            raise ValueError(f"threads: {threads}, expected at least 1 and at most {most}")
         chosen = Threads(threads, "asked for")
     elif environment and not from_torchrun:
         chosen = Threads(torch.get_num_threads(), f"OMP_NUM_THREADS={environment}")

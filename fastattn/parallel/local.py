@@ -30,7 +30,7 @@ _OFFER_BYTES = 256
 
 def ranks_here(g: TPGroup) -> int:
     """How many ranks run on this machine; all ranks call it."""
-    mine = torch.tensor(list(_identity()), dtype=torch.uint8, device=device_of(g))
+    mine = torch.tensor(list(identity()), dtype=torch.uint8, device=device_of(g))
     return sum(
         torch.equal(mine, other) for other in all_gather(g, mine, "start-up count of ranks per machine")
     )
@@ -49,11 +49,11 @@ def share_memory(g: TPGroup) -> SharedMemory | None:
     if g.rank == 0 and usable:
         from ..collectives.shared_memory import SharedMemory  # loads the native kernels
 
-        file, text = _offered(SharedMemory.bytes_for(g.world))
+        file, text = offered(SharedMemory.bytes_for(g.world))
         offer[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
     try:
         broadcast(g, offer, _WHERE)
-        memory = _mapped(bytes(offer.tolist()).rstrip(b"\0")) if usable else None
+        memory = mapped(bytes(offer.tolist()).rstrip(b"\0")) if usable else None
         have = torch.tensor([memory is not None], dtype=torch.uint8)
         if not all(int(x) for x in all_gather(g, have, _WHERE)) or memory is None:
             return None
@@ -65,7 +65,7 @@ def share_memory(g: TPGroup) -> SharedMemory | None:
     return SharedMemory(g.rank, g.world, g.timeout_s, memory, partial(first_lost, 0.0))
 
 
-def _offered(size: int) -> tuple[int | None, bytes]:
+def offered(size: int) -> tuple[int | None, bytes]:
     """A file without a name, of zeros and a token, and how another process of this machine finds it."""
     if not hasattr(os, "memfd_create"):  # not Linux
         return None, b""
@@ -76,16 +76,16 @@ def _offered(size: int) -> tuple[int | None, bytes]:
         os.pwrite(file, token, size)
     except OSError:
         return None, b""
-    words = (_identity(network=True).hex(), f"/proc/{os.getpid()}/fd/{file}", token.hex())
+    words = (identity(network=True).hex(), f"/proc/{os.getpid()}/fd/{file}", token.hex())
     return file, " ".join(words).encode()
 
 
-def _mapped(offer: bytes) -> mmap.mmap | None:
+def mapped(offer: bytes) -> mmap.mmap | None:
     """The memory of an offer; None where this process cannot have it."""
     if not offer:
         return None
     machine, path, token = offer.decode().split()
-    if machine != _identity(network=True).hex():
+    if machine != identity(network=True).hex():
         return None
     try:
         # Elsewhere the path may lead to any file: it is opened only if it is such memory.
@@ -101,7 +101,7 @@ def _mapped(offer: bytes) -> mmap.mmap | None:
     return memory if memory[-_TOKEN_BYTES:] == bytes.fromhex(token) else None
 
 
-def _identity(*, network: bool = False) -> bytes:
+def identity(*, network: bool = False) -> bytes:
     """32 bytes that processes have in common on one machine only, or in one network namespace of it."""
     parts = [platform.node().encode()]
     with suppress(OSError):

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
+from ..quant.cuts import take
 from ..shares import usable
 from ..spec import Cut, Shard, Span
 
@@ -139,11 +139,7 @@ def cut_vector(x: Tensor, cut: Cut) -> Tensor:
     """
     if x.shape != (cut.size,):
         raise ValueError(f"x: {tuple(x.shape)}, expected ({cut.size},)")
-    if cut.order is not None:
-        return x[cut.order]
-    if not cut.spans:
-        return x
-    return torch.cat([x[lo:hi] for lo, hi in cut.spans])
+    return take(x, cut)
 
 
 def _rows(m: ModelShard, out: Cut, inn: int) -> Shard:

@@ -40,7 +40,7 @@ def spans_of(cut: Cut) -> tuple[tuple[int, int], ...]:
 
 
 def take(matrix: Matrix, cut: Cut, axis: int = 0) -> Matrix:
-    """The cut of axis 0 or 1 of a tensor or array mapped from a file; touches the cut's part only."""
+    """The cut of an axis, 0 or 1, of a tensor or array mapped from a file; touches the cut's part only."""
     if isinstance(matrix, Tensor):
         if cut.order is not None:
             return matrix.index_select(axis, cut.order.long())

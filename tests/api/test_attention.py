@@ -76,7 +76,7 @@ def test_every_head_dim(backend: str) -> None:
 def test_dispatch_serves_or_refuses(layout: str, dtype: torch.dtype, head_dim: int, seed: int) -> None:
     """Without a name: the first backend without a reason runs, accurately; with none left, a refusal."""
     case = random_case(seed, layout, dtype, head_dim)
-    why = dispatch.explain("attention", case.args())
+    why = dispatch.explain("attention", case.args().signature())
     able = [name for name in dispatch.AUTOMATIC if not why[name]]
     before = dict(dispatch.calls)
     if not able:
@@ -115,6 +115,29 @@ def test_query_without_keys_is_zero(backend: str) -> None:
     out = fastattn.attention(q, k, k, causal=True, backend=backend)
     assert torch.equal(out[:, :2], torch.zeros(2, 2, 4, 16))
     assert (out[:, 2:].abs().sum((-1, -2)) > 0).all()
+
+
+LENGTHS = {
+    "pages": {"block_table": int32([[2, 0], [1, 2]]), "cache_seqlens": int32([0, 7])},
+    "lengths": {"cache_seqlens": int32([0, 7]), "cache_batch_idx": int32([2, 1])},
+    "rows": {"cache_batch_idx": int32([2, 1])},
+    "packed": {"cu_seqlens_q": int32([0, 3, 6]), "cu_seqlens_k": int32([0, 2, 9])},
+}
+
+
+@pytest.mark.parametrize("home", LENGTHS)
+def test_padding_past_the_last_key_leaves_none(backend: str, home: str) -> None:
+    """As in the empty slot of a batch that is padded on the left."""
+    q, k, options = torch.randn(2, 3, 4, 16), torch.randn(3, 8, 2, 16), LENGTHS[home]
+    if home == "packed":
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+    padded = [
+        fastattn.attention(q, k, k, **options, cache_leftpad=int32([pad, 1]), backend=backend)
+        for pad in (9, 0)
+    ]
+    first, second = (slice(0, 3), slice(3, 6)) if home == "packed" else (0, 1)
+    assert not padded[0][first].any()
+    assert torch.equal(padded[0][second], padded[1][second])
 
 
 def test_no_keys_at_all(backend: str) -> None:
@@ -206,6 +229,15 @@ BAD_INDICES = {
     "page-negative": (PAGED | {"block_table": int32([[0, 1], [-1, 1]])}, "block_table"),
     "paged-length": (PAGED | {"cache_seqlens": int32([17, 5])}, "cache_seqlens"),
     "negative-length": (PAGED | {"cache_seqlens": int32([-1, 5])}, "cache_seqlens"),
+    "page-past-int32": (
+        PAGED | {"block_table": torch.tensor([[0, 2**32 + 1], [2, 1]])},
+        "block_table: values 0",
+    ),
+    "length-past-int32": (PAGED | {"cache_seqlens": torch.tensor([9, 2**32 + 5])}, "cache_seqlens: values 9"),
+    "row-before-int32": (
+        {"cache_batch_idx": torch.tensor([0, -(2**32)])},
+        "cache_batch_idx: values -4294967296",
+    ),
     "row": ({"cache_batch_idx": int32([0, 3])}, "cache_batch_idx"),
     "row-negative": ({"cache_batch_idx": int32([-1, 0])}, "cache_batch_idx"),
     "length": ({"cache_batch_idx": int32([0, 1]), "cache_seqlens": int32([8, 9])}, "cache_seqlens"),
@@ -237,8 +269,11 @@ BAD_ARGUMENTS = {
     "v-shape": ({"v": torch.ones(2, 7, 2, 16)}, r"v: \(2, 7, 2, 16\)"),
     "batch": ({"q": torch.ones(3, 3, 4, 16)}, "k: batch 2, q has 3"),
     "window": ({"window": (1, 2, 3)}, "window: "),
-    "window-negative": ({"window": (-3, 0)}, r"window: \(-3, 0\)"),
+    "window-negative": ({"window": (-3, 0)}, "window: -3, each side is an integer >= 0"),
+    "window-fraction": ({"window": (1.5, 0)}, r"window: 1\.5, each side is an integer"),
     "softcap": ({"softcap": float("nan")}, "softcap: nan"),
+    "scale-nan": ({"scale": float("nan")}, "scale: nan, expected a finite number"),
+    "scale-infinite": ({"scale": -float("inf")}, "scale: -inf, expected a finite number"),
     "slopes": ({"alibi_slopes": torch.ones(2)}, r"alibi_slopes: \(2,\), expected \(4,\) or \(2, 4\)"),
     "sinks": ({"sinks": torch.ones(2, 4)}, r"sinks: \(2, 4\), expected \(4,\)"),
     "mask-shape": ({"attn_mask": torch.ones(3, 7)}, r"attn_mask: \(3, 7\), expected broadcastable"),
@@ -248,6 +283,8 @@ BAD_ARGUMENTS = {
         "attn_mask: needs dense q and k",
     ),
     "seqlens-shape": ({"cache_seqlens": int32([3])}, r"cache_seqlens: \(1,\), expected \(2,\)"),
+    "seqlens-number": ({"cache_seqlens": 1 << 40}, r"cache_seqlens: 1099511627776, expected 0\.\.2147483647"),
+    "seqlens-negative": ({"cache_seqlens": -1}, r"cache_seqlens: -1, expected 0\.\.2147483647"),
     "seqlens-dtype": ({"cache_seqlens": torch.ones(2)}, "cache_seqlens: torch.float32, expected int32"),
     "paged-without-lengths": ({"block_table": int32([[0], [1]])}, "block_table: needs cache_seqlens"),
     "paged-and-cu": (

@@ -78,9 +78,9 @@ def test_feature_not_named_is_a_reason(toy: dict[str, Any], option: str) -> None
     """A kernel that does not name a field never sees a call that sets it; one that does, does."""
     args = build_args(Q, Q, Q, **{option: OPTIONS[option]})
     name = {"cache_seqlens": "seqused_k"}.get(option, option)
-    assert dispatch.explain("attention", args)["volta"] == [f"{name} is not supported"]
+    assert dispatch.explain("attention", args.signature())["volta"] == [f"{name} is not supported"]
     toy["features"] = frozenset({name})
-    assert dispatch.explain("attention", args)["volta"] == []
+    assert dispatch.explain("attention", args.signature())["volta"] == []
 
 
 def test_every_field_of_the_record_is_a_feature() -> None:
@@ -95,7 +95,7 @@ def test_page_size(toy: dict[str, Any], size: int, reasons: list[str]) -> None:
     toy |= {"page_sizes": (16, 128), "features": frozenset({"block_table", "seqused_k"})}
     pages = torch.zeros(4, size, 2, 8)
     args = build_args(Q, pages, pages, block_table=torch.zeros(1, 2, dtype=torch.int32), cache_seqlens=5)
-    assert dispatch.explain("attention", args)["volta"] == reasons
+    assert dispatch.explain("attention", args.signature())["volta"] == reasons
 
 
 @pytest.mark.parametrize("why", ["unavailable", "reasons"])
@@ -137,8 +137,8 @@ def test_unknown_name() -> None:
         ValueError, match="no backend 'cuda'; there are: volta, ascend, triton, cpu, sdpa, reference"
     ):
         fastattn.attention(Q, Q, Q, backend="cuda")
-    for unknown, name in (("cuda", "cuda"), ("", ""), ("cpu,", ""), ("cpu,cuda", "cuda")):
-        with pytest.raises(ValueError, match=f"no backend '{name}'"), fastattn.use_backend(unknown):
+    for unknown, name in (("cuda", "cuda"), ("", ""), ("cpu,", ""), ("cpu,cuda", "cuda"), (None, None)):
+        with pytest.raises(ValueError, match=f"no backend {name!r}"), fastattn.use_backend(unknown):
             pass
 
 
@@ -192,7 +192,7 @@ def test_use_backend_belongs_to_its_thread_and_context() -> None:
 
 # ------------------------------------------------------------------------------------------ explain, errors
 def test_explain_lists_every_backend() -> None:
-    why = dispatch.explain("attention", build_args(Q, Q, Q, sinks=torch.ones(2)))
+    why = dispatch.explain("attention", build_args(Q, Q, Q, sinks=torch.ones(2)).signature())
     assert tuple(why) == dispatch.BACKENDS
     assert why["reference"] == []
     assert why["sdpa"] == ["sinks is not supported"]
@@ -204,7 +204,7 @@ def test_error_gives_every_reason_of_every_backend() -> None:
     nz = {"kv_layout": "npu_nz", "sinks": torch.ones(2)}
     with pytest.raises(UnsupportedError) as caught:
         fastattn.attention(Q, Q, Q, **nz)
-    why = dispatch.explain("attention", build_args(Q, Q, Q, **nz))
+    why = dispatch.explain("attention", build_args(Q, Q, Q, **nz).signature())
     text = str(caught.value)
     assert text.startswith("attention: no backend is left, and cannot run this call:")
     for name in dispatch.AUTOMATIC:
@@ -225,6 +225,15 @@ def test_resolution_is_cached_per_signature(monkeypatch: pytest.MonkeyPatch) -> 
     with fastattn.use_backend("reference"):
         fastattn.attention(Q, Q, Q)
     assert len(asked) == 5
+
+
+def test_a_cache_that_grows_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_resolved", {})
+    row = torch.ones(1, 2, 8)
+    for length in (1, 2, 3):
+        cache = torch.zeros(1, length, 2, 8)
+        ops.append_kv(cache, cache.clone(), row, row, torch.tensor([length - 1]), backend="sdpa")
+    assert len(dispatch._resolved) == 1  # noqa: SLF001
 
 
 def test_calls_are_counted() -> None:
@@ -266,12 +275,17 @@ def test_environment_variable_refuses() -> None:
     assert "backend 'triton' was asked for" in result.stderr
 
 
-def test_environment_variable_of_no_backend() -> None:
-    result = python("import fastattn", FASTATTN_BACKEND="cuda")
-    expected = (
-        "environment variable FASTATTN_BACKEND='cuda': expected backends' names, separated by commas, of"
-    )
-    assert f"{expected} volta," in result.stderr
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("BACKEND", "cpu,cuda", "no backend 'cuda'; there are: volta, ascend"),
+        ("STRICT", "maybe", "expected 0 or 1"),
+    ],
+)
+def test_bad_environment_variable_is_the_first_calls_error(name: str, text: str, message: str) -> None:
+    result = python(ATTEND, **{f"FASTATTN_{name}": text})
+    assert f"ValueError: environment variable FASTATTN_{name}='{text}': {message}" in result.stderr
+    assert "line 5, in <module>" in result.stderr, "the import passes"
 
 
 STRICT = """

@@ -338,6 +338,12 @@ BAD_KVCACHE = [
     ({"cache_seqlens": 0, "k": None, "v": None} | rotary_of(8), "rotary_cos: needs"),
     ({"cache_seqlens": 0} | rotary_of(18), "cos, sin"),
     ({"cache_seqlens": 4, "causal": True} | rotary_of(8, length=6), "positions"),
+    ({"cache_seqlens": 1 << 40}, r"cache_seqlens: 1099511627776, expected 0\.\."),
+    ({"cache_seqlens": torch.tensor([0, 2**32])}, r"cache_seqlens: values 3\.\.4294967299"),
+    ({"cache_seqlens": 0, "q": torch.tensor(1.0)}, r"q: 0 dimensions \(\), expected"),
+    ({"cache_seqlens": 0, "k": torch.ones(3)}, r"k: 1 dimensions \(3,\), expected"),
+    ({"cache_seqlens": 0, "v": torch.ones(3)}, r"v: 1 dimensions \(3,\), expected"),
+    ({"cache_seqlens": 0, "k_cache": torch.tensor(1.0)}, "k_cache: 0 dimensions"),
     ({"cache_seqlens": 0, "k": torch.ones(2, 3, 1, 16)}, "k: "),
     ({"cache_seqlens": 0, "v": torch.ones(2, 2, 2, 16)}, "v: "),
     ({"cache_seqlens": 0, "v": torch.ones(2, 3, 2, 16).half()}, "v: torch.float16, v_cache is torch.float32"),
@@ -355,6 +361,18 @@ def test_kvcache_refuses_and_leaves_the_cache(change: dict, message: str) -> Non
         flash_attn.flash_attn_with_kvcache(**call)
     assert torch.equal(call["k_cache"], before[0])
     assert torch.equal(call["v_cache"], before[1])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "sdpa", "reference"])
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_kvcache_whose_rows_are_scattered_is_refused(name: str, backend: str) -> None:
+    """Attention would read a copy that lacks the keys of this call."""
+    cache = torch.zeros(2, 16, 2, 8).transpose(1, 3)
+    call = qkv_cache() | {name: cache}
+    wanted = rf"{name}: strides \(256, 1, 8, 16\), expected a contiguous last dimension"
+    with fastattn.use_backend(backend), pytest.raises(ValueError, match=wanted):
+        flash_attn.flash_attn_with_kvcache(**call, cache_seqlens=0)
+    assert not cache.any()
 
 
 def test_dropout_is_refused() -> None:

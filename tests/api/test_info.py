@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 import pytest
 import torch
@@ -113,15 +114,21 @@ def test_why_of_a_device_that_is_absent() -> None:
         ("q=1x1x4x8,k=1x9x2x8,dtype=float17", "dtype=float17"),
         ("q=1x1x4x8,k=1x9x2x8,device=tpu", "device=tpu, expected one of"),
         ("q=1x1x4x8,k=1x9x2x8,softcap=big", "softcap=big, expected a number"),
+        ("q=99999999999999999999x1x1x1,k=1x1x1x1", "q of 99999999999999999999x1x1x1, more than memory can"),
+        ("q=1x1x4x8,k=1x9999999999x9999999999x2", "k of 1x9999999999x9999999999x2, more than memory can"),
+        ("q=1x1x4x8,k=0x99999999999999999999x2x8", "k of 0x99999999999999999999x2x8, more than memory"),
+        (f"q=1x{2**35}x1x8,k=1x{2**35}x1x8,attn_mask=bool", "attn_mask of 1x1x34359738368x34359738368, more"),
+        (
+            "q=1x1x4x8,k=1x9x2x8,block_table=9999999999x9999999999",
+            "block_table of 9999999999x9999999999, more",
+        ),
+        ("q=6x4x8,k=6x2x8,cu_seqlens_q=²", "cu_seqlens_q=², expected the number of sequences"),
+        ("q=6x4x8,k=6x2x8,cu_seqlens_k=²", "cu_seqlens_k=², expected the number of sequences"),
     ],
 )
-def test_bad_spec(spec: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    info.add_arguments(parser)
-    assert info.main(parser.parse_args(["--why", spec])) == 1
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert not captured.out
+def test_bad_spec(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^--why: .*{re.escape(message)}|^{re.escape(message)}"):
+        why.why(spec)
 
 
 def test_main(capsys: pytest.CaptureFixture[str]) -> None:

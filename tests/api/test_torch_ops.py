@@ -316,6 +316,13 @@ BAD_CALLS = [
     (lambda: ops.rotary(ROWS[0], torch.ones(4, 4), torch.ones(4, 4), AT), r"x: \(2, 8\), expected \(N"),
     (lambda: ops.rms_norm(ROWS, torch.ones(7), 1e-5), r"weight: \(7,\), expected \(8,\)"),
     (lambda: ops.rms_norm(ROWS, torch.ones(8), 1e-5, ROWS[:2]), "residual"),
+    (lambda: ops.rms_norm(ROWS, torch.ones(8), -5.0), r"eps: -5\.0, expected a finite number >= 0"),
+    (lambda: ops.rms_norm(ROWS, torch.ones(8), float("nan")), "eps: nan"),
+    (lambda: ops.rms_norm(torch.tensor(1.0), torch.tensor(1.0), 1e-5), "x: a scalar"),
+    (lambda: ops.rms_norm(ROWS.int(), torch.ones(8), 1e-5), "x: torch.int32, expected one of torch.float32"),
+    (lambda: ops.rotary(ROWS.int(), torch.ones(4, 4), torch.ones(4, 4), AT), "x: torch.int32"),
+    (lambda: ops.swiglu(torch.tensor(1.0)), "x: a scalar"),
+    (lambda: ops.swiglu(torch.ones(3, 8, dtype=torch.int32)), "x: torch.int32"),
     (lambda: ops.swiglu(torch.ones(3, 7)), "x: last dimension 7"),
     (lambda: ops.linear(torch.ones(3, 7), packed.dense(torch.ones(4, 8))), r"x: \(3, 7\), expected \(N, 8\)"),
     (lambda: ops.linear(torch.ones(3, 8), packed.dense(torch.ones(4, 8)), act="fp8"), "act: 'fp8'"),
@@ -323,6 +330,10 @@ BAD_CALLS = [
     (lambda: ops.mx_pack(torch.ones(4), "e2m1", 0), "block: 0"),
     (lambda: ops.mx_pack(torch.ones(4), "e2m1", scale="up"), "scale: 'up'"),
     (lambda: ops.mx_unpack(torch.ones(4).byte(), torch.ones(1).byte(), "e2m1", 9), "codes, scales"),
+    (
+        lambda: ops.mx_unpack(torch.ones(4).byte(), torch.ones(1).byte(), "e2m1", -1),
+        "n: -1, expected at least 0",
+    ),
 ]
 
 

@@ -76,6 +76,8 @@ def test_batch_as_text(directory: Path) -> None:
         (["MODEL", "--backend", "abacus"], "no backend 'abacus'; there are: volta"),
         (["MODEL", "--temperature", "-1"], "fastattn: error: temperature: -1.0"),
         (["MODEL", "--threads", "0"], "fastattn: error: threads: 0, expected at least 1"),
+        (["MODEL", "--threads", "99999999999"], "fastattn: error: threads: 99999999999, expected at least 1"),
+        (["MODEL", "--device", "meta"], "fastattn: error: --device: 'meta', expected a device that computes"),
         (["MODEL", "--split", "1,2"], "fastattn: error: split: 2 shares"),
         (["MODEL", "--system", "Be brief."], "fastattn: error: --system: needs --chat"),
         (["MODEL", "--prompt", ""], "fastattn: error: prompts[1]: no tokens"),

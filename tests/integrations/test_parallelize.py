@@ -38,6 +38,13 @@ def test_what_reaches_beyond_a_layer_is_refused(sync: str) -> None:
 def test_other_models_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="model: of type None, expected one of llama"):
         fastattn.parallelize(torch.nn.Linear(3, 3), tp=single())
+    decoder = hf_model("llama").model
+    with pytest.raises(UnsupportedError, match=r"model: LlamaModel has no model\.layers, expected a causal"):
+        fastattn.parallelize(decoder, tp=single())
+    doubles = hf_model("llama").double()
+    with pytest.raises(UnsupportedError, match=r"0\.self_attn\.q_proj is of torch.float64, expected one of"):
+        fastattn.parallelize(doubles, tp=single())
+    assert doubles(torch.arange(3)[None]).logits.dtype == torch.float64  # is what it was
     model = fastattn.parallelize(hf_model("llama"), tp=single())
     with pytest.raises(UnsupportedError, match=r"0\.self_attn\.q_proj is a ColumnParallel, expected a dense"):
         fastattn.parallelize(model, tp=single())

@@ -5,12 +5,15 @@ from __future__ import annotations
 import mmap
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from fastattn import CacheFull, use_backend
 from fastattn.memory.attend import attend, narrow
@@ -217,6 +220,64 @@ def test_parts_merge_to_the_whole(by: str, options: dict) -> None:
         whole = attend(cache, 0, step, q, **options)
         parts = attend(SplitCache(cache, by, at=2), 0, step, q, **options)
     torch.testing.assert_close(parts, whole, rtol=0, atol=2e-6)
+
+
+def parts_of_heads(cache: PagedKvCache, *heads: tuple[slice, int, int]) -> Any:
+    """The cache in parts, each (what it says of its heads, the first it has, one past its last)."""
+
+    def parts(layer: int, step: KvStep) -> tuple[KvPart, ...]:
+        (whole,) = cache.parts(layer, step)
+        return tuple(
+            whole._replace(k=whole.k[:, :, lo:hi], v=whole.v[:, :, lo:hi], heads=said)
+            for said, lo, hi in heads
+        )
+
+    return SimpleNamespace(parts=parts)
+
+
+def test_heads_of_parts_are_slices_of_the_caches() -> None:
+    cache, step, generator = grown([9, 0, 14], [3, 4, 1])
+    write(cache, step, generator)
+    q = torch.randn(step.slots.shape[0], 2 * HEADS, DIM, generator=generator)
+    with use_backend("reference"):
+        whole = attend(cache, 0, step, q)
+        parts = attend(parts_of_heads(cache, (slice(1, None), 1, HEADS), (slice(None, 1), 0, 1)), 0, step, q)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        [(slice(None), 0, 1), (slice(1, HEADS), 1, HEADS)],
+        [(slice(0, HEADS), 0, 1), (slice(1, HEADS), 1, HEADS)],
+        [(slice(None, None, -1), 0, HEADS)],
+        [(slice(-1, None), 1, HEADS), (slice(0, 1), 0, 1)],
+    ],
+    ids=["all", "too many", "backwards", "from the end"],
+)
+def test_parts_that_contradict_their_heads_are_refused(cuts: list[tuple[slice, int, int]]) -> None:
+    cache, step, generator = grown([9], [3])
+    q = torch.randn(3, 2 * HEADS, DIM, generator=generator)
+    with pytest.raises(ValueError, match=r"heads: slice\(.* of \d KV heads, the part has "):
+        attend(parts_of_heads(cache, *cuts), 0, step, q)
+
+
+def test_queries_go_to_parts_on_other_devices() -> None:
+    """By shapes alone, to a device that has no values."""
+    cache, step, _ = grown([9, 14], [3, 1])
+    keys, values = cache.keys[0], cache.values[0]
+    with FakeTensorMode() as fake:
+        step = KvStep(*(fake.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in step))
+        q, slopes, sinks = (torch.empty(s) for s in ((4, 2 * HEADS, DIM), (2 * HEADS,), (2 * HEADS,)))
+        tensors = fake.from_tensor(keys), fake.from_tensor(values), step.block_table
+        here, elsewhere = (
+            KvPart(*(t.to(device) for t in (*tensors, step.seqused, step.seqused)))
+            for device in ("cpu", "meta")
+        )
+        for parts in ((here, elsewhere), (elsewhere,)):
+            shown = SimpleNamespace(parts=lambda *_: parts)  # noqa: B023
+            out = attend(shown, 0, step, q, alibi_slopes=slopes, sinks=sinks)
+            assert (out.device, out.shape) == (q.device, q.shape)
 
 
 def test_lengths_have_versions_in_inference_mode() -> None:

@@ -127,7 +127,7 @@ def test_cuts_select_what_the_plan_says(model: tuple[Sizes, int, tuple[float, ..
 def test_cut_vector_by_index() -> None:
     x = torch.arange(5)
     assert shard.cut_vector(x, Cut(5, order=torch.tensor([4, 0]))).tolist() == [4, 0]
-    assert shard.cut_vector(x, Cut(5)) is x
+    assert shard.cut_vector(x, Cut(5)).data_ptr() == x.data_ptr()
     with pytest.raises(ValueError, match=r"x: \(5,\), expected \(6,\)"):
         shard.cut_vector(x, Cut(6))
 

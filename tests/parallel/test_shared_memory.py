@@ -214,23 +214,23 @@ def test_all_share_or_none(without: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("offer", [b"", b"00 /proc/1/fd/0 00"], ids=["nothing", "another machine's"])
 def test_offers_of_no_use(offer: bytes) -> None:
-    assert local._mapped(offer) is None
+    assert local.mapped(offer) is None
 
 
 def test_a_path_that_means_another_file_is_not_taken(tmp_path: Path) -> None:
     """As in another container, where the same process number is another process."""
-    here = local._identity(network=True).hex()
-    file, offer = local._offered(4096)
+    here = local.identity(network=True).hex()
+    file, offer = local.offered(4096)
     assert file is not None
     try:
-        assert local._mapped(offer) is not None
+        assert local.mapped(offer) is not None
         machine, path, token = offer.decode().split()
         for other in (
             f"{machine} {path} {'0' * len(token)}",
             f"{here} {tmp_path} {token}",
             f"{here} /proc/{os.getpid()}/fd/99999 {token}",
         ):
-            assert local._mapped(other.encode()) is None
+            assert local.mapped(other.encode()) is None
     finally:
         os.close(file)
 
@@ -247,7 +247,8 @@ def test_a_rank_that_goes_missing_in_a_native_forward(how: signal.Signals, tmp_p
         "from fastattn.spec import SyncError\n"
         "g = group.init(2)\n"
         "model = fastattn.load(sys.argv[1], dtype='fp32', tp=g)\n"
-        "prompts, asked = [[1, 2, 3]] if g.rank == 0 else [], SamplingParams(max_tokens=20, ignore_eos=True)\n"
+        "prompts = [[1, 2, 3]] if g.rank == 0 else []\n"
+        "asked = SamplingParams(max_tokens=20, ignore_eos=True)\n"
         "model.generate(prompts, asked)\n"
         "assert dispatch.calls['cpu', 'decoder'] == 20, dispatch.calls\n"  # one call a forward
         "print('ready', flush=True)\n"

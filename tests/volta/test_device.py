@@ -18,6 +18,7 @@ from cuda_volta import catalog, emulator
 from fastattn import dispatch, ops, reference, reference_ops
 from fastattn.backends import torch_ops, volta
 from fastattn.quant import packed
+from fastattn.settings import Settings
 from fastattn.spec import (
     AppendKvArgs,
     EmbeddingArgs,
@@ -150,8 +151,7 @@ def test_linear_and_embedding(device: torch.device, kind: str, rows: int) -> Non
 def on_newer_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What FASTATTN_VOLTA_PTX=1 allows."""
     caches: tuple[Any, ...] = (dispatch.load_backend, dispatch.unavailable, dispatch.op_table)
-    allowed = type(volta.settings)(volta_ptx=True)
-    monkeypatch.setattr(volta, "settings", allowed)
+    monkeypatch.setattr(volta, "settings", Settings(volta_ptx=True))
     monkeypatch.setattr(dispatch, "_resolved", {})
     for cache in caches:
         cache.cache_clear()
