@@ -88,7 +88,8 @@ int main(int, char** argv) {
     std::vector<char> right(size_t(world), 0);
     std::vector<std::thread> ranks;
     for (int rank = 0; rank < world; rank++)
-        ranks.emplace_back([&, rank] { right[size_t(rank)] = rank_is_right(memory, rank, world, operations); });
+        ranks.emplace_back(
+            [&, rank] { right[size_t(rank)] = rank_is_right(memory, rank, world, operations); });
     for (std::thread& t : ranks) t.join();
     std::free(memory);
     for (int rank = 0; rank < world; rank++)

@@ -47,12 +47,12 @@ struct DecoderArgs {
     DType dtype;  // of activations and of the cache
     int64_t hidden, heads, kv_heads, head_dim;
     bool interleaved;
-    float scale;           // of scores
+    float scale;                      // of scores
     int64_t vocabulary, first_token;  // of all ranks, and the first one of this rank's
     WeightArgs embedding;             // (this rank's tokens, hidden)
     std::vector<AttentionWeights> attention;
     std::vector<MlpWeights> mlp;
-    NormWeight norm;  // after the last layer
+    NormWeight norm;   // after the last layer
     Matrix head = {};  // (this rank's tokens, hidden); without rows: not here
 
     int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }

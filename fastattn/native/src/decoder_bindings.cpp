@@ -60,8 +60,8 @@ public:
                               columns_of(qkv, args_.hidden, "qkv"),
                               matrix_of(o, args_.heads * args_.head_dim, "o"),
                               left};
-        MlpWeights m = {norm_of(mlp_norm, args_.hidden, "mlp_norm"),
-                        columns_of(gate_up, args_.hidden, "gate_up"), {}};
+        MlpWeights m = {
+            norm_of(mlp_norm, args_.hidden, "mlp_norm"), columns_of(gate_up, args_.hidden, "gate_up"), {}};
         if (a.qkv.width != args_.qkv_width())
             throw bad("qkv", to_string(a.qkv.width) + " rows", to_string(args_.qkv_width()));
         if (m.gate_up.width % 2) throw bad("gate_up", to_string(m.gate_up.width) + " rows", "an even number");

@@ -17,7 +17,8 @@ public:
         end({SharedMemory::Kind::sum, dtype, 0, values * item_bytes(dtype), static_cast<char*>(x), nullptr});
     }
     void gather(void* x, void* out, int64_t bytes) override {
-        end({SharedMemory::Kind::gather, DType::u8, 0, bytes, static_cast<char*>(x), static_cast<char*>(out)});
+        end({SharedMemory::Kind::gather, DType::u8, 0, bytes, static_cast<char*>(x),
+             static_cast<char*>(out)});
     }
     int world() const override { return memory_->world(); }
 

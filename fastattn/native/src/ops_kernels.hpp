@@ -14,9 +14,9 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 static constexpr OpsTable ops_table = {
-    rms_norm,   swiglu,         rotary,     gather,         argmax,     sum,          linear_workspace,
-    linear,     dot_linear,     gemm_workspace, gemm,       dequantize_workspace, dequantize, mx_workspace,
-    mx_encode,  mx_decode_sum};
+    rms_norm,         swiglu,       rotary,     gather,         argmax, sum,
+    linear_workspace, linear,       dot_linear, gemm_workspace, gemm,   dequantize_workspace,
+    dequantize,       mx_workspace, mx_encode,  mx_decode_sum};
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

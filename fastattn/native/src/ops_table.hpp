@@ -135,8 +135,8 @@ struct MxArgs {
     int64_t count;
 };
 
-// out = the sum of `count` arrays of n values, formed in float32 in their order and rounded once; `out` may be
-// one of them.
+// out = the sum of `count` arrays of n values, formed in float32 in their order and rounded once; `out` may
+// be one of them.
 struct SumArgs {
     const void* const* parts;
     int64_t count, n;

@@ -17,8 +17,8 @@ namespace {
 // instead of reading everything that all have posted.
 constexpr int64_t WHOLE_SUM_BYTES = 1 << 15;
 
-constexpr int SPINS = 1000;            // about 20 us: most ranks come within it
-constexpr double YIELDING_S = 5e-3;    // before sleeping, which wakes up too late for a decoded token
+constexpr int SPINS = 1000;          // about 20 us: most ranks come within it
+constexpr double YIELDING_S = 5e-3;  // before sleeping, which wakes up too late for a decoded token
 constexpr long SLEEP_NS = 50'000;
 
 void relax() {

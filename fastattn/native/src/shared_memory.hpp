@@ -90,8 +90,8 @@ private:
     int64_t slots_, slot_bytes_;
     std::mutex mutex_;
     std::deque<Queued> queue_;
-    uint64_t started_ = 0;  // operations
-    uint64_t chunks_ = 0;   // of the operations started
+    uint64_t started_ = 0;            // operations
+    uint64_t chunks_ = 0;             // of the operations started
     std::vector<const void*> parts_;  // of a sum, one a rank
 };
 

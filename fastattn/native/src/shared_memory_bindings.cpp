@@ -17,7 +17,8 @@ std::unique_ptr<SharedMemory> shared_memory(const py::buffer& buffer, int rank, 
     if (world < 1 || rank < 0 || rank >= world)
         throw bad("rank", to_string(rank), "0 to " + to_string(world - 1));
     if (slots < 1) throw bad("slots", to_string(slots), "at least 1");
-    if (slot_bytes < 64 || slot_bytes % 64) throw bad("slot_bytes", to_string(slot_bytes), "a multiple of 64");
+    if (slot_bytes < 64 || slot_bytes % 64)
+        throw bad("slot_bytes", to_string(slot_bytes), "a multiple of 64");
     const py::buffer_info memory = buffer.request(true);
     const int64_t needed = SharedMemory::bytes_of(world, slots, slot_bytes);
     if (memory.size * memory.itemsize < needed || reinterpret_cast<uintptr_t>(memory.ptr) % 128)
