@@ -1,4 +1,4 @@
-"""Collectives of a `TPGroup`: the only module that calls `torch.distributed`'s exchanges.
+"""Collectives of a `TPGroup`, by `torch.distributed`, which only this module calls, or through memory.
 
 Every failure becomes a `SyncError` that names this rank, what it was doing and why: at once when another
 rank's process ended (its sockets close), within ``timeout_s`` when it is stopped or the link is cut.
@@ -7,6 +7,7 @@ the ranks that wait for this one.
 
 With one rank every function returns at once and nothing is counted. gloo does not compare the ranks'
 shapes (a mismatch gives wrong sums, not an error), so callers settle shapes first: `agree` at start-up.
+Memory that the ranks share (`shared_memory`) does.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class FusedStep:
 
     def next_tokens(self, ids: Tensor) -> Tensor:
         """Token ids (rows,) int64 to the likeliest token after each, (rows,) int64, where `forward` could be
-        called; every rank gets them.
+        called; every rank gets them. -1 where the largest logit is NaN or infinite.
         """
         return self._whole(self._native.next_tokens, ids, torch.empty_like(ids))
 

@@ -24,7 +24,7 @@ from ..spec import CacheFull, TPGroup
 from .completion import ENDED, Completion, OnToken, Writer
 from .config import ModelConfig
 from .llama import Decoder
-from .sampling import SamplingParams
+from .sampling import LogitsError, SamplingParams
 from .tokenizer import Tokenizer
 
 PREFILL_TOKENS = 1024  # a forward: enough rows to saturate the GEMMs, few enough to show progress
@@ -176,7 +176,11 @@ class Model:
         if best is None:
             hidden = self.decoder.forward(ids, step, batch.cache, lengths)
             return self._sampled(hidden, active, batch.writer)
-        return best.tolist() if self.group.rank == 0 else None
+        tokens = best.tolist()
+        for seq, token in zip(active, tokens, strict=True):
+            if token < 0:  # on every rank
+                raise LogitsError(seq)
+        return tokens if self.group.rank == 0 else None
 
     def _sampled(self, hidden: Tensor, active: list[int], writer: Writer) -> list[int] | None:
         logits = self.decoder.head(hidden)

@@ -202,7 +202,7 @@ class Decoder:
         self, ids: Tensor, step: KvStep, cache: KvCache, lengths: Sequence[int] | None = None
     ) -> Tensor | None:
         """The likeliest token after each of ``ids``, one new one a sequence, as one native call: (rows,)
-        int64 to (rows,) int64, on every rank.
+        int64 to (rows,) int64, on every rank; -1 where the largest logit is NaN or infinite.
 
         None, and nothing is done, where that takes `forward`, the head and a sampler.
         """

@@ -52,6 +52,12 @@ class SamplingParams:
 class LogitsError(ValueError):
     """No token can be chosen: the model's logits are not numbers."""
 
+    def __init__(self, seq: int) -> None:
+        super().__init__(
+            f"the largest logit of sequence {seq} is NaN or infinite: the weights hold such values, or a sum "
+            "left the range of the dtype"
+        )
+
 
 class Sampler:
     """Draws the next token of each sequence of a batch."""
@@ -73,10 +79,7 @@ class Sampler:
         largest = logits.gather(-1, tokens[:, None])
         for seq, value in zip(seqs, largest[:, 0].tolist(), strict=True):
             if not math.isfinite(value):
-                raise LogitsError(
-                    f"the largest logit of sequence {seq} is {value}, expected a finite number: the weights "
-                    "hold values that are not, or a sum left the range of the dtype"
-                )
+                raise LogitsError(seq)
         if self.params.temperature == 0:
             return tokens.tolist()
         probabilities = self._probabilities((logits - largest).cpu())

@@ -174,8 +174,24 @@ def test_weights_that_are_not_numbers(temperature: float, tmp_path: Path) -> Non
     with torch.no_grad():
         theirs.model.norm.weight[3] = float("nan")
     broken = fastattn.load(save_hf(theirs, tmp_path))
-    with pytest.raises(LogitsError, match="largest logit of sequence 0 is nan"):
+    with pytest.raises(LogitsError, match="largest logit of sequence 0 is NaN or infinite"):
         broken.generate([[5]], SamplingParams(temperature=temperature))
+
+
+def test_weights_that_become_no_numbers(tmp_path: Path) -> None:
+    """After the first token, where a native call goes from token to token."""
+    model = fastattn.load(save_hf(hf_model("llama"), tmp_path))
+    seen: list[int] = []
+
+    def on_token(seq: int, token: int, text: str) -> None:
+        seen.append(seq)
+        if len(seen) == 6:
+            model.decoder.norm.weight[3] = float("inf")
+
+    asked = SamplingParams(max_tokens=20, ignore_eos=True)
+    with pytest.raises(LogitsError, match="largest logit of sequence 0 is NaN or infinite"):
+        model.generate([[5], [6, 7]], asked, on_token=on_token)
+    assert seen == [0, 1] * 3
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def test_logits_that_are_not_numbers(bad: float, temperature: float) -> None:
     logits[1] = logits[1] * 0 + bad if bad < 0 else logits[1]
     logits[1, 2] = bad
     sampler = Sampler(SamplingParams(temperature=temperature), 8)
-    with pytest.raises(LogitsError, match=f"largest logit of sequence 7 is {bad}"):
+    with pytest.raises(LogitsError, match="largest logit of sequence 7 is NaN or infinite"):
         sampler(logits, [3, 7])
 
 

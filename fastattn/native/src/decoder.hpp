@@ -107,7 +107,8 @@ public:
     void mlp_half(size_t layer, const void* hidden, void* out) const;
     // Token ids (rows,) to normalised hidden states (rows, hidden).
     void forward(const int64_t* ids, void* out) const;
-    // Token ids (rows,) to the likeliest token after each (rows,), the first of equal ones.
+    // Token ids (rows,) to the likeliest token after each (rows,): the first of equal ones, and -1 where the
+    // largest logit is NaN or infinite.
     void next_tokens(const int64_t* ids, int64_t* next) const;
 
 private:

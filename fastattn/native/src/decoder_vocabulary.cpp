@@ -6,6 +6,22 @@
 
 namespace fastattn {
 
+namespace {
+
+// Whether the exponent has a zero bit: NaN and infinities have none.
+bool is_finite(const void* value, DType dtype) {
+    if (dtype == DType::f32) {
+        uint32_t bits;
+        std::memcpy(&bits, value, sizeof bits);
+        return ~bits & 0x7f800000;
+    }
+    uint16_t bits;
+    std::memcpy(&bits, value, sizeof bits);
+    return ~bits & (dtype == DType::f16 ? 0x7c00 : 0x7f80);
+}
+
+}  // namespace
+
 DequantizeArgs DecoderRun::embedding(const int64_t* ids, int64_t rows, void* out) const {
     return {d_.embedding, ids, rows, out, d_.dtype};
 }
@@ -33,7 +49,9 @@ void DecoderRun::next_tokens(const int64_t* ids, int64_t* next) const {
     forward(ids, at(hidden_));
     linear(d_.head, at(hidden_), at(logits_), &d_.attention[0].qkv.parts[0]);
     kernels_.ops.argmax({at(logits_), d_.dtype, s_.rows, d_.head.args.w.out, next});
-    if (ranks_) likeliest_of_ranks(next);
+    if (ranks_) return likeliest_of_ranks(next);
+    for (int64_t r = 0; r < s_.rows; r++)
+        if (!is_finite(element(at(logits_), r * d_.head.args.w.out + next[r]), d_.dtype)) next[r] = -1;
 }
 
 // A message of each rank, all ranks' messages, and the logits to choose from.
@@ -62,8 +80,11 @@ void DecoderRun::likeliest_of_ranks(int64_t* next) const {
             std::memcpy(logits + (r * world + k) * item_, all + k * message_bytes + tokens_bytes + r * item_,
                         item_);
     kernels_.ops.argmax({logits, d_.dtype, s_.rows, int64_t(world), next});
-    for (size_t r = 0; r < rows; r++)
-        std::memcpy(&next[r], all + size_t(next[r]) * message_bytes + r * sizeof(int64_t), sizeof(int64_t));
+    for (size_t r = 0; r < rows; r++) {
+        const size_t k = size_t(next[r]);
+        std::memcpy(&next[r], all + k * message_bytes + r * sizeof(int64_t), sizeof(int64_t));
+        if (!is_finite(logits + (r * world + k) * item_, d_.dtype)) next[r] = -1;
+    }
 }
 
 }  // namespace fastattn
