@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -267,28 +269,62 @@ def test_the_largest_logit(vocab: int, dtype: str, isa: str) -> None:
         assert _chosen(wanted) == (likeliest if wanted[likeliest].isfinite() else -1)
 
 
-def _chosen(logits: Tensor) -> int:
-    """The token after a step of a decoder whose head has these logits: bias of a head of zeros."""
-    kind, vocab = logits.dtype, len(logits)
+@pytest.mark.parametrize("vocab", [2, 7, 1025])
+def test_the_largest_logit_of_ranks(vocab: int, dtype: str, isa: str) -> None:
+    """The same from ranks that hold a part of the vocabulary each; every rank is told."""
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    world, slots, slot_bytes = 2, 2, 128
+    memory = mmap.mmap(-1, kernels.SharedMemory.bytes_of(world, slots, slot_bytes))
+    ranks = [kernels.SharedMemory(memory, rank, world, slots, slot_bytes) for rank in range(world)]
+    generator = torch.Generator().manual_seed(vocab)
+
+    def chosen(rank: int, wanted: Tensor) -> int:
+        lo, hi = ((0, vocab // 2), (vocab // 2, vocab))[rank]
+        step, token = _step(wanted[lo:hi], vocab, lo), torch.tensor([-9])
+        step.next_tokens(torch.tensor([vocab - 1]), token, 1, ranks[rank], None)
+        return int(token)
+
+    with ThreadPoolExecutor(world) as pool:
+        for odd in (None, float("nan"), float("inf"), "equal"):
+            wanted = torch.randn(vocab, generator=generator).sub(9).to(kind)
+            place = int(torch.randint(vocab, (1,), generator=generator))
+            if odd == "equal":
+                wanted[place] = wanted[vocab - 1] = 3
+            elif odd is not None:
+                wanted[place] = odd
+            likeliest = int(wanted.float().numpy().argmax())
+            found = list(pool.map(chosen, range(world), [wanted] * world))
+            assert found == [likeliest if wanted[likeliest].isfinite() else -1] * world
+
+
+def _step(logits: Tensor, vocabulary: int, first_token: int) -> Any:
+    """A step of a decoder whose head has these logits: bias of a head of zeros."""
+    kind = logits.dtype
     name, one = str(kind).removeprefix("torch."), torch.ones(16, dtype=kind)
 
     def zeros(rows: int, bias: Tensor | None = None) -> tuple[Any, ...]:
         return ("dense", torch.zeros(rows, 16, dtype=kind), None, None, None, 0, 0, 16, bias, False, None)
 
-    decoder = kernels.Decoder(name, 16, 1, 1, 16, False, 1.0, 2, 0, zeros(2), (one, 1e-5))
+    embedding, norm = zeros(len(logits)), (one, 1e-5)
+    decoder = kernels.Decoder(name, 16, 1, 1, 16, False, 1.0, vocabulary, first_token, embedding, norm)
     decoder.add_block(
-        norm=(one, 1e-5), qkv=[zeros(48)], q_norm=None, k_norm=None, o=zeros(16), left=-1,
-        mlp_norm=(one, 1e-5), gate_up=[zeros(32)], down=zeros(16),
+        norm=norm, qkv=[zeros(48)], q_norm=None, k_norm=None, o=zeros(16), left=-1,
+        mlp_norm=norm, gate_up=[zeros(32)], down=zeros(16),
     )  # fmt: skip
     cache, row = torch.zeros(1, 1, 4, 1, 16, dtype=kind), torch.zeros(1, 1, dtype=torch.int32)
     step = kernels.DecoderStep(
         decoder, cache, cache.clone(), row, row[0] + 1, torch.tensor([0, 1], dtype=torch.int32),
         torch.tensor([0]), torch.tensor([0]), torch.ones(4, 8), torch.zeros(4, 8),
     )  # fmt: skip
-    ids, token = torch.tensor([1]), torch.tensor([-1])
     with pytest.raises(ValueError, match="decoder: no head"):
-        step.next_tokens(ids, token, 1)
-    decoder.set_head(zeros(vocab, logits))
+        step.next_tokens(torch.tensor([0]), torch.tensor([-9]), 1)
+    decoder.set_head(zeros(len(logits), logits))
+    return step
+
+
+def _chosen(logits: Tensor) -> int:
+    """The token after a step with these logits."""
+    step, ids, token = _step(logits, len(logits), 0), torch.tensor([0]), torch.tensor([-9])
     for wrong, message in ((torch.tensor([1, 2]), "next: shape"), (torch.ones(1), "next: float32")):
         with pytest.raises(ValueError, match=message):
             step.next_tokens(ids, wrong, 1)
