@@ -122,8 +122,7 @@ def test_a_rank_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 HOLD = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs inherit ignored
+import sys
 sys.path.insert(0, "bench")
 from fastattn.spec import Link
 from lib.network import network
